@@ -1,0 +1,51 @@
+"""Rows of benchmarks/results/*.csv: one measured figure each, with its peer and its machine."""
+
+from __future__ import annotations
+
+import csv
+import datetime
+import importlib.metadata
+import platform
+from pathlib import Path
+
+COLUMNS = "case,metric,unit,subject,value,low,high,samples,peer,peer_value,ratio,versions,machine,date".split(",")
+RESULTS = Path(__file__).parent / "results"
+
+
+def machine() -> str:
+    """Processor, cores and capability, without naming the host."""
+    import torch
+
+    model = platform.processor() or platform.machine()
+    for line in Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []:
+        if line.startswith("model name"):
+            model = line.split(":")[1].strip()
+            break
+    return f"{model}; {torch.get_num_threads()} threads; {torch.backends.cpu.get_cpu_capability()}"
+
+
+def versions(*extra: str) -> str:
+    """Versions of the packages that matter."""
+    names = ("duramen", "torch", "transformers")
+    return " ".join([*(f"{name}={importlib.metadata.version(name)}" for name in names), *extra])
+
+
+def row(case: str, metric: str, unit: str, subject: str, value: float, **more: object) -> dict[str, object]:
+    """One row; ``more`` may hold low, high, samples, peer, peer_value."""
+    peer_value = more.get("peer_value")
+    ratio = value / float(str(peer_value)) if peer_value else ""
+    fixed = {"case": case, "metric": metric, "unit": unit, "subject": subject, "value": value, "ratio": ratio}
+    place = {"versions": versions(), "machine": machine(), "date": datetime.date.today().isoformat()}
+    return {column: "" for column in COLUMNS} | place | fixed | more
+
+
+def write(name: str, rows: list[dict[str, object]]) -> Path:
+    """Writes results/NAME.csv anew."""
+    RESULTS.mkdir(parents=True, exist_ok=True)
+    path = RESULTS / f"{name}.csv"
+    with path.open("w", newline="", encoding="utf-8") as stream:
+        writer = csv.DictWriter(stream, COLUMNS)
+        writer.writeheader()
+        for item in rows:
+            writer.writerow({key: f"{value:.6g}" if isinstance(value, float) else value for key, value in item.items()})
+    return path

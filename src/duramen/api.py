@@ -1,0 +1,251 @@
+"""The story: plan, run, evaluate, compare, inspect, report. Thin; read it from top to bottom."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from duramen.assets import open_model
+from duramen.calibrate.tokens import calibration_tokens
+from duramen.calibrate.walker import Walk
+from duramen.evaluate.evaluate import Settings as EvaluateSettings
+from duramen.evaluate.evaluate import Subject, check_texts, open_subject
+from duramen.evaluate.evaluate import apply as measure
+from duramen.export.card import write_card
+from duramen.export.hf import assemble, copy_other_files, publish, verify_logits
+from duramen.families.checkpoint import Checkpoint
+from duramen.families.model import BlockModel
+from duramen.hardware.machine import describe, forward_dtype, peak_memory
+from duramen.recipe import Recipe, Step, dump_yaml, load_recipe, parse_settings
+from duramen.registry import get_method
+from duramen.report.page import write_report
+from duramen.rundir import BlockStore, RunDirectory, hash_file, hash_tokens, write_json, write_text
+
+Progress = Callable[[str, dict[str, Any]], None]
+"""(event, fields); events are step, layer, evaluated, saved and done."""
+
+
+def _silent(event: str, fields: dict[str, Any]) -> None:
+    return
+
+
+@dataclass
+class Context:
+    """What the steps of one run share: the folders, the recipe, the tokens and where to report."""
+
+    recipe: Recipe
+    source: Path
+    directory: RunDirectory
+    tokens: Tensor
+    dtype: torch.dtype
+    allow_generic: bool
+    progress: Progress
+
+    def tell(self, event: str, **fields: Any) -> None:
+        """Reports an event to the display and to ``log.jsonl``."""
+        self.directory.log(event, **fields)
+        self.progress(event, fields)
+
+
+def run(
+    recipe: str | Path | dict[str, Any],
+    model: str,
+    out: str | Path,
+    *,
+    overrides: list[str] | None = None,
+    allow_generic: bool = False,
+    progress: Progress = _silent,
+) -> dict[str, Any]:
+    """Carries out a recipe, or goes on where an earlier run of the same line stopped.
+
+    Args:
+        recipe: Path, shipped name, or dictionary.
+        model: Hugging Face folder, embedded name, GGUF file, or hub id.
+        out: The run directory; becomes a Hugging Face folder with a report.
+        overrides: ``step.key=value``, as with ``--set``.
+        allow_generic: Whether to guess the layout of an unknown architecture.
+        progress: Called with events.
+
+    Returns:
+        The content of ``results.json``.
+
+    Raises:
+        Problem: On a user's mistake; what was finished is kept.
+    """
+    context, steps = _prepare(load_recipe(recipe, overrides), model, Path(out), allow_generic, progress)
+    manifest = context.directory.out / "manifest.json"
+    if manifest.is_file():
+        context.tell("done", out=str(out), again=True)
+        return dict(json.loads((context.directory.out / "results.json").read_text(encoding="utf-8")))
+    folder, results = context.source, _new_results(context, model)
+    for number, step in enumerate(steps):
+        place = f"step-{number:02d}-{step.id}"
+        context.tell("step", method=step.method, number=number, of=len(steps))
+        if step.method == "evaluate":
+            subjects = _subjects(context, folder)
+            results["evaluations"].append(measure(subjects, memo=_told(context, place), **step.settings.model_dump()))
+        else:
+            folder = _transform(context, folder, step, place, results)
+    return _finish(context, folder, model, results)
+
+
+def _prepare(recipe: Recipe, model: str, out: Path, allow_generic: bool, progress: Progress) -> tuple[Context, list[Step]]:
+    steps = recipe.resolved()
+    source = open_model(model)
+    Checkpoint(source)
+    tokens = _tokens(recipe, source)
+    dtype = forward_dtype(recipe.dtype)
+    for step in steps:
+        if isinstance(step.settings, EvaluateSettings):
+            check_texts(step.settings, recipe.calibration.text)
+    context = Context(recipe, source, RunDirectory(out), tokens, dtype, allow_generic, progress)
+    lock = _lock(recipe, steps, dtype)
+    context.directory.claim({
+        "model": {file.name: hash_file(file) for file in sorted(source.iterdir()) if file.suffix in (".json", ".safetensors")},
+        "calibration tokens": hash_tokens(tokens),
+        "recipe": lock,
+        "versions": versions(),
+    })  # fmt: skip
+    write_text(out / "recipe.yaml", dump_yaml(recipe.model_dump(mode="json")))
+    write_text(out / "recipe.lock.yaml", dump_yaml(lock))
+    return context, steps
+
+
+def _tokens(recipe: Recipe, source: Path) -> Tensor:
+    from transformers import AutoTokenizer
+
+    wanted = recipe.calibration
+    tokenizer = AutoTokenizer.from_pretrained(source)
+    return calibration_tokens(tokenizer, wanted.text, sequences=wanted.sequences, length=wanted.length, seed=recipe.seed)
+
+
+def _lock(recipe: Recipe, steps: list[Step], dtype: torch.dtype) -> dict[str, Any]:
+    whole = recipe.model_dump(mode="json")
+    return whole | {"dtype": str(dtype).removeprefix("torch."), "steps": [step.lock() for step in steps]}
+
+
+def versions() -> dict[str, str]:
+    """Versions of the packages that decide a result."""
+    return {name: importlib.metadata.version(name) for name in ("duramen", "torch", "transformers", "safetensors")}
+
+
+def _new_results(context: Context, model: str) -> dict[str, Any]:
+    return {
+        "schema": "duramen-results/1",
+        "recipe": context.recipe.name,
+        "model": model,
+        "machine": describe(),
+        "versions": versions(),
+        "calibration": context.recipe.calibration.model_dump(mode="json") | {"tokens": context.tokens.numel()},
+        "steps": [],
+        "evaluations": [],
+    }
+
+
+def _told(context: Context, place: str) -> Callable[[str, Callable[[], Any]], Any]:
+    """The memo of an evaluation, which also reports each part."""
+    remember = context.directory.memo(place)
+
+    def part(key: str, compute: Callable[[], Any]) -> Any:
+        context.tell("evaluating", part=key)
+        return remember(key, compute)
+
+    return part
+
+
+def _subjects(context: Context, folder: Path) -> dict[str, Subject]:
+    options: dict[str, Any] = {"dtype": context.dtype, "allow_generic": context.allow_generic}
+    before = open_subject(context.source, **options)
+    return {"before": before} if folder == context.source else {"before": before, "after": open_subject(folder, **options)}
+
+
+def _transform(context: Context, folder: Path, step: Step, place: str, results: dict[str, Any]) -> Path:
+    """Applies one editing step: walks the blocks, assembles the folder, reopens it and compares logits."""
+    opened = BlockModel.from_folder(folder, dtype=context.dtype, allow_generic=context.allow_generic)
+    assert opened.checkpoint is not None
+    store = BlockStore(context.directory.state / place, opened.stored_name)
+    walk = Walk(store=store, progress=lambda record: context.tell("layer", blocks=len(opened.blocks), **_plain(record)))
+    records = get_method(step.method).apply(opened, context.tokens, walk=walk, **step.settings.model_dump())
+    target = context.directory.state / place / "model"
+    copied = assemble(opened.checkpoint, store, len(opened.blocks), target)
+    assert walk.final_hidden is not None
+    assert walk.first_batch is not None
+    check = verify_logits(target, opened, walk.final_hidden, walk.first_batch, whole_up_to=peak_memory())
+    context.tell("saved", folder=str(target), **check)
+    results["steps"].append({
+        "id": step.id, "method": step.method, "settings": step.lock(), "reopened": check,
+        "layers": [_plain(record) for record in records], "copied_unchanged": copied,
+    })  # fmt: skip
+    return target
+
+
+def _plain(record: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in record.items() if key != "pruned"}
+
+
+def _finish(context: Context, folder: Path, model: str, results: dict[str, Any]) -> dict[str, Any]:
+    directory = context.directory
+    if folder == context.source:
+        copy_other_files(folder, directory.out)
+    else:
+        publish(folder, directory.out)
+    results["peak_memory_bytes"] = peak_memory()
+    write_json(directory.out / "results.json", results)
+    write_card(directory.out, results)
+    write_report(directory.out, results)
+    source = {file.name: hash_file(file) for file in sorted(context.source.glob("*.safetensors"))}
+    directory.write_manifest(parent={"model": model, "files": source}, versions=versions(), seed=context.recipe.seed)
+    context.tell("done", out=str(directory.out), again=False)
+    return results
+
+
+def evaluate(model: str, *, allow_generic: bool = False, dtype: str = "auto", **settings: Any) -> dict[str, Any]:
+    """Measures one model.
+
+    Args:
+        model: Folder, embedded name, GGUF file or hub id.
+        allow_generic: Whether to guess the layout of an unknown architecture.
+        dtype: Of forward passes.
+        **settings: As in the step ``evaluate``.
+    """
+    chosen = parse_settings(EvaluateSettings, settings, "evaluate")
+    subject = open_subject(open_model(model), dtype=forward_dtype(dtype), allow_generic=allow_generic)
+    return {"model": model, "machine": describe()} | measure({"before": subject}, **chosen.model_dump())
+
+
+def compare(first: str, second: str, *, allow_generic: bool = False, dtype: str = "auto", **settings: Any) -> dict[str, Any]:
+    """Measures two models of one tokenizer on the same tokens, with paired differences; KL is taken from the first."""
+    chosen = parse_settings(EvaluateSettings, settings, "compare")
+    options: dict[str, Any] = {"dtype": forward_dtype(dtype), "allow_generic": allow_generic}
+    subjects = {name: open_subject(open_model(model), **options) for name, model in (("before", first), ("after", second))}
+    return {"before": first, "after": second, "machine": describe()} | measure(subjects, **chosen.model_dump())
+
+
+def report(run_folder: str | Path) -> Path:
+    """Writes ``report.html`` of a finished run anew from its ``results.json``."""
+    folder = Path(run_folder)
+    return write_report(folder, load_results(folder))
+
+
+def load_results(folder: Path) -> dict[str, Any]:
+    """Reads ``results.json`` of a run.
+
+    Raises:
+        Problem: If the folder holds no finished run.
+    """
+    from duramen.problem import Problem
+
+    file = folder / "results.json"
+    if not file.is_file():
+        raise Problem(
+            f"{folder} has no results.json.", why="the run is not finished, or this is no run directory.",
+            fix="run the same `duramen run` line again; it goes on where it stopped.",
+        )  # fmt: skip
+    return dict(json.loads(file.read_text(encoding="utf-8")))

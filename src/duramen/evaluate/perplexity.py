@@ -1,0 +1,80 @@
+"""Perplexity, and divergence from the dense model on the same tokens.
+
+Both stream the model block by block, so a model larger than memory can be measured. Windows are disjoint (stride = length),
+no BOS is added, and the mean runs over the T − 1 predicted tokens of every window.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from duramen.evaluate.intervals import Measured, mean_interval
+from duramen.families.model import BlockModel, run_block
+
+ROWS = 512
+"""Positions whose logits are held at once."""
+
+
+@torch.no_grad()
+def final_hidden(model: BlockModel, windows: Tensor) -> list[Tensor]:
+    """Hidden states after the last block, one [1, T, D] per window of ``windows`` [S, T]."""
+    hidden, calls = model.capture(windows.split(1))
+    for index in range(len(model.blocks)):
+        with model.opened(index) as block:
+            for number, state in enumerate(hidden):
+                hidden[number] = run_block(block.module, state, calls[number][index])
+    return hidden
+
+
+def _slices(model: BlockModel, hidden: Tensor, window: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """(log-probabilities [n, V], next tokens [n]) for the T − 1 predicted positions of one window."""
+    for start in range(0, hidden.shape[1] - 1, ROWS):
+        stop = min(start + ROWS, hidden.shape[1] - 1)
+        logits = model.logits(hidden[:, start:stop])[0].float()
+        yield logits.log_softmax(-1), window[start + 1 : stop + 1]
+
+
+@torch.no_grad()
+def token_losses(model: BlockModel, hidden: Sequence[Tensor], windows: Tensor) -> Tensor:
+    """Negative log-likelihood of every predicted token in nats, [S, T − 1]."""
+    rows = []
+    for state, window in zip(hidden, windows, strict=True):
+        parts = [-log.gather(1, target[:, None])[:, 0] for log, target in _slices(model, state, window)]
+        rows.append(torch.cat(parts))
+    return torch.stack(rows)
+
+
+@dataclass(frozen=True)
+class Divergence:
+    """Per window, [S] each: mean nats of loss, mean KL(dense ‖ edited) in nats, share of equal top-1 tokens."""
+
+    loss: np.ndarray
+    kl: np.ndarray
+    agreement: np.ndarray
+
+
+@torch.no_grad()
+def divergence(
+    dense: BlockModel, dense_hidden: Sequence[Tensor], edited: BlockModel, hidden: Sequence[Tensor], windows: Tensor
+) -> Divergence:
+    """Compares two models of one tokenizer on the same windows [S, T], given their final hidden states."""
+    rows = []
+    for before, after, window in zip(dense_hidden, hidden, windows, strict=True):
+        sums = torch.zeros(3, dtype=torch.float64)
+        for (p, target), (q, _) in zip(_slices(dense, before, window), _slices(edited, after, window), strict=True):
+            sums[0] -= q.gather(1, target[:, None]).sum()
+            sums[1] += (p.exp() * (p - q)).sum()
+            sums[2] += (p.argmax(-1) == q.argmax(-1)).sum()
+        rows.append(sums / (len(window) - 1))
+    loss, kl, agreement = torch.stack(rows).numpy().T
+    return Divergence(loss, kl, agreement)
+
+
+def perplexity(losses: np.ndarray) -> Measured:
+    """exp of the mean loss, with its interval over windows; losses in nats per window, [S]."""
+    return mean_interval(losses, transform=np.exp)

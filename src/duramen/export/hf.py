@@ -1,0 +1,141 @@
+"""A Hugging Face folder from finished blocks: shards, everything else of the source byte for byte, masks, and a check.
+
+The first shard holds what lies outside the blocks, as the source stores it; then comes one shard per block. A tensor that no
+table knows is copied and listed. The folder is reopened by plain transformers in a fresh object, and its logits are compared
+with those of the model that was edited.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from duramen.families.checkpoint import INDEX, Checkpoint
+from duramen.families.model import BlockModel, run_block
+from duramen.problem import Exit, Problem
+from duramen.rundir import BlockStore, write_json, write_tensors
+
+MASKS = "masks.safetensors"
+TOLERANCE = 1e-3
+"""Largest difference of logits after reopening, relative to the largest logit."""
+_OWN = {INDEX, MASKS, "manifest.json", "results.json", "recipe.yaml", "recipe.lock.yaml", "log.jsonl", "report.html", "README.md"}
+
+
+def assemble(source: Checkpoint, store: BlockStore, num_blocks: int, folder: Path) -> list[str]:
+    """Writes the model folder of one finished step.
+
+    Args:
+        source: The folder that the step started from.
+        store: Finished blocks.
+        num_blocks: Number of blocks.
+        folder: Where to write; whole files are left as they are.
+
+    Returns:
+        Names of the tensors outside the blocks, copied as they were.
+    """
+    count = num_blocks + 1
+    shards = [f"model-{number + 1:05d}-of-{count:05d}.safetensors" for number in range(count)]
+    places: dict[str, str] = {}
+    for index in range(num_blocks):
+        found = json.loads((store.folder / f"block-{index:04d}.json").read_text(encoding="utf-8"))
+        places |= dict.fromkeys(found["names"], shards[index + 1])
+        _link(store.shard(index), folder / shards[index + 1])
+    outside = [name for name in source.names if name not in places]
+    write_tensors(folder / shards[0], {name: source.read(name) for name in outside})
+    places |= dict.fromkeys(outside, shards[0])
+    size = sum((folder / shard).stat().st_size for shard in shards)
+    write_json(folder / INDEX, {"metadata": {"total_size": size}, "weight_map": dict(sorted(places.items()))})
+    _write_masks(source.folder, store, num_blocks, folder)
+    copy_other_files(source.folder, folder)
+    return outside
+
+
+def _write_masks(source: Path, store: BlockStore, num_blocks: int, folder: Path) -> None:
+    """All masks in one file, bit-packed; masks of earlier steps stay unless this step replaced them."""
+    masks: dict[str, Tensor] = load_file(source / MASKS) if (source / MASKS).is_file() else {}
+    for index in range(num_blocks):
+        masks |= load_file(store.masks(index))
+    if masks:
+        layout = "uint8 [O, ceil(I/8)], little-endian bits, 1 where a weight was removed"
+        write_tensors(folder / MASKS, masks, {"layout": layout})
+
+
+def copy_other_files(source: Path, folder: Path) -> None:
+    """Copies config, tokenizer and whatever else belongs to the source, byte for byte; weights and run files stay behind."""
+    for file in sorted(source.iterdir()):
+        weights = file.name.startswith(("model", "pytorch_model")) and file.suffix in (".safetensors", ".bin")
+        if file.is_file() and not weights and file.name not in _OWN and not file.name.startswith("."):
+            shutil.copyfile(file, folder / file.name)
+
+
+def publish(step: Path, out: Path) -> None:
+    """Links the finished folder of the last step into OUT."""
+    for file in sorted(step.iterdir()):
+        if file.is_file() and not file.name.startswith("."):
+            _link(file, out / file.name)
+
+
+def _link(source: Path, target: Path) -> None:
+    target.parent.mkdir(parents=True, exist_ok=True)
+    target.unlink(missing_ok=True)
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copyfile(source, target)
+
+
+@torch.no_grad()
+def verify_logits(folder: Path, model: BlockModel, hidden: Tensor, tokens: Tensor, *, whole_up_to: int) -> dict[str, Any]:
+    """Reopens a folder in a fresh object and compares its logits with the edited model's.
+
+    Args:
+        folder: The folder that was written.
+        model: The model that was edited.
+        hidden: Its hidden states after the last block, [B, T, D].
+        tokens: The token ids behind them, [B, T].
+        whole_up_to: Weight bytes up to which plain transformers loads the folder whole; a larger one is streamed.
+
+    Returns:
+        ``{"how", "largest_difference", "largest_logit"}``.
+
+    Raises:
+        Problem: If the logits differ.
+    """
+    size = sum(file.stat().st_size for file in folder.glob("model*.safetensors"))
+    expected = model.logits(hidden[:1, -256:])
+    if size <= whole_up_to:
+        from transformers import AutoModelForCausalLM
+
+        reopened = AutoModelForCausalLM.from_pretrained(folder, dtype=model.dtype).eval()
+        how, found = "plain transformers, whole", reopened(tokens[:1], use_cache=False).logits[:, -256:]
+    else:
+        how, found = "streamed, block by block", _streamed_logits(folder, model, tokens)
+    difference = float((found.float() - expected.float()).abs().max())
+    scale = float(expected.abs().max())
+    limit = TOLERANCE if model.dtype == torch.float32 else 0.1
+    if not difference <= limit * scale:
+        raise Problem(
+            f"{folder} was reopened and its logits differ by {difference:.3g} (largest logit {scale:.3g}).",
+            why="the saved folder is not the model that was edited.",
+            fix="please report this with the model's name; the finished blocks are kept.",
+            code=Exit.CHECK_FAILED,
+        )
+    return {"how": how, "largest_difference": difference, "largest_logit": scale}
+
+
+def _streamed_logits(folder: Path, model: BlockModel, tokens: Tensor) -> Tensor:
+    fresh = BlockModel.from_folder(folder, dtype=model.dtype, allow_generic=model.family.name == "generic")
+    (hidden,), (calls,) = fresh.capture([tokens[:1]])
+    for index in range(len(fresh.blocks)):
+        with fresh.opened(index) as block:
+            hidden = run_block(block.module, hidden, calls[index])
+    return fresh.logits(hidden[:, -256:])
+
+

@@ -1,0 +1,130 @@
+"""A Hugging Face folder of safetensors, read tensor by tensor."""
+
+from __future__ import annotations
+
+import json
+import struct
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from duramen.problem import Exit, Problem
+
+INDEX = "model.safetensors.index.json"
+
+
+class Checkpoint:
+    """The tensors of one model folder; nothing is read before it is asked for.
+
+    Args:
+        folder: A folder with ``config.json`` and ``*.safetensors``.
+
+    Raises:
+        Problem: If there are no safetensors, a shard is missing or truncated, or the model is quantized already.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = Path(folder)
+        self.files = self._find_files()
+        for file in sorted(set(self.files.values())):
+            read_header(self.folder / file)
+        self._refuse_quantized()
+
+    @cached_property
+    def config(self) -> dict[str, Any]:
+        """``config.json`` as it stands."""
+        return dict(json.loads((self.folder / "config.json").read_text(encoding="utf-8")))
+
+    @property
+    def names(self) -> list[str]:
+        """Names of all tensors, sorted."""
+        return sorted(self.files)
+
+    def read(self, name: str) -> Tensor:
+        """Reads one tensor into memory of its own, in its stored type."""
+        with safe_open(self.folder / self.files[name], framework="pt") as shard:
+            return shard.get_tensor(name).clone()
+
+    def describe(self) -> dict[str, tuple[str, tuple[int, ...]]]:
+        """Stored type and shape of every tensor, from the headers alone."""
+        found: dict[str, tuple[str, tuple[int, ...]]] = {}
+        for file in sorted(set(self.files.values())):
+            header = read_header(self.folder / file)
+            found |= {name: (entry["dtype"], tuple(entry["shape"])) for name, entry in header.items()}
+        return found
+
+    def _find_files(self) -> dict[str, str]:
+        if not (self.folder / "config.json").is_file():
+            raise Problem(
+                f"{self.folder} has no config.json.",
+                why="a model is a Hugging Face folder (config.json and *.safetensors) or an embedded name.",
+                fix="`duramen assets` lists the embedded models.",
+            )
+        if (self.folder / INDEX).is_file():
+            index = json.loads((self.folder / INDEX).read_text(encoding="utf-8"))
+            return dict(index["weight_map"])
+        shards = sorted(self.folder.glob("model*.safetensors"))
+        if not shards:
+            raise Problem(
+                f"{self.folder} has no model*.safetensors.",
+                why="the weights are missing, or stored as a pickle, which Duramen does not open.",
+                fix="open it once in transformers and save it again with `save_pretrained`.",
+            )
+        return {name: file.name for file in shards for name in read_header(file)}
+
+    def _refuse_quantized(self) -> None:
+        quantization = self.config.get("quantization_config")
+        if quantization:
+            raise Problem(
+                f"{self.folder.name} is quantized already ({quantization.get('quant_method', 'unknown method')}).",
+                why="its stored tensors are packed codes and scales, not weights that can be pruned.",
+                fix="start from the unquantized checkpoint and quantize last.",
+                code=Exit.INCOMPATIBLE,
+            )
+
+
+def read_header(file: Path) -> dict[str, dict[str, Any]]:
+    """The header of a safetensors file without its metadata: name -> dtype, shape, data_offsets.
+
+    Raises:
+        Problem: If the file is shorter than its header says.
+    """
+    size = file.stat().st_size if file.is_file() else 0
+    try:
+        with file.open("rb") as stream:
+            (length,) = struct.unpack("<Q", stream.read(8))
+            header = json.loads(stream.read(length)) if length <= size - 8 else None
+    except (OSError, struct.error, ValueError):
+        header = None
+    if header is None:
+        raise _truncated(file, size, "its header is incomplete")
+    header.pop("__metadata__", None)
+    expected = 8 + length + max((entry["data_offsets"][1] for entry in header.values()), default=0)
+    if size < expected:
+        raise _truncated(file, size, f"its header promises {expected:,}")
+    return dict(header)
+
+
+
+def _truncated(file: Path, size: int, detail: str) -> Problem:
+    return Problem(
+        f"{file.name} is damaged: it has {size:,} bytes and {detail}.",
+        why="a download or a copy that was interrupted, or a full disk.",
+        fix=f"fetch {file.name} again and compare its size with the source.",
+    )
+
+
+def check_finite(name: str, tensor: Tensor) -> None:
+    """Stops on NaN or infinite weights, naming the tensor."""
+    if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+        bad = int((~torch.isfinite(tensor)).sum())
+        raise Problem(
+            f"{name} holds {bad:,} NaN or infinite values.",
+            why="training diverged, or the file was damaged or cast to a type that is too narrow.",
+            fix="use another checkpoint; everything computed so far is kept.",
+            code=Exit.CHECK_FAILED,
+        )

@@ -1,0 +1,57 @@
+"""GPT-NeoX and Pythia: q, k, v of each head lie together in one matrix; attention and MLP may run in parallel."""
+
+from duramen.families.table import Family, Group, Member, Projection, Sizes, one_head, unit_one
+
+_KINDS = ("weight", "bias")
+_WRITERS = ("attention.dense", "mlp.dense_4h_to_h")
+_NORMS = ("input_layernorm", "post_attention_layernorm")
+
+
+def _three_heads(sizes: Sizes) -> int:
+    return 3 * sizes.head
+
+
+FAMILY = Family(
+    name="gpt_neox",
+    model_types=("gpt_neox",),
+    blocks="gpt_neox.layers",
+    stages=(
+        (Projection("qkv", "attention.query_key_value"),),
+        (Projection("o", "attention.dense"),),
+        (Projection("up", "mlp.dense_h_to_4h"),),
+        (Projection("down", "mlp.dense_4h_to_h"),),
+    ),
+    groups=(
+        Group(
+            "query_head",
+            lambda s: s.heads,
+            "num_attention_heads",
+            (
+                *(Member(f"attention.query_key_value.{kind}", 0, _three_heads) for kind in _KINDS),
+                Member("attention.dense.weight", 1, one_head, reads=True),
+            ),
+        ),
+        Group(
+            "ffn_channel",
+            lambda s: s.ffn,
+            "intermediate_size",
+            (
+                *(Member(f"mlp.dense_h_to_4h.{kind}", 0, unit_one) for kind in _KINDS),
+                Member("mlp.dense_4h_to_h.weight", 1, unit_one, reads=True),
+            ),
+        ),
+        Group(
+            "width",
+            lambda s: s.width,
+            "hidden_size",
+            (
+                Member("attention.query_key_value.weight", 1, unit_one, reads=True),
+                Member("mlp.dense_h_to_4h.weight", 1, unit_one, reads=True),
+                *(Member(f"{name}.{kind}", 0, unit_one) for name in (*_WRITERS, *_NORMS) for kind in _KINDS),
+                Member("gpt_neox.embed_in.weight", 1, unit_one, outside=True),
+                *(Member(f"gpt_neox.final_layer_norm.{kind}", 0, unit_one, outside=True) for kind in _KINDS),
+                Member("embed_out.weight", 1, unit_one, reads=True, outside=True),
+            ),
+        ),
+    ),
+)

@@ -1,0 +1,312 @@
+"""A language model that is opened one block at a time, from disk or in place.
+
+From disk the network lives on the meta device; opening a block reads its tensors, closing it frees them. So the memory in use
+is that of the embeddings and one block, whatever the model's size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from duramen.families import find_family
+from duramen.families.checkpoint import Checkpoint, check_finite
+from duramen.families.generic import infer_family
+from duramen.families.table import Family, Projection
+from duramen.problem import Exit, Problem
+
+
+@dataclass
+class Layer:
+    """One linear weight of an open block.
+
+    Attributes:
+        name: Full module path.
+        role: Role of its projection.
+        block: Index of its block.
+        linear: The module that runs.
+        stored: The weight as stored, not as cast for the forward pass.
+        transposed: Whether it is stored [I, O].
+        edited: New weight in the stored type and layout, once written.
+    """
+
+    name: str
+    role: str
+    block: int
+    linear: nn.Module
+    stored: Tensor
+    transposed: bool
+    edited: Tensor | None = None
+
+    def read(self) -> Tensor:
+        """The weight, [O, I], in its stored type."""
+        return self.stored.T if self.transposed else self.stored
+
+    def write(self, weight: Tensor) -> None:
+        """Sets the weight, [O, I]; the block runs with it from here on."""
+        new = weight.T if self.transposed else weight
+        self.edited = new.to(self.stored.dtype).contiguous()
+        parameter = self.linear.weight
+        assert isinstance(parameter, Tensor)
+        parameter.data.copy_(self.edited)
+
+
+@dataclass
+class OpenBlock:
+    """A block in memory: the module that runs, its stored tensors by full name, and its layers by path."""
+
+    index: int
+    module: nn.Module
+    tensors: dict[str, Tensor]
+    layers: dict[str, Layer]
+
+
+@dataclass
+class Call:
+    """Everything a block is called with beside the hidden states."""
+
+    args: tuple[Any, ...] = ()
+    kwargs: dict[str, Any] = field(default_factory=dict)
+
+
+class BlockModel:
+    """A causal language model, block by block.
+
+    Attributes:
+        network: The transformers model; its blocks are on the meta device unless open, or all real if given in place.
+        family: What is known of its architecture.
+        checkpoint: The folder behind it; None for a model given in place.
+        dtype: Type of the forward pass.
+    """
+
+    def __init__(self, network: nn.Module, family: Family, checkpoint: Checkpoint | None, dtype: torch.dtype) -> None:
+        self.network, self.family, self.checkpoint, self.dtype = network, family, checkpoint, dtype
+
+    @classmethod
+    def from_folder(cls, folder: Path, *, dtype: torch.dtype = torch.float32, allow_generic: bool = False) -> BlockModel:
+        """Opens a Hugging Face folder without reading its blocks.
+
+        Raises:
+            Problem: If the folder is damaged, quantized, or of an unknown architecture without ``allow_generic``.
+        """
+        from transformers import AutoConfig, AutoModelForCausalLM
+
+        checkpoint = Checkpoint(folder)
+        known = None if allow_generic else find_family(checkpoint.config.get("model_type", "?"))
+        config = AutoConfig.from_pretrained(folder)
+        with torch.device("meta"):
+            network = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa")
+        network.eval()
+        model = cls(network, known or _family(network, allow_generic), checkpoint, dtype)
+        model._load_outside()
+        return model
+
+    @classmethod
+    def from_module(cls, network: nn.Module, *, allow_generic: bool = False) -> BlockModel:
+        """Wraps a loaded transformers model; edits happen in place."""
+        dtype = next(network.parameters()).dtype
+        return cls(network.eval(), _family(network, allow_generic), None, dtype)
+
+    @property
+    def config(self) -> Any:
+        """The transformers config."""
+        return self.network.config
+
+    @cached_property
+    def blocks(self) -> nn.ModuleList:
+        """The list of blocks."""
+        found = self.network.get_submodule(self.family.blocks)
+        assert isinstance(found, nn.ModuleList)
+        return found
+
+    def layer_names(self) -> dict[str, tuple[str, int]]:
+        """Full name of every linear layer of the table -> (role, block), in running order."""
+        return {
+            f"{self.family.blocks}.{index}.{projection.path}": (projection.role, index)
+            for index in range(len(self.blocks))
+            for stage in self.family.stages
+            for projection in stage
+            if _has(self.blocks[index], projection.path)
+        }
+
+    def stages(self, index: int) -> list[tuple[Projection, ...]]:
+        """The projections of block ``index``, those with the same input together."""
+        present = (tuple(item for item in stage if _has(self.blocks[index], item.path)) for stage in self.family.stages)
+        return [stage for stage in present if stage]
+
+    @contextmanager
+    def opened(self, index: int, *, edited: dict[str, Tensor] | None = None) -> Iterator[OpenBlock]:
+        """Opens block ``index``; ``edited`` tensors (by full name) take the place of the stored ones."""
+        block, prefix = self.blocks[index], f"{self.family.blocks}.{index}."
+        names = [prefix + name for name in block.state_dict()]
+        if self.checkpoint is None:
+            tensors = {prefix + name: tensor.detach().clone() for name, tensor in block.state_dict().items()}
+        else:
+            tensors = {name: (edited or {}).get(name, None) for name in names}  # type: ignore[misc]
+            tensors = {name: self._read(name) if tensor is None else tensor for name, tensor in tensors.items()}
+            _assign(block, {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}, self.dtype)
+        for name, tensor in tensors.items():
+            check_finite(name, tensor)
+        try:
+            yield OpenBlock(index, block, tensors, self._layers(index, block, tensors))
+        finally:
+            if self.checkpoint is not None:
+                block.to("meta")
+
+    def _layers(self, index: int, block: nn.Module, tensors: dict[str, Tensor]) -> dict[str, Layer]:
+        prefix = f"{self.family.blocks}.{index}."
+        return {
+            item.path: Layer(
+                prefix + item.path, item.role, index, block.get_submodule(item.path),
+                tensors[f"{prefix}{item.path}.weight"], item.transposed,
+            )
+            for stage in self.stages(index)
+            for item in stage
+        }  # fmt: skip
+
+    def stored_name(self, name: str) -> str:
+        """The checkpoint's own name of a parameter; some checkpoints leave the base model's prefix out."""
+        assert self.checkpoint is not None
+        short = name.removeprefix(f"{getattr(self.network, 'base_model_prefix', '')}.")
+        for candidate in (name, short):
+            if candidate in self.checkpoint.files:
+                return candidate
+        raise Problem(
+            f"The checkpoint has no tensor {name}.",
+            why="the folder is incomplete, or its tensors are named for another version of the architecture.",
+            fix="open it in transformers and save it again with `save_pretrained`.",
+            code=Exit.INCOMPATIBLE,
+        )
+
+    def _read(self, name: str) -> Tensor:
+        assert self.checkpoint is not None
+        return self.checkpoint.read(self.stored_name(name))
+
+    def _load_outside(self) -> None:
+        """Makes everything outside the blocks real: parameters from the checkpoint, buffers by the model's own rule."""
+        inside = self.family.blocks + "."
+        for name, module in self.network.named_modules():
+            if not name.startswith(inside):
+                own = {key: None for key, _ in module.named_parameters(recurse=False)}
+                persistent = [key for key in own if not self._tied(f"{name}.{key}")]
+                state = {key: self._read(f"{name}.{key}") for key in persistent}
+                _assign(module, state, self.dtype)
+        _restore_buffers(self.network)
+        self.network.tie_weights()  # type: ignore[operator]
+
+    def _tied(self, name: str) -> bool:
+        """Whether a parameter takes its values from another one, so that the checkpoint need not hold it."""
+        return name in (getattr(self.network, "_tied_weights_keys", None) or {}) and bool(
+            getattr(self.config, "tie_word_embeddings", False)
+        )
+
+    def capture(self, batches: Sequence[Tensor]) -> tuple[list[Tensor], list[list[Call]]]:
+        """Runs everything before the first block, and records what each block would be called with.
+
+        Args:
+            batches: Token ids, each [B, T].
+
+        Returns:
+            The hidden states before block 0 per batch, each [B, T, D]; and per batch the call of every block.
+        """
+        originals = list(self.blocks)
+        with self.opened(0) as first:
+            recorders = [_Recorder(block, first.module) for block in originals]
+            try:
+                for index, recorder in enumerate(recorders):
+                    self.blocks[index] = recorder
+                hidden, calls = [], []
+                for batch in batches:
+                    self.network.base_model(input_ids=batch, use_cache=False)  # type: ignore[operator, union-attr]
+                    hidden.append(recorders[0].hidden)
+                    calls.append([recorder.call for recorder in recorders])
+            finally:
+                for index, block in enumerate(originals):
+                    self.blocks[index] = block
+        return hidden, calls
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Final norm and head on the hidden states after the last block, [B, T, D] -> [B, T, V]."""
+        originals = list(self.blocks)
+        replay = _Replay(hidden)
+        try:
+            for index, block in enumerate(originals):
+                self.blocks[index] = _Recorder(block, None)
+            self.blocks[len(originals) - 1] = replay
+            tokens = torch.zeros(hidden.shape[:2], dtype=torch.long, device=hidden.device)
+            return self.network(input_ids=tokens, use_cache=False).logits  # type: ignore[no-any-return]
+        finally:
+            for index, block in enumerate(originals):
+                self.blocks[index] = block
+
+
+class _Recorder(nn.Module):
+    """Stands in for a block: notes its call and hands the hidden states on unchanged."""
+
+    def __init__(self, block: nn.Module, first: nn.Module | None) -> None:
+        super().__init__()
+        self.__dict__["stand_in_for"] = block
+        self.__dict__["first"] = first
+        self.hidden, self.call = torch.empty(0), Call()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.__dict__["stand_in_for"], name)
+
+    def forward(self, hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
+        self.hidden, self.call = hidden, Call(args, kwargs)
+        return hidden
+
+
+class _Replay(nn.Module):
+    def __init__(self, hidden: Tensor) -> None:
+        super().__init__()
+        self.hidden = hidden
+
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        return self.hidden
+
+
+def run_block(block: nn.Module, hidden: Tensor, call: Call) -> Tensor:
+    """Runs one block on recorded arguments, [B, T, D] -> [B, T, D]."""
+    output = block(hidden, *call.args, **call.kwargs)
+    return output[0] if isinstance(output, tuple) else output  # type: ignore[no-any-return]
+
+
+def _family(network: nn.Module, allow_generic: bool) -> Family:
+    model_type = str(getattr(getattr(network, "config", None), "model_type", "?"))
+    try:
+        return find_family(model_type)
+    except Problem:
+        if not allow_generic:
+            raise
+        return infer_family(network)
+
+
+def _has(block: nn.Module, path: str) -> bool:
+    try:
+        block.get_submodule(path)
+    except AttributeError:
+        return False
+    return True
+
+
+def _assign(module: nn.Module, state: dict[str, Tensor], dtype: torch.dtype) -> None:
+    """Gives a module on the meta device these tensors, cast for the forward pass, in memory of its own."""
+    cast = {name: tensor.to(dtype, copy=True) if tensor.is_floating_point() else tensor for name, tensor in state.items()}
+    module.load_state_dict(cast, strict=False, assign=True)
+
+
+def _restore_buffers(network: nn.Module) -> None:
+    """Recomputes buffers that no checkpoint holds (rotary frequencies) by the model's own initialisation."""
+    for module in network.modules():
+        if any(buffer.is_meta for buffer in module.buffers(recurse=False)):
+            for name, buffer in list(module.named_buffers(recurse=False)):
+                module.register_buffer(name, torch.zeros_like(buffer, device="cpu"), persistent=False)
+            network._init_weights(module)  # type: ignore[operator]

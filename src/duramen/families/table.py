@@ -1,0 +1,135 @@
+"""What Duramen knows of an architecture, as data: where the blocks are, each projection's role, and what is coupled.
+
+A *stage* is a set of projections that read the same tensor; stages are listed in the order in which a block runs them.
+A *coupled group* says which entries of which axes belong to one unit (a query head, a KV group, an FFN channel, a channel
+of the residual stream), so that a unit can be removed from all tensors at once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Projection:
+    """One linear weight of a block.
+
+    Attributes:
+        role: q k v o gate up down qkv gate_up, or the family's own.
+        path: Module path inside the block.
+        transposed: Whether the weight is stored [I, O] (GPT-2's Conv1D).
+    """
+
+    role: str
+    path: str
+    transposed: bool = False
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Widths of a model: D residual, F ffn, H query heads, G KV groups, P head."""
+
+    width: int
+    ffn: int
+    heads: int
+    groups: int
+    head: int
+
+
+Extent = Callable[[Sizes], int]
+
+
+@dataclass(frozen=True)
+class Member:
+    """The entries of one axis of one tensor that belong to each unit of a group: unit u has
+    ``offset + u·size ... offset + (u+1)·size``.
+
+    Attributes:
+        path: Parameter path inside the block, or from the model's root if ``outside``.
+        axis: Axis of the stored tensor.
+        size: Entries per unit.
+        offset: First entry of unit 0.
+        reads: Whether the tensor reads the unit (else it writes it).
+        outside: Whether the tensor lies outside the blocks.
+    """
+
+    path: str
+    axis: int
+    size: Extent
+    offset: Extent = lambda s: 0
+    reads: bool = False
+    outside: bool = False
+
+    def indices(self, sizes: Sizes, unit: int) -> Tensor:
+        """Entries of the axis that belong to ``unit``, [n]."""
+        size, offset = self.size(sizes), self.offset(sizes)
+        return torch.arange(offset + unit * size, offset + (unit + 1) * size)
+
+
+@dataclass(frozen=True)
+class Group:
+    """A coupled group.
+
+    Attributes:
+        kind: query_head, kv_group, ffn_channel or width.
+        count: Number of units.
+        config_key: Config attribute that holds this number.
+        members: Every tensor axis that carries the unit. Paths that a config leaves out (biases) may be absent.
+    """
+
+    kind: str
+    count: Extent
+    config_key: str
+    members: tuple[Member, ...]
+
+
+@dataclass(frozen=True)
+class Family:
+    """One architecture family.
+
+    Attributes:
+        name: Of the table.
+        model_types: ``config.model_type`` values that have this shape.
+        blocks: Path of the list of blocks.
+        stages: Projections in running order, those with the same input together.
+        groups: Coupled axes.
+        ffn_key: Config attribute of the FFN width; four times the width where it is absent or None.
+    """
+
+    name: str
+    model_types: tuple[str, ...]
+    blocks: str
+    stages: tuple[tuple[Projection, ...], ...]
+    groups: tuple[Group, ...] = ()
+    ffn_key: str = "intermediate_size"
+
+    def sizes(self, config: Any) -> Sizes:
+        """Reads the widths from a transformers config."""
+        width, heads = config.hidden_size, config.num_attention_heads
+        return Sizes(
+            width=width,
+            ffn=getattr(config, self.ffn_key, None) or 4 * width,
+            heads=heads,
+            groups=getattr(config, "num_key_value_heads", None) or heads,
+            head=getattr(config, "head_dim", None) or width // heads,
+        )
+
+
+def unit_one(sizes: Sizes) -> int:
+    """One entry per unit."""
+    return 1
+
+
+def one_head(sizes: Sizes) -> int:
+    """Entries of one head, P."""
+    return sizes.head
+
+
+def query_group(sizes: Sizes) -> int:
+    """Entries of the query heads that share one KV group, P·H/G."""
+    return sizes.head * sizes.heads // sizes.groups

@@ -1,0 +1,106 @@
+"""Left-to-right compensation: columns are decided block by block, and the columns still free make up for it.
+
+One routine gives every published variant (method sheet of arXiv 2410.15567, 2.7). With the columns before a frozen, a block
+b = [a, a+f) removes its set P by l = w_P (K_bb|PP)⁻¹ and w_{a:} −= l U_bbᵀ U_{b,a:}. Freeze width f = 1 is exactly
+SparseGPT's update (arXiv 2301.00774), f = I the exact joint solution. Losses of the blocks add up to ½‖δ‖²_H.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from duramen.prune.factor import Factor
+from duramen.prune.reconstruct import conjugate_gradients
+
+Choose = Callable[[Tensor, int, int], Tensor]
+"""(current weights [O, I], start, stop) -> bool [O, stop − start], True where a weight goes."""
+
+LAZY = 128
+"""Columns after which the pending updates reach the rest of the matrix."""
+DIRECT_UP_TO = 2e7
+"""Work (rows × f³) up to which a block is solved directly."""
+
+
+@dataclass(frozen=True)
+class Swept:
+    """Weights after one left-to-right pass [O, I], what it removed [O, I], and ½‖δ‖²_H per row [O]."""
+
+    weight: Tensor
+    pruned: Tensor
+    loss: Tensor
+
+
+def sweep(weight: Tensor, factor: Factor, choose: Choose, *, width: int, lazy: int = LAZY) -> Swept:
+    """Goes once over the columns, choosing and compensating ``width`` of them at a time.
+
+    Args:
+        weight: [O, I], in the dtype of the factor.
+        factor: Damped Gram of the inputs.
+        choose: Says which entries of the next columns go; it sees the weights as compensated so far, which are up to date
+            from ``start`` to the next multiple of ``lazy``.
+        width: Freeze width f.
+        lazy: A multiple of ``width``; later columns see the updates this many columns at a time.
+    """
+    work, inputs = weight.clone(), weight.shape[1]
+    pruned = torch.zeros(weight.shape, dtype=torch.bool, device=weight.device)
+    loss = torch.zeros(len(weight), dtype=weight.dtype, device=weight.device)
+    for first in range(0, inputs, lazy):
+        last = min(first + lazy, inputs)
+        pending = torch.zeros(len(weight), last - first, dtype=weight.dtype, device=weight.device)
+        for start in range(first, last, width):
+            stop = min(start + width, last)
+            removed = choose(work, start, stop)
+            block = work[:, start:stop].masked_fill(~removed, 0)
+            force = _force(block, removed, factor, start, stop)
+            loss += 0.5 * (force * block).sum(1)
+            update = force @ factor.upper[start:stop, start:stop].T
+            work[:, start:last] -= update @ factor.upper[start:stop, start:last]
+            work[:, start:stop].masked_fill_(removed, 0)
+            pruned[:, start:stop] = removed
+            pending[:, start - first : stop - first] = update
+        work[:, last:] -= pending @ factor.upper[first:last, last:]
+    return Swept(work, pruned, loss)
+
+
+def _force(block: Tensor, removed: Tensor, factor: Factor, start: int, stop: int) -> Tensor:
+    """l = w_P (K_bb|PP)⁻¹ scattered to the block, [O, f]; ``block`` is zero off P."""
+    matrix = factor.trailing(start, stop)
+    if stop - start == 1:
+        return block / matrix
+    if len(block) * (stop - start) ** 3 <= DIRECT_UP_TO:
+        pair = removed[:, :, None] & removed[:, None, :]
+        systems = matrix.expand(len(block), -1, -1).masked_fill(~pair, 0)
+        systems.diagonal(dim1=1, dim2=2).add_((~removed).to(matrix.dtype))
+        return torch.linalg.solve(systems, block[:, :, None])[:, :, 0]
+    return _force_iteratively(block, removed, matrix)
+
+
+def _force_iteratively(block: Tensor, removed: Tensor, matrix: Tensor) -> Tensor:
+    """The same by conjugate gradients; the starting loss is bounded by half of ρ, which is all that the stop needs."""
+    inverse = torch.linalg.inv(matrix.to(torch.float64)).to(matrix.dtype)
+    bound = 0.5 * (((block @ inverse) * removed) * block).sum(1)
+    found = conjugate_gradients(
+        block, matrix, inverse, removed.to(block.dtype), loss=bound, tolerance=1e-6, max_iterations=200
+    )
+    return found.change
+
+
+def compensate(weight: Tensor, pruned: Tensor, factor: Factor, width: int) -> tuple[Tensor, Tensor]:
+    """Compensates a given mask with freeze width f.
+
+    Args:
+        weight: [O, I], in the dtype of the factor.
+        pruned: bool [O, I].
+        factor: Damped Gram of the inputs.
+        width: 1 is SparseGPT's compensation, I the exact joint one.
+
+    Returns:
+        The weights [O, I] and ½‖δ‖²_H per row [O].
+    """
+    lazy = width * max(1, LAZY // width)
+    swept = sweep(weight, factor, lambda _, start, stop: pruned[:, start:stop], width=width, lazy=lazy)
+    return swept.weight, swept.loss

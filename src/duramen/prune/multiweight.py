@@ -1,0 +1,201 @@
+"""Multi-weight pruning: many weights leave at once, and the rest move to their joint optimum.
+
+"Pruning Foundation Models for High Accuracy without Retraining" (Zhao et al., Findings of EMNLP 2024, arXiv 2410.15567).
+Removing the set P from a row costs L*(P) = ½ w_P (K_PP)⁻¹ w_Pᵀ (Eq. 12) and moves it by δ = −w_P (K_PP)⁻¹ K_P,: (Eq. 11, 13),
+with K = (G + λ·Id)⁻¹. The paper names its variants (mask)(compensation), S for single and M for multiple:
+
+    SS  mask single, compensation sequential        SM  mask single, compensation block
+    MS  mask joint,  compensation sequential        MM  mask joint,  compensation block
+
+We differ in one decisive point: after any of these masks the kept weights are solved again *from the dense weights*, all
+columns jointly (``compensation="exact"``), which by construction is never worse than any block-wise compensation of the same
+mask. Block order, the scope of the quota and the damping are not settled by the paper; ours are our own reading.
+"""
+
+from __future__ import annotations
+
+from itertools import combinations
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from duramen.problem import Problem
+from duramen.prune import magnitude, wanda
+from duramen.prune.compensate import Swept, compensate, sweep
+from duramen.prune.factor import Factor, factorise
+from duramen.prune.model import Model, PruneSettings, Walk, prune_model
+from duramen.prune.pattern import Pattern, keep_existing_zeros, parse_pattern, select
+from duramen.prune.pruned import Pruned, finish
+from duramen.prune.reconstruct import check_shapes, compute_dtype, reconstruct
+from duramen.prune.sparsegpt import block_mask, sweep_mask
+from duramen.registry import method
+
+Mask = Literal["auto", "single", "joint", "sparsegpt", "wanda", "magnitude"]
+Compensation = Literal["exact", "block", "sequential", "none"]
+
+
+class Settings(PruneSettings):
+    """Settings of multi-weight pruning."""
+
+    mask: Mask = "auto"
+    """How weights are chosen: `single` (Eq. 14), `joint` (whole N:M groups, Eq. 12), or another method's mask. `auto`: `joint` for N:M, else `single`."""
+    compensation: Compensation = "exact"
+    """How the kept weights move: `exact` joint solve from the dense weights, `block` (M), `sequential` (S), or `none`."""
+    block: int | Literal["all"] = 128
+    """Columns that share one quota and are compensated together while the mask is chosen."""
+    damping: float | Literal["held-out"] = "held-out"
+    """λ as a share of the mean diagonal of the Gram; `held-out` chooses it on held-out sequences."""
+    dense_target: float = 0.0
+    """0 fits the dense layer on the inputs that the edited model sees; 1 fits the output of the dense model."""
+    tolerance: float = 1e-4
+    """Proven bound on the relative excess of the loss at which the exact solve stops."""
+    max_iterations: int = 200
+    """Conjugate gradient iterations before a row is solved directly."""
+
+
+def joint_update(weight_row: Tensor, pruned_row: Tensor, inverse: Tensor) -> Tensor:
+    """δ = −w_P (K_PP)⁻¹ K_P,: (Eq. 11), the readable reference. Row [I], mask bool [I], K [I, I] -> [I]."""
+    among = inverse[pruned_row][:, pruned_row]
+    return -torch.linalg.solve(among, weight_row[pruned_row]) @ inverse[pruned_row]
+
+
+def joint_loss(weight_row: Tensor, pruned_row: Tensor, inverse: Tensor) -> Tensor:
+    """L* = ½ w_P (K_PP)⁻¹ w_Pᵀ (Eq. 12), the readable reference. Row [I], mask bool [I], K [I, I] -> scalar."""
+    removed = weight_row[pruned_row]
+    return 0.5 * removed @ torch.linalg.solve(inverse[pruned_row][:, pruned_row], removed)
+
+
+def single_mask(weight: Tensor, factor: Factor, target: Pattern, block: int) -> Swept:
+    """Chooses by the loss of each weight alone, w²/K_jj (Eq. 14), block by block, compensating each block jointly.
+
+    Args:
+        weight: [O, I], in the dtype of the factor. Zeros go first.
+        factor: Damped Gram of the inputs.
+        target: What to remove.
+        block: Columns that share one quota; for N:M a multiple of the group.
+    """
+    zeros = weight == 0
+
+    def choose(work: Tensor, start: int, stop: int) -> Tensor:
+        scores = work[:, start:stop].square() / factor.trailing(start, stop).diagonal()
+        return block_mask(scores.masked_fill(zeros[:, start:stop], -1), target, start)
+
+    return sweep(weight, factor, choose, width=block, lazy=block)
+
+
+def joint_mask(weight: Tensor, factor: Factor, target: Pattern) -> Swept:
+    """Chooses each N:M group as a whole by its exact loss (Eq. 12), groups one after another, compensating each jointly."""
+
+    def choose(work: Tensor, start: int, stop: int) -> Tensor:
+        return group_mask(work[:, start:stop], factor.trailing(start, stop), target)
+
+    lazy = target.group * max(1, 128 // target.group)
+    return sweep(weight, factor, choose, width=target.group, lazy=lazy)
+
+
+def group_mask(weight: Tensor, inverse_block: Tensor, target: Pattern) -> Tensor:
+    """The removed set of one group with the least joint loss w_P (K_PP)⁻¹ w_Pᵀ, over all sets of the pattern's size.
+
+    Args:
+        weight: One group of columns, [O, M].
+        inverse_block: K of the group with the columns to its left frozen, [M, M].
+        target: N:M pattern. A last, incomplete group stays whole.
+
+    Returns:
+        bool [O, M].
+    """
+    outputs, size = weight.shape
+    pruned = torch.zeros(outputs, size, dtype=torch.bool, device=weight.device)
+    if size < target.group:
+        return pruned
+    sets = torch.tensor(list(combinations(range(size), target.group - target.kept)), device=weight.device)
+    among = inverse_block[sets[:, :, None], sets[:, None, :]]
+    removed = weight[:, sets]
+    loss = torch.einsum("osp,spq,osq->os", removed, torch.linalg.inv(among), removed)
+    return pruned.scatter_(1, sets[loss.argmin(1)], True)
+
+
+def choose_mask(weight: Tensor, gram: Tensor, factor: Factor, target: Pattern, mask: Mask, block: int) -> Swept:
+    """Runs one mask source; the sources without a compensation of their own return the dense weights, masked."""
+    if mask == "auto":
+        mask = "joint" if target.grouped else "single"
+    if mask == "single":
+        return single_mask(weight, factor, target, block)
+    if mask == "joint":
+        return joint_mask(weight, factor, target)
+    if mask == "sparsegpt":
+        return sweep_mask(weight, factor, target, block)
+    scores = wanda.score(weight, gram.diagonal()) if mask == "wanda" else magnitude.score(weight)
+    scope: Literal["row", "layer"] = "row" if mask == "wanda" else "layer"
+    pruned = select(keep_existing_zeros(scores, weight, target), target, scope=scope)
+    return Swept(weight.masked_fill(pruned, 0), pruned, torch.zeros(len(weight)))
+
+
+def prune(
+    weight: Tensor,
+    gram: Tensor,
+    *,
+    sparsity: float | None = None,
+    pattern: str | None = None,
+    mask: Mask = "auto",
+    compensation: Compensation = "exact",
+    block: int | Literal["all"] = 128,
+    damping: float = 0.01,
+    tolerance: float = 1e-4,
+    max_iterations: int = 200,
+) -> Pruned:
+    """Removes many weights at once and moves the rest to their joint optimum.
+
+    Args:
+        weight: [O, I].
+        gram: XXᵀ over tokens at any positive scale, [I, I].
+        sparsity: Share to remove, in [0, 1); or
+        pattern: ``"kept:group"``, such as ``"2:4"``.
+        mask: Which weights go; see ``Settings``.
+        compensation: How the others move; see ``Settings``.
+        block: Columns that share one quota, or ``"all"``.
+        damping: λ as a share of the mean diagonal of the Gram.
+        tolerance: Proven relative excess of the loss at which the exact solve stops.
+        max_iterations: Conjugate gradient iterations before a row is solved directly.
+
+    Raises:
+        Problem: On shapes or settings that do not fit.
+    """
+    check_shapes(weight, gram)
+    target = parse_pattern(sparsity, pattern)
+    width = _width(block, target, weight.shape[1], mask)
+    dtype = compute_dtype(weight)
+    factor = factorise(gram, damping, dtype=dtype)
+    dense = weight.to(dtype)
+    chosen = choose_mask(dense, gram, factor, target, mask, width)
+    if compensation == "exact":
+        found = reconstruct(
+            weight, gram, chosen.pruned, damping=damping, tolerance=tolerance, max_iterations=max_iterations, factor=factor
+        )
+        return finish(
+            weight, found.weight, chosen.pruned, gram,
+            damping=factor.damping, excess=found.excess, iterations=found.iterations,
+        )  # fmt: skip
+    widths = {"block": width, "sequential": 1}
+    edited = dense if compensation == "none" else compensate(dense, chosen.pruned, factor, widths[compensation])[0]
+    return finish(weight, edited, chosen.pruned, gram, damping=factor.damping)
+
+
+def _width(block: int | Literal["all"], target: Pattern, inputs: int, mask: Mask) -> int:
+    if mask == "joint" and not target.grouped:
+        raise Problem(
+            "`mask: joint` needs an N:M pattern.",
+            why="it compares all removed sets of a group, and an unstructured share has no groups.",
+            fix='`mask: single`, or a pattern such as "2:4".',
+        )
+    width = inputs if block == "all" else min(block, inputs)
+    if target.grouped and width < inputs:
+        width = max(target.group, width - width % target.group)
+    return width
+
+
+@method("multiweight", title="Multi-weight pruning", paper="arXiv 2410.15567", kind="prune", needs=("tokens",), settings=Settings)
+def apply(model: Model, tokens: Tensor, *, walk: Walk | None = None, **settings: object) -> list[dict[str, object]]:
+    """Prunes every linear weight of the model's blocks; see ``prune_model``."""
+    return prune_model(prune, model, tokens, Settings.model_validate(settings), walk=walk)

@@ -1,0 +1,32 @@
+"""What every pruning method returns."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from duramen.prune.reconstruct import output_error
+
+
+@dataclass(frozen=True)
+class Pruned:
+    """A pruned weight matrix.
+
+    Attributes:
+        weight: [O, I], in the dtype of the given weight, exactly zero where pruned.
+        pruned: bool [O, I], True where a weight was removed. A kept weight may be zero too.
+        error: tr(ΔW·gram·ΔWᵀ), at the scale of the given Gram, without damping.
+        report: Further figures of the method, such as iterations and the damping used.
+    """
+
+    weight: Tensor
+    pruned: Tensor
+    error: float
+    report: dict[str, float] = field(default_factory=dict)
+
+
+def finish(weight: Tensor, edited: Tensor, pruned: Tensor, gram: Tensor, **report: float) -> Pruned:
+    """Casts to the weight's dtype, applies the mask once more, and measures the error of what is left."""
+    result = edited.to(weight.dtype).masked_fill(pruned, 0)
+    return Pruned(result, pruned, output_error(weight, result, gram), report)

@@ -1,0 +1,274 @@
+"""Exact reconstruction: the kept weights that give the nearest output, for any mask.
+
+Row by row: min over δ of ½ δHδᵀ subject to (w + δ) = 0 on the removed set P ("multiple removal problem", arXiv 2410.15567,
+Eq. 11 and 13). Dual form: δ = −w_P (K_PP)⁻¹ K_P,: . Primal form, the same solution: ŵ_S = w_S + w_P H_PS (H_SS)⁻¹.
+
+All rows are solved together by conjugate gradients projected on the kept set and preconditioned by K = H⁻¹. Our derivation:
+the eigenvalues of K_SS H_SS are at least 1 and cluster there, and since K_SS ⪰ (H_SS)⁻¹ half of ρ = rᵀKr bounds the
+excess loss. The iteration stops on that proven bound (the *certificate*), not on a guess. Small layers, and rows that are
+not certified in time, go to a direct solve.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+
+import torch
+from torch import Tensor
+
+from duramen.problem import Problem
+from duramen.prune.factor import Factor, factorise
+
+DIRECT_UP_TO = 5e8
+"""Work (rows × side³) up to which a layer is solved directly, in float64."""
+CHUNK_ELEMENTS = 2**26
+"""Elements of the batched matrices of one direct chunk (512 MiB in float64)."""
+
+
+@dataclass(frozen=True)
+class Reconstructed:
+    """Weights on their mask, and how near they come.
+
+    Attributes:
+        weight: [O, I], in the dtype of the given weight; exact zeros where pruned.
+        error: tr(ΔW·gram·ΔWᵀ), without damping, at the scale of the given Gram.
+        excess: Proven bound on the relative excess of the damped loss over its optimum.
+        iterations: Conjugate gradient iterations; 0 for a direct solve.
+        damping: λ as a share of the mean diagonal.
+    """
+
+    weight: Tensor
+    error: float
+    excess: float
+    iterations: int
+    damping: float
+
+
+def reconstruct(
+    weight: Tensor,
+    gram: Tensor,
+    pruned: Tensor,
+    *,
+    damping: float = 0.01,
+    tolerance: float = 1e-4,
+    max_iterations: int = 200,
+    factor: Factor | None = None,
+) -> Reconstructed:
+    """Moves the kept weights of any mask to their joint optimum.
+
+    Args:
+        weight: Dense weights, [O, I] (outputs, inputs).
+        gram: XXᵀ over tokens at any positive scale, [I, I].
+        pruned: bool [O, I], True where a weight must be zero.
+        damping: λ as a share of the mean diagonal of the Gram; pulls towards the dense weights.
+        tolerance: Largest relative excess of the damped loss over its optimum.
+        max_iterations: Conjugate gradient iterations before a row is solved directly.
+        factor: The factorised Gram, where the caller has it already.
+
+    Raises:
+        Problem: If shapes do not fit.
+    """
+    check_shapes(weight, gram)
+    if pruned.shape != weight.shape or pruned.dtype != torch.bool:
+        raise Problem(
+            f"`pruned` must be bool {tuple(weight.shape)}, got {pruned.dtype} {tuple(pruned.shape)}.",
+            why="it marks, entry by entry, the weights that must be zero.",
+            fix="`pruned = new_weight == 0`.",
+        )
+    dtype = compute_dtype(weight)
+    factor = factor or factorise(gram, damping, dtype=dtype)
+    dense = weight.to(dtype)
+    kept = ~pruned
+    side = int(torch.minimum(pruned.sum(1), kept.sum(1)).max())
+    if len(dense) * side**3 <= DIRECT_UP_TO:
+        solution, excess, iterations = solve_direct(dense, factor.hessian, pruned), 0.0, 0
+    else:
+        solution, excess, iterations = _solve_iteratively(dense, factor, pruned, tolerance, max_iterations)
+    result = solution.to(weight.dtype).masked_fill(pruned, 0)
+    return Reconstructed(result, output_error(weight, result, gram), excess, iterations, factor.damping)
+
+
+def output_error(weight: Tensor, edited: Tensor, gram: Tensor) -> float:
+    """tr(ΔW·gram·ΔWᵀ), the squared change of the outputs summed over tokens; ΔW = edited − weight, [O, I]."""
+    dtype = compute_dtype(weight)
+    delta = edited.to(dtype) - weight.to(dtype)
+    return float(((delta @ gram.to(dtype)) * delta).sum(dtype=torch.float64))
+
+
+def compute_dtype(weight: Tensor) -> torch.dtype:
+    """float64 for float64 weights, float32 for all others."""
+    return torch.float64 if weight.dtype == torch.float64 else torch.float32
+
+
+def check_shapes(weight: Tensor, gram: Tensor) -> None:
+    """Stops unless weight is [O, I], finite, and the Gram [I, I]."""
+    if weight.ndim != 2 or tuple(gram.shape) != (weight.shape[1], weight.shape[1]):
+        raise Problem(
+            f"weight {tuple(weight.shape)} and gram {tuple(gram.shape)} do not fit: [O, I] and [I, I] are needed.",
+            why="weights are [outputs, inputs]; GPT-2's Conv1D stores them transposed.",
+            fix="pass `weight.T` for a transposed layer.",
+        )
+    if not torch.isfinite(weight).all():
+        raise Problem(
+            "The weight holds NaN or infinite values.",
+            why="the checkpoint is damaged or training diverged.",
+            fix="check the model with `duramen inspect`.",
+        )
+
+
+def solve_direct(dense: Tensor, hessian: Tensor, pruned: Tensor) -> Tensor:
+    """Solves every row by one Cholesky factorisation of its own, in float64 (the primal form).
+
+    Args:
+        dense: [O, I].
+        hessian: Damped Gram, [I, I].
+        pruned: bool [O, I]. Rows are sorted by kept count and padded with the identity.
+
+    Returns:
+        [O, I] in the dtype of ``dense``.
+    """
+    solution = dense.masked_fill(pruned, 0).to(torch.float64)
+    matrix = hessian.to(torch.float64)
+    counts = (~pruned).sum(1)
+    order = counts.argsort()
+    start = 0
+    while start < len(order):
+        widest = int(counts[order[start:]].max())
+        stop = start + max(1, CHUNK_ELEMENTS // max(widest, 1) ** 2)
+        rows = order[start:stop]
+        if int(counts[rows].max()):
+            solution[rows] = _solve_rows(dense[rows].to(torch.float64), matrix, ~pruned[rows], int(counts[rows].max()))
+        start = stop
+    return solution.to(dense.dtype)
+
+
+def _solve_rows(dense: Tensor, matrix: Tensor, kept: Tensor, side: int) -> Tensor:
+    """ŵ_S = w_S + w_P H_PS (H_SS)⁻¹ for a batch of rows, padded to ``side`` kept entries."""
+    index = kept.to(torch.uint8).argsort(dim=1, descending=True, stable=True)[:, :side]
+    valid = kept.gather(1, index)
+    pair = valid[:, :, None] & valid[:, None, :]
+    systems = matrix[index[:, :, None], index[:, None, :]].masked_fill(~pair, 0)
+    systems.diagonal(dim1=1, dim2=2).add_((~valid).to(systems.dtype))
+    target = (dense.masked_fill(kept, 0) @ matrix).gather(1, index).masked_fill(~valid, 0)
+    change = torch.cholesky_solve(target[:, :, None], torch.linalg.cholesky(systems))[:, :, 0]
+    out = dense.masked_fill(~kept, 0)
+    return out.scatter_add(1, index, change.masked_fill(~valid, 0))
+
+
+def _solve_iteratively(
+    dense: Tensor, factor: Factor, pruned: Tensor, tolerance: float, max_iterations: int
+) -> tuple[Tensor, float, int]:
+    support = (~pruned).to(dense.dtype)
+    rhs = (dense @ factor.hessian) * support
+    start = dense * support
+    residual = rhs - (start @ factor.hessian) * support
+    loss = 0.5 * (((start - dense) @ factor.hessian) * (start - dense)).sum(1)
+    found = conjugate_gradients(
+        residual, factor.hessian, factor.inverse, support, loss=loss, tolerance=tolerance, max_iterations=max_iterations
+    )
+    solution = start + found.change
+    late = (~found.certified).nonzero()[:, 0]
+    if len(late):
+        solution[late] = solve_direct(dense[late], factor.hessian, pruned[late])
+    return solution, found.excess, found.iterations
+
+
+@dataclass(frozen=True)
+class Iterated:
+    """What ``conjugate_gradients`` found: change [O, I], rows certified [O], worst relative excess, iterations."""
+
+    change: Tensor
+    certified: Tensor
+    excess: float
+    iterations: int
+
+
+def conjugate_gradients(
+    residual: Tensor,
+    matrix: Tensor,
+    inverse: Tensor,
+    support: Tensor,
+    *,
+    loss: Tensor,
+    tolerance: float,
+    max_iterations: int,
+) -> Iterated:
+    """Solves (X·matrix)∘support = residual for X on the support, all rows at once.
+
+    Preconditioned by ``inverse`` projected on the support. With F the loss and ρ = rᵀKr, ½ρ bounds F − F*, so a row is
+    certified when ½ρ ≤ tolerance·(F − ½ρ). Rows that are done are frozen by a zero step.
+
+    Args:
+        residual: [O, I], zero off the support.
+        matrix: Symmetric positive definite, [I, I].
+        inverse: Its inverse, [I, I].
+        support: 1 where X may differ from zero, else 0, [O, I].
+        loss: F at X = 0, per row, [O].
+        tolerance: Relative excess to certify.
+        max_iterations: Upper limit.
+    """
+    tiny = torch.finfo(residual.dtype).tiny
+    floor = torch.finfo(residual.dtype).eps ** 2 * loss
+    change = torch.zeros_like(residual)
+    excess = torch.zeros_like(loss)
+    certified = torch.zeros(len(residual), dtype=torch.bool, device=residual.device)
+    rows = torch.arange(len(residual), device=residual.device)
+    state = _State(torch.zeros_like(residual), residual.clone(), residual, support, loss.clone(), torch.zeros_like(loss))
+    for iterations in range(max_iterations + 1):
+        preconditioned = (state.residual @ inverse) * state.support
+        rho = (state.residual * preconditioned).sum(1)
+        left = (state.loss - 0.5 * rho).clamp_min(tiny)
+        done = 0.5 * rho <= torch.maximum(tolerance * left, floor[rows])
+        certified[rows], excess[rows] = done, 0.5 * rho / left
+        if bool(done.all()) or iterations == max_iterations:
+            break
+        renewal = torch.where(done, 0, rho / state.rho.clamp_min(tiny))[:, None] if iterations else 0
+        state.direction = preconditioned + renewal * state.direction if iterations else preconditioned
+        state.rho = rho
+        if int(done.sum()) > len(done) // 4:
+            change[rows] = state.change
+            rows, state = rows[~done], state.take(~done)
+            done = done[~done]
+        product = (state.direction @ matrix) * state.support
+        step = torch.where(done, 0, state.rho / (state.direction * product).sum(1).clamp_min(tiny))
+        state.change += step[:, None] * state.direction
+        state.residual -= step[:, None] * product
+        state.loss -= 0.5 * step * state.rho
+    change[rows] = state.change
+    worst = excess[certified]
+    return Iterated(change, certified, float(worst.max()) if len(worst) else 0.0, iterations)
+
+
+@dataclass
+class _State:
+    """The rows that are still iterated: change, residual, direction, support [R, I]; loss and last ρ [R]."""
+
+    change: Tensor
+    residual: Tensor
+    direction: Tensor
+    support: Tensor
+    loss: Tensor
+    rho: Tensor
+
+    def take(self, rows: Tensor) -> _State:
+        """The state of some rows only; finished rows cost nothing further."""
+        return _State(*(getattr(self, item.name)[rows] for item in fields(self)))
+
+
+def target_weight(weight: Tensor, gram: Tensor, cross: Tensor, *, alpha: float, damping: float) -> Tensor:
+    """The weights that the asymmetric problem reconstructs instead of the dense ones (method sheet, 2.10).
+
+    min ‖ŴX̂ − W(αX + (1−α)X̂)‖²/N + ‖(Ŵ−W)Λ^½‖² equals the symmetric problem on the edited inputs with
+    W̃ = (W(αC + (1−α)Ĝ) + WΛ)(Ĝ + Λ)⁻¹ in the place of W.
+
+    Args:
+        weight: Dense, [O, I].
+        gram: Ĝ of the edited inputs, [I, I].
+        cross: C = X X̂ᵀ, dense inputs by edited inputs, at the scale of ``gram``, [I, I].
+        alpha: 0 fits the dense layer on the edited inputs, 1 the output of the dense model.
+        damping: λ as a share of the mean diagonal of ``gram``.
+    """
+    factor = factorise(gram, damping, dtype=torch.float64)
+    dense = weight.to(torch.float64)
+    shift = alpha * (cross.to(torch.float64) - gram.to(torch.float64))
+    return (dense + dense @ shift @ factor.inverse).to(weight.dtype)

@@ -1,0 +1,224 @@
+"""Recipes: a flat, ordered YAML list of steps. Loaded, validated, resolved against defaults, and locked.
+
+Values are read as YAML 1.2 does: ``pattern: 2:4`` stays text (YAML 1.1 would read the number 124).
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from duramen.problem import Problem
+from duramen.registry import Settings, get_method, suggestion
+
+
+class Calibration(BaseModel):
+    """What the methods see."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+    text: tuple[str, ...] = ("squad", "coqa", "drop", "sciriff")
+    """Embedded texts or files (.txt, .jsonl or .parquet with a column `text`); their documents are shuffled together."""
+    sequences: int = Field(default=64, ge=1)
+    """Number of windows."""
+    length: int = Field(default=512, ge=2)
+    """Tokens per window."""
+
+
+class Recipe(BaseModel):
+    """A whole recipe, as resolved."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+    name: str = "recipe"
+    """Shown in reports."""
+    seed: int = 0
+    """Of everything that is drawn."""
+    dtype: str = Field(default="auto", pattern="^(auto|float32|bfloat16|float16)$")
+    """Type of forward passes; `auto` takes the fastest that this machine has."""
+    calibration: Calibration = Calibration()
+    """What the methods see."""
+    steps: tuple[dict[str, Any], ...] = Field(min_length=1)
+    """Methods with their settings, in order."""
+
+    def resolved(self) -> list[Step]:
+        """Every step with all its settings.
+
+        Raises:
+            Problem: On an unknown method or key, or a value out of range.
+        """
+        return [resolve_step(step, number) for number, step in enumerate(self.steps)]
+
+
+class Step(BaseModel):
+    """One method with all its settings."""
+
+    model_config = ConfigDict(frozen=True, arbitrary_types_allowed=True)
+
+    id: str
+    method: str
+    settings: Any
+
+    def lock(self) -> dict[str, Any]:
+        """As written to ``recipe.lock.yaml``, every default spelled out."""
+        return {"id": self.id, "method": self.method} | self.settings.model_dump(mode="json")
+
+
+class _Loader(yaml.SafeLoader):
+    """The safe loader without YAML 1.1's base-60 numbers."""
+
+
+_Loader.yaml_implicit_resolvers = {
+    key: [(tag, pattern) for tag, pattern in items if tag not in ("tag:yaml.org,2002:int", "tag:yaml.org,2002:float")]
+    for key, items in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_Loader.add_implicit_resolver("tag:yaml.org,2002:int", re.compile(r"^[-+]?[0-9]+$"), list("-+0123456789"))
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?([0-9]+\.[0-9]*|\.[0-9]+|[0-9]+)([eE][-+]?[0-9]+)?$"),
+    list("-+.0123456789"),
+)
+
+
+def load_recipe(source: str | Path | dict[str, Any], overrides: list[str] | None = None) -> Recipe:
+    """Reads a recipe from a file, a shipped name, or a dictionary.
+
+    Args:
+        source: Path, name of a shipped recipe (``quickstart``), or the recipe itself.
+        overrides: ``key=value`` for the recipe or ``step.key=value`` for a step, by its id or method.
+
+    Raises:
+        Problem: If it does not exist, does not parse, or has unknown keys or values out of range.
+    """
+    raw = source if isinstance(source, dict) else _read(find_recipe(str(source)))
+    for override in overrides or []:
+        raw = _override(raw, override)
+    try:
+        recipe = Recipe.model_validate(raw)
+    except ValidationError as error:
+        raise explain(error, "recipe", Recipe) from error
+    recipe.resolved()
+    return recipe
+
+
+def shipped_folder() -> Path:
+    """Where the shipped recipes lie: in the package, or in the source tree."""
+    inside = Path(__file__).parent / "recipes"
+    return inside if inside.is_dir() else Path(__file__).parents[2] / "recipes"
+
+
+def find_recipe(name: str, near: Path | None = None) -> Path:
+    """The file of a recipe, by path or shipped name."""
+    places = [Path(name), (near or Path()) / f"{name}.yaml", shipped_folder() / f"{name}.yaml"]
+    for place in places:
+        if place.is_file():
+            return place
+    shipped = sorted(path.stem for path in shipped_folder().glob("*.yaml"))
+    raise Problem(
+        f"There is no recipe {name}.",
+        why=f"it is no file, and the shipped recipes are: {', '.join(shipped)}.",
+        fix=suggestion(name, shipped) or "the path of a YAML file, or one of these names.",
+    )
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        raw = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)  # noqa: S506
+    except yaml.YAMLError as error:
+        raise Problem(
+            f"{path} is not valid YAML: {error}.", why="usually the indentation, or a colon inside a plain value.",
+            fix="quote the value, or compare with a shipped recipe.",
+        ) from error  # fmt: skip
+    if not isinstance(raw, dict):
+        raise Problem(
+            f"{path} is not a recipe.", why="a recipe is a mapping with a list of `steps`.", fix="compare with recipes/quickstart.yaml."
+        )
+    base = raw.pop("extends", None)
+    return _merge(_read(find_recipe(str(base), path.parent)), raw) if base else raw
+
+
+def _merge(base: dict[str, Any], child: dict[str, Any]) -> dict[str, Any]:
+    """The child's keys win; steps merge by id (the method's name if none is given), new ones are appended."""
+    merged = base | child
+    if "calibration" in base and "calibration" in child:
+        merged["calibration"] = base["calibration"] | child["calibration"]
+    if "steps" in base and "steps" in child:
+        steps = {_step_id(step): step for step in base["steps"]}
+        for step in child["steps"]:
+            steps[_step_id(step)] = steps.get(_step_id(step), {}) | step
+        merged["steps"] = list(steps.values())
+    return merged
+
+
+def _step_id(step: dict[str, Any]) -> str:
+    return str(step.get("id", step.get("method", "")))
+
+
+def _override(raw: dict[str, Any], override: str) -> dict[str, Any]:
+    key, separator, text = override.partition("=")
+    if not separator:
+        raise Problem(f"`--set {override}` has no value.", why="it reads KEY=VALUE.", fix="`--set multiweight.sparsity=0.6`")
+    value = yaml.load(text, Loader=_Loader)  # noqa: S506
+    place, dot, name = key.partition(".")
+    if not dot:
+        return raw | {key: value}
+    if place == "calibration":
+        return raw | {"calibration": raw.get("calibration", {}) | {name: value}}
+    ids = [_step_id(step) for step in raw.get("steps", [])]
+    if place not in ids:
+        raise Problem(
+            f"`--set {override}`: there is no step {place!r}.", why=f"the steps are: {', '.join(ids)}.",
+            fix=suggestion(place, ids) or "name a step by its id or method.",
+        )  # fmt: skip
+    return raw | {"steps": [step | {name: value} if _step_id(step) == place else step for step in raw["steps"]]}
+
+
+def resolve_step(step: dict[str, Any], number: int) -> Step:
+    """Validates one step against its method's settings.
+
+    Raises:
+        Problem: On an unknown method or key, or a value out of range.
+    """
+    if not isinstance(step, dict) or "method" not in step:
+        raise Problem(
+            f"Step {number} has no `method`.", why=f"it reads {step!r}.", fix="`- method: multiweight`, then its settings."
+        )
+    found = get_method(str(step["method"]))
+    values = {key: value for key, value in step.items() if key not in ("method", "id")}
+    return Step(id=_step_id(step), method=found.name, settings=parse_settings(found.settings, values, f"step {number} ({found.name})"))
+
+
+def parse_settings(model: type[Settings], values: dict[str, Any], where: str) -> Settings:
+    """Builds a settings object, turning validation errors into a ``Problem``."""
+    try:
+        return model.model_validate(values)
+    except ValidationError as error:
+        raise explain(error, where, model) from error
+
+
+def explain(error: ValidationError, where: str, model: type[BaseModel]) -> Problem:
+    """The first error of a validation, in three parts, with a suggestion for a misspelt key."""
+    first = error.errors()[0]
+    cause = (first.get("ctx") or {}).get("error")
+    if isinstance(cause, Problem):
+        return Problem(f"{where}: {cause.what}", why=cause.why, fix=cause.fix)
+    key = ".".join(str(part) for part in first["loc"])
+    if first["type"] == "extra_forbidden":
+        known = [*model.model_fields, *(["text", "sequences", "length"] if key.startswith("calibration") else [])]
+        return Problem(
+            f"{where} has no key `{key}`.",
+            why=f"its keys are: {', '.join(known)}.",
+            fix=suggestion(key.rsplit(".", 1)[-1], known) or "`duramen methods NAME` explains each of them.",
+        )
+    return Problem(
+        f"{where}: `{key}` is {first.get('input')!r}.", why=f"{first['msg']}.", fix="`duramen methods NAME` lists types and defaults."
+    )
+
+
+def dump_yaml(value: dict[str, Any]) -> str:
+    """YAML with keys in the given order."""
+    return str(yaml.safe_dump(value, sort_keys=False, allow_unicode=True, width=110))

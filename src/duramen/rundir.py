@@ -1,0 +1,222 @@
+"""The run directory: durable state per block, a fingerprint of everything that decides the result, and the manifest.
+
+Every file is written under a temporary name, flushed to disk and renamed, so that at any moment a file is either absent or
+whole. A block counts as finished once its record is there, which is written last and holds the hash of its tensors.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from duramen.problem import Exit, Problem
+
+STATE = ".duramen"
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Gives a temporary path beside ``path``; flushes it and renames it into place when the block ends well.
+
+    Raises:
+        Problem: If the disk is full or the folder cannot be written.
+    """
+    temporary = path.with_name(f".{path.name}.partial")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield temporary
+        with temporary.open("rb") as stream:
+            os.fsync(stream.fileno())
+        temporary.replace(path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise _cannot_write(path, error) from error
+    except BaseException as error:
+        temporary.unlink(missing_ok=True)
+        if "No space left" in str(error):
+            raise _cannot_write(path, OSError(errno.ENOSPC, str(error))) from error
+        raise
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes a text file durably and at once."""
+    with replacing(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Writes JSON durably and at once."""
+    write_text(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
+
+
+def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
+    """Writes a safetensors file durably and at once."""
+    with replacing(path) as temporary:
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary, {"format": "pt"} | (metadata or {}))
+
+
+def _cannot_write(path: Path, error: OSError) -> Problem:
+    full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+    return Problem(
+        f"{path} cannot be written: {error.strerror or error}.",
+        why="the disk is full." if full else "the folder is read-only, or belongs to someone else.",
+        fix="free some space and run the same line again; finished blocks are kept." if full else "choose another OUT folder.",
+        code=Exit.OUT_OF_BUDGET if full else Exit.USAGE,
+    )
+
+
+def hash_file(path: Path) -> str:
+    """sha256 of a file."""
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def hash_tokens(tokens: Tensor) -> str:
+    """sha256 of token ids and their shape."""
+    return hashlib.sha256(str(tuple(tokens.shape)).encode() + tokens.to(torch.int64).numpy().tobytes()).hexdigest()
+
+
+class RunDirectory:
+    """The folder OUT of one run, with its state under ``OUT/.duramen``."""
+
+    def __init__(self, out: Path) -> None:
+        self.out = Path(out)
+        self.state = self.out / STATE
+
+    def claim(self, fingerprint: dict[str, Any]) -> None:
+        """Takes the folder for a run with this fingerprint, or goes on with an earlier one.
+
+        Raises:
+            Problem: If the folder holds something else, or a run that differs; the differences are listed.
+        """
+        file = self.state / "fingerprint.json"
+        if not file.is_file():
+            if self.out.is_dir() and any(item.name != STATE for item in self.out.iterdir()):
+                raise Problem(
+                    f"{self.out} is not empty and holds no Duramen run.",
+                    why="a run writes a whole model folder and would mix it with what is there.",
+                    fix="another OUT folder, or remove this one.",
+                )
+            write_json(file, fingerprint)
+            return
+        old = json.loads(file.read_text(encoding="utf-8"))
+        differences = list(_differences(old, fingerprint))
+        if differences:
+            raise Problem(
+                f"{self.out} holds another run; it differs in:\n    " + "\n    ".join(differences),
+                why="continuing would mix two runs in one model.",
+                fix="another OUT folder, or the settings and files of the first run.",
+                code=Exit.INCOMPATIBLE,
+            )
+
+    def log(self, event: str, **fields: Any) -> None:
+        """Appends one event to ``log.jsonl``."""
+        import datetime
+
+        self.out.mkdir(parents=True, exist_ok=True)
+        now = datetime.datetime.now(datetime.UTC).isoformat(timespec="milliseconds")
+        with (self.out / "log.jsonl").open("a", encoding="utf-8") as stream:
+            stream.write(json.dumps({"time": now, "event": event} | fields) + "\n")
+
+    def memo(self, step: str) -> Callable[[str, Callable[[], Any]], Any]:
+        """A memo that keeps each finished part of a step as JSON."""
+
+        def remember(key: str, compute: Callable[[], Any]) -> Any:
+            file = self.state / step / f"{key}.json"
+            if not file.is_file():
+                write_json(file, compute())
+            return json.loads(file.read_text(encoding="utf-8"))
+
+        return remember
+
+    def write_manifest(self, **more: Any) -> dict[str, Any]:
+        """Hashes every file of the result; what holds times or measurements of this machine is only named.
+
+        Returns:
+            The manifest: ``files`` (name -> sha256), ``measured`` (names), and ``more``.
+        """
+        measured = ["log.jsonl", "results.json", "report.html", "README.md"]
+        files = {
+            file.name: hash_file(file)
+            for file in sorted(self.out.iterdir())
+            if file.is_file() and file.name not in (*measured, "manifest.json") and not file.name.startswith(".")
+        }
+        manifest = {"schema": "duramen-manifest/1", "files": files, "measured": measured} | more
+        write_json(self.out / "manifest.json", manifest)
+        return manifest
+
+
+def _differences(old: Any, new: Any, where: str = "") -> Iterator[str]:
+    if isinstance(old, dict) and isinstance(new, dict):
+        for key in sorted({*old, *new}):
+            yield from _differences(old.get(key), new.get(key), f"{where}.{key}" if where else str(key))
+    elif isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
+        for number, pair in enumerate(zip(old, new, strict=True)):
+            yield from _differences(*pair, f"{where}[{number}]")
+    elif old != new:
+        yield f"{where}: {_short(old)} -> {_short(new)}"
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) < 80 else text[:77] + "..."
+
+
+class BlockStore:
+    """Finished blocks of one step: tensors by stored name, bit-packed masks, records."""
+
+    def __init__(self, folder: Path, stored_name: Callable[[str], str]) -> None:
+        self.folder, self.stored_name = folder, stored_name
+
+    def _record(self, index: int) -> Path:
+        return self.folder / f"block-{index:04d}.json"
+
+    def shard(self, index: int) -> Path:
+        """Tensors of a block."""
+        return self.folder / f"block-{index:04d}.safetensors"
+
+    def masks(self, index: int) -> Path:
+        """Masks of a block."""
+        return self.folder / f"block-{index:04d}.masks.safetensors"
+
+    def save(self, index: int, tensors: dict[str, Tensor], records: list[dict[str, Any]]) -> None:
+        """Keeps a finished block; its record, written last, makes it count."""
+        names = {self.stored_name(name): name for name in tensors}
+        write_tensors(self.shard(index), {stored: tensors[name] for stored, name in names.items()})
+        masks = {record["layer"]: pack_mask(record["pruned"]) for record in records if "pruned" in record}
+        write_tensors(self.masks(index), masks)
+        plain = [{key: value for key, value in record.items() if key != "pruned"} for record in records]
+        digests = {"shard": hash_file(self.shard(index)), "masks": hash_file(self.masks(index))}
+        write_json(self._record(index), digests | {"names": names, "records": plain})
+
+    def load(self, index: int) -> tuple[dict[str, Tensor], list[dict[str, Any]]] | None:
+        """A finished block by the model's own names, or None if it is missing or damaged."""
+        if not self._record(index).is_file():
+            return None
+        kept = json.loads(self._record(index).read_text(encoding="utf-8"))
+        for file, digest in ((self.shard(index), kept["shard"]), (self.masks(index), kept["masks"])):
+            if not file.is_file() or hash_file(file) != digest:
+                return None
+        tensors = load_file(self.shard(index))
+        return {kept["names"][stored]: tensor.clone() for stored, tensor in tensors.items()}, kept["records"]
+
+
+def pack_mask(pruned: Tensor) -> Tensor:
+    """bool [O, I] -> uint8 [O, ⌈I/8⌉], little-endian bits, 1 where a weight was removed."""
+    return torch.from_numpy(np.packbits(pruned.cpu().numpy(), axis=1, bitorder="little"))
+
+
+def unpack_mask(packed: Tensor, inputs: int) -> Tensor:
+    """uint8 [O, ⌈I/8⌉] -> bool [O, I]."""
+    return torch.from_numpy(np.unpackbits(packed.numpy(), axis=1, count=inputs, bitorder="little").astype(bool))
