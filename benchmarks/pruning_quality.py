@@ -14,9 +14,9 @@ import time
 from pathlib import Path
 
 import numpy as np
-import rows
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+import rows
 from duramen.assets import open_model
 from duramen.calibrate.tokens import calibration_tokens, evaluation_tokens
 from duramen.evaluate.intervals import mean_interval
@@ -86,7 +86,6 @@ def main() -> None:
             for metric, (unit, figure) in figures.items():
                 table.append(_row(f"{case}, {label}", metric, unit, subject, figure.value, peers, *_measured(figure)[1:]))
             table.append(_row(f"{case}, {label}", "summed relative layer error", "1", subject, error, peers))
-            table.append(_row(f"{case}, {label}", "pruning time", "s", subject, seconds, peers))
             rows.write(options.name, table)
             print(label, subject, f"{seconds:.0f} s", {metric: round(figure.value, 4) for metric, (_, figure) in figures.items()},
                   f"error {error:.4f}", flush=True)  # fmt: skip

@@ -8,7 +8,22 @@ import importlib.metadata
 import platform
 from pathlib import Path
 
-COLUMNS = "case,metric,unit,subject,value,low,high,samples,peer,peer_value,ratio,versions,machine,date".split(",")
+COLUMNS = [
+    "case",
+    "metric",
+    "unit",
+    "subject",
+    "value",
+    "low",
+    "high",
+    "samples",
+    "peer",
+    "peer_value",
+    "ratio",
+    "versions",
+    "machine",
+    "date",
+]
 RESULTS = Path(__file__).parent / "results"
 
 
@@ -36,7 +51,7 @@ def row(case: str, metric: str, unit: str, subject: str, value: float, **more: o
     ratio = value / float(str(peer_value)) if peer_value else ""
     fixed = {"case": case, "metric": metric, "unit": unit, "subject": subject, "value": value, "ratio": ratio}
     place = {"versions": versions(), "machine": machine(), "date": datetime.date.today().isoformat()}
-    return {column: "" for column in COLUMNS} | place | fixed | more
+    return dict.fromkeys(COLUMNS, "") | place | fixed | more
 
 
 def write(name: str, rows: list[dict[str, object]]) -> Path:

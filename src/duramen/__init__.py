@@ -5,8 +5,8 @@ from typing import Any
 
 __version__ = "0.1.0"
 
-_VERBS = ("run", "plan", "inspect", "evaluate", "compare", "report")
-_PACKAGES = ("prune", "evaluate", "families", "calibrate")
+_VERBS = ("run", "plan", "inspect", "compare")
+_PACKAGES = ("prune", "evaluate", "report", "families", "calibrate")
 
 
 def __getattr__(name: str) -> Any:

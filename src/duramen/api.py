@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
+import shlex
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,10 +20,12 @@ from duramen.evaluate.evaluate import Settings as EvaluateSettings
 from duramen.evaluate.evaluate import Subject, check_texts, open_subject
 from duramen.evaluate.evaluate import apply as measure
 from duramen.export.card import write_card
-from duramen.export.hf import assemble, copy_other_files, publish, verify_logits
+from duramen.export.hf import assemble, check_masks, copy_other_files, publish, verify_logits
 from duramen.families.checkpoint import Checkpoint
+from duramen.families.inventory import inventory
 from duramen.families.model import BlockModel
-from duramen.hardware.machine import describe, forward_dtype, peak_memory
+from duramen.forecast import forecast
+from duramen.hardware.machine import describe, forward_dtype, gigaflops, peak_memory
 from duramen.recipe import Recipe, Step, dump_yaml, load_recipe, parse_settings
 from duramen.registry import get_method
 from duramen.report.page import write_report
@@ -84,7 +87,7 @@ def run(
     if manifest.is_file():
         context.tell("done", out=str(out), again=True)
         return dict(json.loads((context.directory.out / "results.json").read_text(encoding="utf-8")))
-    folder, results = context.source, _new_results(context, model)
+    folder, results = context.source, _new_results(context, model, _command(recipe, model, out, overrides))
     for number, step in enumerate(steps):
         place = f"step-{number:02d}-{step.id}"
         context.tell("step", method=step.method, number=number, of=len(steps))
@@ -136,9 +139,15 @@ def versions() -> dict[str, str]:
     return {name: importlib.metadata.version(name) for name in ("duramen", "torch", "transformers", "safetensors")}
 
 
-def _new_results(context: Context, model: str) -> dict[str, Any]:
+def _command(recipe: str | Path | dict[str, Any], model: str, out: str | Path, overrides: list[str] | None) -> str:
+    named = "recipe.yaml" if isinstance(recipe, dict) else str(recipe)
+    return shlex.join(["duramen", "run", named, model, str(out), *(f"--set={item}" for item in overrides or [])])
+
+
+def _new_results(context: Context, model: str, command: str) -> dict[str, Any]:
     return {
         "schema": "duramen-results/1",
+        "command": command,
         "recipe": context.recipe.name,
         "model": model,
         "machine": describe(),
@@ -181,7 +190,8 @@ def _transform(context: Context, folder: Path, step: Step, place: str, results: 
     context.tell("saved", folder=str(target), **check)
     results["steps"].append({
         "id": step.id, "method": step.method, "settings": step.lock(), "reopened": check,
-        "layers": [_plain(record) for record in records], "copied_unchanged": copied,
+        "layers": [_plain(record) for record in records], "skipped": [name for name in opened.layer_names() if name not in {record["layer"] for record in records}],
+        "copied_unchanged": copied,
     })  # fmt: skip
     return target
 
@@ -206,6 +216,30 @@ def _finish(context: Context, folder: Path, model: str, results: dict[str, Any])
     return results
 
 
+def plan(
+    recipe: str | Path | dict[str, Any], model: str, *, overrides: list[str] | None = None, allow_generic: bool = False
+) -> dict[str, Any]:
+    """What a run would touch, need and take; see ``duramen.forecast``.
+
+    Args:
+        recipe: Path, shipped name, or dictionary.
+        model: Folder, embedded name, GGUF file or hub id.
+        overrides: ``step.key=value``.
+        allow_generic: Whether to guess the layout of an unknown architecture.
+    """
+    loaded = load_recipe(recipe, overrides)
+    steps = loaded.resolved()
+    opened = BlockModel.from_folder(open_model(model), allow_generic=allow_generic)
+    head = {"recipe": loaded.name, "model": model, "family": opened.family.name, "blocks": len(opened.blocks)}
+    return head | {"machine": describe()} | forecast(opened, loaded, steps, gigaflops=gigaflops(torch.float32))
+
+
+def inspect(model: str, *, allow_generic: bool = False) -> dict[str, Any]:
+    """What a model holds, and whether its masks are kept; see ``duramen.families.inventory``."""
+    opened = BlockModel.from_folder(open_model(model), allow_generic=allow_generic)
+    return {"model": model} | inventory(opened) | {"masks": check_masks(opened)}
+
+
 def evaluate(model: str, *, allow_generic: bool = False, dtype: str = "auto", **settings: Any) -> dict[str, Any]:
     """Measures one model.
 
@@ -217,7 +251,8 @@ def evaluate(model: str, *, allow_generic: bool = False, dtype: str = "auto", **
     """
     chosen = parse_settings(EvaluateSettings, settings, "evaluate")
     subject = open_subject(open_model(model), dtype=forward_dtype(dtype), allow_generic=allow_generic)
-    return {"model": model, "machine": describe()} | measure({"before": subject}, **chosen.model_dump())
+    measured: dict[str, Any] = measure({"before": subject}, **chosen.model_dump())
+    return {"model": model, "machine": describe()} | measured
 
 
 def compare(first: str, second: str, *, allow_generic: bool = False, dtype: str = "auto", **settings: Any) -> dict[str, Any]:
@@ -225,7 +260,8 @@ def compare(first: str, second: str, *, allow_generic: bool = False, dtype: str 
     chosen = parse_settings(EvaluateSettings, settings, "compare")
     options: dict[str, Any] = {"dtype": forward_dtype(dtype), "allow_generic": allow_generic}
     subjects = {name: open_subject(open_model(model), **options) for name, model in (("before", first), ("after", second))}
-    return {"before": first, "after": second, "machine": describe()} | measure(subjects, **chosen.model_dump())
+    measured: dict[str, Any] = measure(subjects, **chosen.model_dump())
+    return {"before": first, "after": second, "machine": describe()} | measured
 
 
 def report(run_folder: str | Path) -> Path:

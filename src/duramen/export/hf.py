@@ -20,12 +20,22 @@ from torch import Tensor
 from duramen.families.checkpoint import INDEX, Checkpoint
 from duramen.families.model import BlockModel, run_block
 from duramen.problem import Exit, Problem
-from duramen.rundir import BlockStore, write_json, write_tensors
+from duramen.rundir import BlockStore, unpack_mask, write_json, write_tensors
 
 MASKS = "masks.safetensors"
 TOLERANCE = 1e-3
 """Largest difference of logits after reopening, relative to the largest logit."""
-_OWN = {INDEX, MASKS, "manifest.json", "results.json", "recipe.yaml", "recipe.lock.yaml", "log.jsonl", "report.html", "README.md"}
+_OWN = {
+    INDEX,
+    MASKS,
+    "manifest.json",
+    "results.json",
+    "recipe.yaml",
+    "recipe.lock.yaml",
+    "log.jsonl",
+    "report.html",
+    "README.md",
+}
 
 
 def assemble(source: Checkpoint, store: BlockStore, num_blocks: int, folder: Path) -> list[str]:
@@ -139,3 +149,18 @@ def _streamed_logits(folder: Path, model: BlockModel, tokens: Tensor) -> Tensor:
     return fresh.logits(hidden[:, -256:])
 
 
+def check_masks(model: BlockModel) -> dict[str, Any] | None:
+    """Counts removed weights by the mask file, and names the layers in which a removed weight is not zero; None without one."""
+    assert model.checkpoint is not None
+    file = model.checkpoint.folder / MASKS
+    if not file.is_file():
+        return None
+    removed, size, broken = 0, 0, []
+    for name, packed in load_file(file).items():
+        stored = model.checkpoint.read(model.stored_name(f"{name}.weight"))
+        weight = stored.T if model.transposed(name) else stored
+        pruned = unpack_mask(packed, weight.shape[1])
+        removed, size = removed + int(pruned.sum()), size + pruned.numel()
+        if bool((weight[pruned] != 0).any()):
+            broken.append(name)
+    return {"removed": removed, "size": size, "broken": broken}

@@ -47,7 +47,8 @@ class Checkpoint:
     def read(self, name: str) -> Tensor:
         """Reads one tensor into memory of its own, in its stored type."""
         with safe_open(self.folder / self.files[name], framework="pt") as shard:
-            return shard.get_tensor(name).clone()
+            tensor: Tensor = shard.get_tensor(name)
+            return tensor.clone()
 
     def describe(self) -> dict[str, tuple[str, tuple[int, ...]]]:
         """Stored type and shape of every tensor, from the headers alone."""
@@ -107,7 +108,6 @@ def read_header(file: Path) -> dict[str, dict[str, Any]]:
     if size < expected:
         raise _truncated(file, size, f"its header promises {expected:,}")
     return dict(header)
-
 
 
 def _truncated(file: Path, size: int, detail: str) -> Problem:

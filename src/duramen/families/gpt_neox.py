@@ -50,8 +50,9 @@ FAMILY = Family(
                 *(Member(f"{name}.{kind}", 0, unit_one) for name in (*_WRITERS, *_NORMS) for kind in _KINDS),
                 Member("gpt_neox.embed_in.weight", 1, unit_one, outside=True),
                 *(Member(f"gpt_neox.final_layer_norm.{kind}", 0, unit_one, outside=True) for kind in _KINDS),
-                Member("embed_out.weight", 1, unit_one, reads=True, outside=True),
+                Member("lm_head.weight", 1, unit_one, reads=True, outside=True),
             ),
         ),
     ),
+    stored_as=(("lm_head.weight", "embed_out.weight"),),
 )

@@ -43,7 +43,11 @@ FAMILY = Family(
             lambda s: s.ffn,
             "intermediate_size",
             (
-                *(Member(f"mlp.{name}.{kind}", 0, unit_one) for name in ("gate_proj", "up_proj") for kind in ("weight", "bias")),
+                *(
+                    Member(f"mlp.{name}.{kind}", 0, unit_one)
+                    for name in ("gate_proj", "up_proj")
+                    for kind in ("weight", "bias")
+                ),
                 Member("mlp.down_proj.weight", 1, unit_one, reads=True),
             ),
         ),

@@ -7,7 +7,7 @@ is that of the embeddings and one block, whatever the model's size.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -96,13 +96,14 @@ class BlockModel:
         Raises:
             Problem: If the folder is damaged, quantized, or of an unknown architecture without ``allow_generic``.
         """
+        from accelerate import init_empty_weights
         from transformers import AutoConfig, AutoModelForCausalLM
 
         checkpoint = Checkpoint(folder)
         known = None if allow_generic else find_family(checkpoint.config.get("model_type", "?"))
         config = AutoConfig.from_pretrained(folder)
-        with torch.device("meta"):
-            network = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa")
+        with init_empty_weights(include_buffers=False):
+            network = AutoModelForCausalLM.from_config(config, dtype=dtype)
         network.eval()
         model = cls(network, known or _family(network, allow_generic), checkpoint, dtype)
         model._load_outside()
@@ -136,6 +137,11 @@ class BlockModel:
             if _has(self.blocks[index], projection.path)
         }
 
+    def transposed(self, name: str) -> bool:
+        """Whether the weight of a layer, by its full name, is stored [I, O]."""
+        path = name.removeprefix(f"{self.family.blocks}.").partition(".")[2]
+        return any(item.path == path and item.transposed for stage in self.family.stages for item in stage)
+
     def stages(self, index: int) -> list[tuple[Projection, ...]]:
         """The projections of block ``index``, those with the same input together."""
         present = (tuple(item for item in stage if _has(self.blocks[index], item.path)) for stage in self.family.stages)
@@ -149,8 +155,7 @@ class BlockModel:
         if self.checkpoint is None:
             tensors = {prefix + name: tensor.detach().clone() for name, tensor in block.state_dict().items()}
         else:
-            tensors = {name: (edited or {}).get(name, None) for name in names}  # type: ignore[misc]
-            tensors = {name: self._read(name) if tensor is None else tensor for name, tensor in tensors.items()}
+            tensors = {name: edited[name] if edited and name in edited else self._read(name) for name in names}
             _assign(block, {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}, self.dtype)
         for name, tensor in tensors.items():
             check_finite(name, tensor)
@@ -158,7 +163,8 @@ class BlockModel:
             yield OpenBlock(index, block, tensors, self._layers(index, block, tensors))
         finally:
             if self.checkpoint is not None:
-                block.to("meta")
+                empty = {name: parameter.to("meta") for name, parameter in block.named_parameters()}
+                block.load_state_dict(empty, strict=False, assign=True)
 
     def _layers(self, index: int, block: nn.Module, tensors: dict[str, Tensor]) -> dict[str, Layer]:
         prefix = f"{self.family.blocks}.{index}."
@@ -175,7 +181,7 @@ class BlockModel:
         """The checkpoint's own name of a parameter; some checkpoints leave the base model's prefix out."""
         assert self.checkpoint is not None
         short = name.removeprefix(f"{getattr(self.network, 'base_model_prefix', '')}.")
-        for candidate in (name, short):
+        for candidate in (name, short, dict(self.family.stored_as).get(name, name)):
             if candidate in self.checkpoint.files:
                 return candidate
         raise Problem(
@@ -190,7 +196,7 @@ class BlockModel:
         return self.checkpoint.read(self.stored_name(name))
 
     def _load_outside(self) -> None:
-        """Makes everything outside the blocks real: parameters from the checkpoint, buffers by the model's own rule."""
+        """Reads the parameters outside the blocks."""
         inside = self.family.blocks + "."
         for name, module in self.network.named_modules():
             if not name.startswith(inside):
@@ -198,7 +204,6 @@ class BlockModel:
                 persistent = [key for key in own if not self._tied(f"{name}.{key}")]
                 state = {key: self._read(f"{name}.{key}") for key in persistent}
                 _assign(module, state, self.dtype)
-        _restore_buffers(self.network)
         self.network.tie_weights()  # type: ignore[operator]
 
     def _tied(self, name: str) -> bool:
@@ -216,61 +221,91 @@ class BlockModel:
         Returns:
             The hidden states before block 0 per batch, each [B, T, D]; and per batch the call of every block.
         """
-        originals = list(self.blocks)
-        with self.opened(0) as first:
-            recorders = [_Recorder(block, first.module) for block in originals]
-            try:
-                for index, recorder in enumerate(recorders):
-                    self.blocks[index] = recorder
-                hidden, calls = [], []
-                for batch in batches:
-                    self.network.base_model(input_ids=batch, use_cache=False)  # type: ignore[operator, union-attr]
-                    hidden.append(recorders[0].hidden)
-                    calls.append([recorder.call for recorder in recorders])
-            finally:
-                for index, block in enumerate(originals):
-                    self.blocks[index] = block
+        recorders = [_Recorder(block, self._returns_tuple) for block in self.blocks]
+        hidden, calls = [], []
+        with self._replaced(recorders):
+            for batch in batches:
+                self.network.base_model(input_ids=batch, use_cache=False)  # type: ignore[operator]
+                hidden.append(recorders[0].hidden)
+                calls.append([recorder.call for recorder in recorders])
         return hidden, calls
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Final norm and head on the hidden states after the last block, [B, T, D] -> [B, T, V]."""
-        originals = list(self.blocks)
-        replay = _Replay(hidden)
-        try:
-            for index, block in enumerate(originals):
-                self.blocks[index] = _Recorder(block, None)
-            self.blocks[len(originals) - 1] = replay
+        with self._replaced([_Replay(block, self._returns_tuple, hidden) for block in self.blocks]):
             tokens = torch.zeros(hidden.shape[:2], dtype=torch.long, device=hidden.device)
             return self.network(input_ids=tokens, use_cache=False).logits  # type: ignore[no-any-return]
+
+    @cached_property
+    def _returns_tuple(self) -> bool:
+        """Whether a block returns a tuple; seen by running the first one on a few tokens."""
+        seen: list[bool] = []
+
+        def stop(module: nn.Module, args: Any, output: Any) -> None:
+            seen.append(isinstance(output, tuple))
+            raise _Seen
+
+        with self.opened(0) as first, suppress(_Seen):
+            handle = first.module.register_forward_hook(stop)
+            try:
+                self.network.base_model(input_ids=torch.zeros(1, 4, dtype=torch.long), use_cache=False)  # type: ignore[operator]
+            finally:
+                handle.remove()
+        return seen == [True]
+
+    @contextmanager
+    def _replaced(self, stand_ins: Sequence[nn.Module]) -> Iterator[None]:
+        """Puts other modules in the place of the blocks for a while."""
+        originals = list(self.blocks)
+        try:
+            for index, module in enumerate(stand_ins):
+                self.blocks[index] = module
+            yield
         finally:
             for index, block in enumerate(originals):
                 self.blocks[index] = block
 
 
-class _Recorder(nn.Module):
-    """Stands in for a block: notes its call and hands the hidden states on unchanged."""
+class _Seen(Exception):
+    """Ends a forward pass once it has shown what was asked."""
 
-    def __init__(self, block: nn.Module, first: nn.Module | None) -> None:
+
+class _StandIn(nn.Module):
+    """Takes a block's place; whatever the model asks of it is asked of the block."""
+
+    def __init__(self, block: nn.Module, returns_tuple: bool) -> None:
         super().__init__()
         self.__dict__["stand_in_for"] = block
-        self.__dict__["first"] = first
-        self.hidden, self.call = torch.empty(0), Call()
+        self.returns_tuple = returns_tuple
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.__dict__["stand_in_for"], name)
 
-    def forward(self, hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
+    def hand_on(self, hidden: Tensor) -> Tensor | tuple[Tensor]:
+        """The hidden states in the form in which the block returns them."""
+        return (hidden,) if self.returns_tuple else hidden
+
+
+class _Recorder(_StandIn):
+    """Notes a block's call and hands the hidden states on unchanged."""
+
+    hidden: Tensor
+    call: Call
+
+    def forward(self, hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor | tuple[Tensor]:
         self.hidden, self.call = hidden, Call(args, kwargs)
-        return hidden
+        return self.hand_on(hidden)
 
 
-class _Replay(nn.Module):
-    def __init__(self, hidden: Tensor) -> None:
-        super().__init__()
+class _Replay(_StandIn):
+    """Hands on given hidden states, whatever comes in."""
+
+    def __init__(self, block: nn.Module, returns_tuple: bool, hidden: Tensor) -> None:
+        super().__init__(block, returns_tuple)
         self.hidden = hidden
 
-    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
-        return self.hidden
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor | tuple[Tensor]:
+        return self.hand_on(self.hidden)
 
 
 def run_block(block: nn.Module, hidden: Tensor, call: Call) -> Tensor:
@@ -301,12 +336,3 @@ def _assign(module: nn.Module, state: dict[str, Tensor], dtype: torch.dtype) -> 
     """Gives a module on the meta device these tensors, cast for the forward pass, in memory of its own."""
     cast = {name: tensor.to(dtype, copy=True) if tensor.is_floating_point() else tensor for name, tensor in state.items()}
     module.load_state_dict(cast, strict=False, assign=True)
-
-
-def _restore_buffers(network: nn.Module) -> None:
-    """Recomputes buffers that no checkpoint holds (rotary frequencies) by the model's own initialisation."""
-    for module in network.modules():
-        if any(buffer.is_meta for buffer in module.buffers(recurse=False)):
-            for name, buffer in list(module.named_buffers(recurse=False)):
-                module.register_buffer(name, torch.zeros_like(buffer, device="cpu"), persistent=False)
-            network._init_weights(module)  # type: ignore[operator]

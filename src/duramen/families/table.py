@@ -46,8 +46,9 @@ Extent = Callable[[Sizes], int]
 
 @dataclass(frozen=True)
 class Member:
-    """The entries of one axis of one tensor that belong to each unit of a group: unit u has
-    ``offset + u·size ... offset + (u+1)·size``.
+    """The entries of one axis of one tensor that belong to each unit of a group.
+
+    Unit u has the entries from ``offset + u·size`` up to ``offset + (u+1)·size``.
 
     Attributes:
         path: Parameter path inside the block, or from the model's root if ``outside``.
@@ -99,6 +100,7 @@ class Family:
         stages: Projections in running order, those with the same input together.
         groups: Coupled axes.
         ffn_key: Config attribute of the FFN width; four times the width where it is absent or None.
+        stored_as: (parameter, its name in checkpoints), where transformers renames on loading.
     """
 
     name: str
@@ -107,6 +109,7 @@ class Family:
     stages: tuple[tuple[Projection, ...], ...]
     groups: tuple[Group, ...] = ()
     ffn_key: str = "intermediate_size"
+    stored_as: tuple[tuple[str, str], ...] = ()
 
     def sizes(self, config: Any) -> Sizes:
         """Reads the widths from a transformers config."""

@@ -67,7 +67,7 @@ def sweep(weight: Tensor, factor: Factor, choose: Choose, *, width: int, lazy: i
 
 
 def _force(block: Tensor, removed: Tensor, factor: Factor, start: int, stop: int) -> Tensor:
-    """l = w_P (K_bb|PP)⁻¹ scattered to the block, [O, f]; ``block`` is zero off P."""
+    """L = w_P (K_bb|PP)⁻¹ scattered to the block, [O, f]; ``block`` is zero off P."""
     matrix = factor.trailing(start, stop)
     if stop - start == 1:
         return block / matrix
@@ -75,7 +75,8 @@ def _force(block: Tensor, removed: Tensor, factor: Factor, start: int, stop: int
         pair = removed[:, :, None] & removed[:, None, :]
         systems = matrix.expand(len(block), -1, -1).masked_fill(~pair, 0)
         systems.diagonal(dim1=1, dim2=2).add_((~removed).to(matrix.dtype))
-        return torch.linalg.solve(systems, block[:, :, None])[:, :, 0]
+        solved: Tensor = torch.linalg.solve(systems, block[:, :, None])
+        return solved[:, :, 0]
     return _force_iteratively(block, removed, matrix)
 
 
@@ -83,9 +84,7 @@ def _force_iteratively(block: Tensor, removed: Tensor, matrix: Tensor) -> Tensor
     """The same by conjugate gradients; the starting loss is bounded by half of ρ, which is all that the stop needs."""
     inverse = torch.linalg.inv(matrix.to(torch.float64)).to(matrix.dtype)
     bound = 0.5 * (((block @ inverse) * removed) * block).sum(1)
-    found = conjugate_gradients(
-        block, matrix, inverse, removed.to(block.dtype), loss=bound, tolerance=1e-6, max_iterations=200
-    )
+    found = conjugate_gradients(block, matrix, inverse, removed.to(block.dtype), loss=bound, tolerance=1e-6, max_iterations=200)
     return found.change
 
 

@@ -10,7 +10,8 @@ from typing import Literal
 
 from torch import Tensor
 
-from duramen.prune.model import Model, PruneSettings, Walk, prune_model
+from duramen.calibrate.walker import Records, Walk
+from duramen.prune.model import Model, PruneSettings, prune_model
 from duramen.prune.pattern import keep_existing_zeros, parse_pattern, select
 from duramen.prune.pruned import Pruned, finish
 from duramen.prune.reconstruct import check_shapes
@@ -56,6 +57,6 @@ def prune(
 
 
 @method("magnitude", title="Magnitude pruning", paper="arXiv 1506.02626", kind="prune", needs=("tokens",), settings=Settings)
-def apply(model: Model, tokens: Tensor, *, walk: Walk | None = None, **settings: object) -> list[dict[str, object]]:
+def apply(model: Model, tokens: Tensor, *, walk: Walk | None = None, **settings: object) -> Records:
     """Prunes every linear weight of the model's blocks; see ``prune_model``."""
     return prune_model(prune, model, tokens, Settings.model_validate(settings), walk=walk)

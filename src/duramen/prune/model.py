@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from pydantic import Field, model_validator
@@ -162,5 +162,3 @@ def choose_damping(
     errors = [output_error(rows, prune(rows, train, damping=p, **options).weight, held_out) / whole for p in grid]
     best = min(range(len(grid)), key=errors.__getitem__)
     return grid[best], errors[best]
-
-

@@ -20,11 +20,12 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from duramen.calibrate.walker import Records, Walk
 from duramen.problem import Problem
 from duramen.prune import magnitude, wanda
 from duramen.prune.compensate import Swept, compensate, sweep
 from duramen.prune.factor import Factor, factorise
-from duramen.prune.model import Model, PruneSettings, Walk, prune_model
+from duramen.prune.model import Model, PruneSettings, prune_model
 from duramen.prune.pattern import Pattern, keep_existing_zeros, parse_pattern, select
 from duramen.prune.pruned import Pruned, finish
 from duramen.prune.reconstruct import check_shapes, compute_dtype, reconstruct
@@ -57,13 +58,15 @@ class Settings(PruneSettings):
 def joint_update(weight_row: Tensor, pruned_row: Tensor, inverse: Tensor) -> Tensor:
     """δ = −w_P (K_PP)⁻¹ K_P,: (Eq. 11), the readable reference. Row [I], mask bool [I], K [I, I] -> [I]."""
     among = inverse[pruned_row][:, pruned_row]
-    return -torch.linalg.solve(among, weight_row[pruned_row]) @ inverse[pruned_row]
+    forces: Tensor = torch.linalg.solve(among, weight_row[pruned_row])
+    return -forces @ inverse[pruned_row]
 
 
 def joint_loss(weight_row: Tensor, pruned_row: Tensor, inverse: Tensor) -> Tensor:
     """L* = ½ w_P (K_PP)⁻¹ w_Pᵀ (Eq. 12), the readable reference. Row [I], mask bool [I], K [I, I] -> scalar."""
     removed = weight_row[pruned_row]
-    return 0.5 * removed @ torch.linalg.solve(inverse[pruned_row][:, pruned_row], removed)
+    forces: Tensor = torch.linalg.solve(inverse[pruned_row][:, pruned_row], removed)
+    return 0.5 * removed @ forces
 
 
 def single_mask(weight: Tensor, factor: Factor, target: Pattern, block: int) -> Swept:
@@ -195,7 +198,9 @@ def _width(block: int | Literal["all"], target: Pattern, inputs: int, mask: Mask
     return width
 
 
-@method("multiweight", title="Multi-weight pruning", paper="arXiv 2410.15567", kind="prune", needs=("tokens",), settings=Settings)
-def apply(model: Model, tokens: Tensor, *, walk: Walk | None = None, **settings: object) -> list[dict[str, object]]:
+@method(
+    "multiweight", title="Multi-weight pruning", paper="arXiv 2410.15567", kind="prune", needs=("tokens",), settings=Settings
+)
+def apply(model: Model, tokens: Tensor, *, walk: Walk | None = None, **settings: object) -> Records:
     """Prunes every linear weight of the model's blocks; see ``prune_model``."""
     return prune_model(prune, model, tokens, Settings.model_validate(settings), walk=walk)

@@ -79,7 +79,9 @@ def _share(sparsity: float) -> Pattern:
         raise Problem(
             f"`sparsity` must be at least 0 and below 1, got {sparsity}.",
             why="it is the share of weights to remove: 0 removes none, 0.5 half of them; 1 would leave nothing.",
-            fix=f"`sparsity: {sparsity / 100:g}` if you meant {sparsity:g} percent." if 1 < sparsity < 100 else "a value such as 0.5.",
+            fix=f"`sparsity: {sparsity / 100:g}` if you meant {sparsity:g} percent."
+            if 1 < sparsity < 100
+            else "a value such as 0.5.",
         )
     return Pattern(sparsity=float(sparsity))
 
@@ -89,7 +91,7 @@ def _groups(pattern: str) -> Pattern:
     kept, group = (int(match[1]), int(match[2])) if match else (0, 0)
     if not 0 < kept < group:
         raise Problem(
-            f"`pattern` must be \"kept:group\" with 0 < kept < group, got {pattern!r}.",
+            f'`pattern` must be "kept:group" with 0 < kept < group, got {pattern!r}.',
             why="the first number counts the weights that stay in every group of consecutive inputs.",
             fix=f'"{group}:{kept}" keeps {group} of {kept}.' if 0 < group < kept else '"2:4" keeps two of four.',
         )

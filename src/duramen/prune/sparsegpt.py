@@ -13,9 +13,10 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from duramen.calibrate.walker import Records, Walk
 from duramen.prune.compensate import Swept, sweep
 from duramen.prune.factor import Factor, factorise
-from duramen.prune.model import Model, PruneSettings, Walk, prune_model
+from duramen.prune.model import Model, PruneSettings, prune_model
 from duramen.prune.pattern import Pattern, lowest, parse_pattern, select
 from duramen.prune.pruned import Pruned, finish
 from duramen.prune.reconstruct import check_shapes, compute_dtype
@@ -94,6 +95,6 @@ def prune(
 
 
 @method("sparsegpt", title="SparseGPT", paper="arXiv 2301.00774", kind="prune", needs=("tokens",), settings=Settings)
-def apply(model: Model, tokens: Tensor, *, walk: Walk | None = None, **settings: object) -> list[dict[str, object]]:
+def apply(model: Model, tokens: Tensor, *, walk: Walk | None = None, **settings: object) -> Records:
     """Prunes every linear weight of the model's blocks; see ``prune_model``."""
     return prune_model(prune, model, tokens, Settings.model_validate(settings), walk=walk)

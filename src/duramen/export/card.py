@@ -1,0 +1,70 @@
+"""The model card of a result: README.md with the metadata that the hub reads, all of it taken from ``results.json``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from duramen.rundir import write_text
+
+
+def write_card(folder: Path, results: dict[str, Any]) -> Path:
+    """Writes ``README.md`` beside the weights.
+
+    Args:
+        folder: The run directory.
+        results: Content of ``results.json``.
+    """
+    file = folder / "README.md"
+    write_text(file, f"---\n{yaml.safe_dump(_metadata(results), sort_keys=False)}---\n{_body(results)}")
+    return file
+
+
+def _metadata(results: dict[str, Any]) -> dict[str, Any]:
+    return {
+        "library_name": "transformers",
+        "base_model": results["model"],
+        "tags": ["duramen", *(step["method"] for step in results["steps"])],
+    }
+
+
+def _body(results: dict[str, Any]) -> str:
+    parts = [f"# {results['model']}, {results['recipe']}", "Made with Duramen. Opens in plain transformers."]
+    parts += [_step(step) for step in results["steps"]]
+    if results["evaluations"]:
+        parts.append(_measurements(results["evaluations"][-1]))
+    parts += [
+        "## Limits",
+        "Removed weights are stored as zeros in ordinary tensors: the file is not smaller, and no speed-up is claimed. "
+        "`masks.safetensors` says which weights were removed. Quality was measured only on what the table names.",
+        "## How to repeat it",
+        f"```\n{results['command']}\n```",
+        "Licence and intended use are those of the base model.",
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def _step(step: dict[str, Any]) -> str:
+    removed = sum(layer["removed"] for layer in step["layers"])
+    size = sum(layer["size"] for layer in step["layers"])
+    settings = ", ".join(f"{key}: {value}" for key, value in step["settings"].items() if key not in ("id", "method"))
+    return (
+        f"## {step['method']}\n\n{removed:,} of {size:,} weights removed in {len(step['layers'])} layers. Settings: {settings}."
+    )
+
+
+def _measurements(evaluation: dict[str, Any]) -> str:
+    lines = ["## Measured", "| | before | after |", "|---|---|---|"]
+    for text, found in evaluation["perplexity"].items():
+        label = f"perplexity, {text}, {found['windows']} windows of {found['length']} tokens"
+        lines.append(f"| {label} | {_figure(found.get('before'))} | {_figure(found.get('after'))} |")
+    for task, found in evaluation["tasks"].items():
+        cells = [_figure(found[name]["acc"]) if name in found else "" for name in ("before", "after")]
+        lines.append(f"| {task}, accuracy, {found['documents']} documents | {cells[0]} | {cells[1]} |")
+    return lines[0] + "\n\n" + "\n".join(lines[1:])
+
+
+def _figure(measured: dict[str, float] | None) -> str:
+    return f"{measured['value']:.3g} ({measured['low']:.3g} to {measured['high']:.3g})" if measured else ""

@@ -1,0 +1,137 @@
+"""What a run will touch, need and take, before it starts; nothing is read but headers.
+
+Counts of removed weights are exact. Memory and time are predictions, and are called so: time is the arithmetic of the walk,
+the solves and the evaluation, divided by the matrix speed of this machine as measured now.
+"""
+
+from __future__ import annotations
+
+from math import prod
+from typing import Any
+
+from duramen.evaluate.evaluate import Settings as EvaluateSettings
+from duramen.families.model import BlockModel
+from duramen.families.select import filter_layers
+from duramen.prune.model import PruneSettings
+from duramen.prune.pattern import Scope, parse_pattern
+from duramen.recipe import Recipe, Step
+
+EFFICIENCY = 0.6
+"""Share of the speed of a large matrix product that whole runs reached on the machines we measured."""
+BASE_MEMORY = 700 * 2**20
+"""Bytes of the interpreter with its libraries."""
+
+
+def forecast(model: BlockModel, recipe: Recipe, steps: list[Step], *, gigaflops: float) -> dict[str, Any]:
+    """Predicts a run.
+
+    Args:
+        model: The model, opened from its folder.
+        recipe: What will run.
+        steps: Its steps, resolved.
+        gigaflops: Speed of a float32 matrix product on this machine.
+
+    Raises:
+        Problem: If a filter matches nothing.
+    """
+    shapes = _shapes(model)
+    tokens = recipe.calibration.sequences * recipe.calibration.length
+    width = model.family.sizes(model.config).width if model.family.groups else max(shape[1] for shape in shapes.values())
+    entries, edited = [], False
+    for step in steps:
+        if isinstance(step.settings, EvaluateSettings):
+            flops, memory, coverage = _evaluation_flops(step.settings, model, shapes, 2 if edited else 1), 0, {}
+        else:
+            names = filter_layers(model.layer_names(), step.settings.only, step.settings.skip)
+            flops = _walk_flops(model, shapes, names, tokens) + sum(_solve_flops(step.settings, shapes[name]) for name in names)
+            memory, coverage, edited = (
+                _memory(model, shapes, step.settings, tokens, width),
+                _coverage(model, shapes, names, step.settings),
+                True,
+            )
+        entries.append({
+            "id": step.id, "method": step.method, "seconds": flops / gigaflops / 1e9 / EFFICIENCY, "memory_bytes": memory, **coverage,
+        })  # fmt: skip
+    return {
+        "steps": entries,
+        "seconds": sum(entry["seconds"] for entry in entries),
+        "memory_bytes": max(entry["memory_bytes"] for entry in entries),
+        "calibration_tokens": tokens,
+        "macs_per_token": sum(map(prod, shapes.values())) + _head(model),
+        "loads_in": "transformers, vLLM and every tool that opens the source folder; the result is an ordinary dense checkpoint",
+    }
+
+
+def _shapes(model: BlockModel) -> dict[str, tuple[int, int]]:
+    """[O, I] of every layer."""
+    found: dict[str, tuple[int, int]] = {}
+    for name in model.layer_names():
+        rows, columns = model.network.get_submodule(name).weight.shape  # type: ignore[misc]
+        found[name] = (columns, rows) if model.transposed(name) else (rows, columns)
+    return found
+
+
+def _coverage(
+    model: BlockModel, shapes: dict[str, tuple[int, int]], names: list[str], settings: PruneSettings
+) -> dict[str, Any]:
+    roles: dict[str, dict[str, Any]] = {}
+    scope: Scope = getattr(settings, "scope", "layer")
+    for name in names:
+        role, block = model.layer_names()[name]
+        target = settings.at(block, len(model.blocks))
+        pattern = parse_pattern(target["sparsity"], target["pattern"])  # type: ignore[arg-type]
+        entry = roles.setdefault(role, {"role": role, "shape": list(shapes[name]), "layers": 0, "parameters": 0, "removed": 0})
+        entry["layers"] += 1
+        entry["parameters"] += prod(shapes[name])
+        entry["removed"] += pattern.total(*shapes[name], scope=scope)
+    return {"roles": list(roles.values()), "skipped": [name for name in shapes if name not in set(names)]}
+
+
+def _head(model: BlockModel) -> int:
+    head = model.network.get_output_embeddings()  # type: ignore[operator]
+    return 0 if head is None else int(head.weight.numel())
+
+
+def _walk_flops(model: BlockModel, shapes: dict[str, tuple[int, int]], names: list[str], tokens: int) -> float:
+    """Every stage runs the block up to itself and adds a Gram; then the block runs once more."""
+    flops = 0.0
+    for index in range(len(model.blocks)):
+        before = 0
+        for stage in model.stages(index):
+            layers = [f"{model.family.blocks}.{index}.{item.path}" for item in stage]
+            if set(layers) & set(names):
+                flops += 2 * tokens * (before + shapes[layers[0]][1] ** 2)
+            before += sum(prod(shapes[name]) for name in layers)
+        flops += 2 * tokens * before
+    return flops
+
+
+def _solve_flops(settings: PruneSettings, shape: tuple[int, int]) -> float:
+    outputs, inputs = shape
+    sweeps = {"magnitude": 0, "wanda": 0, "sparsegpt": 4}.get(type(settings).__module__.rsplit(".", 1)[-1], 60)
+    tries = len(settings.damping_grid) if getattr(settings, "damping", None) == "held-out" else 0
+    return (outputs + min(outputs, 128) * tries) * inputs**2 * sweeps + (1 + tries) * 4 * inputs**3 * (sweeps > 0)
+
+
+def _evaluation_flops(
+    settings: EvaluateSettings, model: BlockModel, shapes: dict[str, tuple[int, int]], subjects: int
+) -> float:
+    """Windows and task documents (about 150 tokens each with their choices)."""
+    parameters = sum(map(prod, shapes.values())) + _head(model)
+    tokens = len(settings.text) * (settings.windows or 150) * settings.length + len(settings.tasks) * settings.documents * 150
+    return 2.0 * parameters * tokens * subjects
+
+
+def _memory(model: BlockModel, shapes: dict[str, tuple[int, int]], settings: PruneSettings, tokens: int, width: int) -> int:
+    """Outside tensors, one block twice (stored and running), one boundary, the widest layer's Grams and its solve."""
+    block = max(
+        sum(prod(shapes[name]) for name, (_, where) in model.layer_names().items() if where == index)
+        for index in range(len(model.blocks))
+    )
+    outside = sum(
+        parameter.numel() for name, parameter in model.network.named_parameters() if not name.startswith(model.family.blocks)
+    )
+    grams = 1 + (getattr(settings, "damping", None) == "held-out") + 2 * (getattr(settings, "dense_target", 0) > 0)
+    solve = max(8 * inputs**2 * (grams + 4) + 4 * 8 * outputs * inputs for outputs, inputs in shapes.values())
+    boundary = 4 * tokens * width * (1 + (getattr(settings, "dense_target", 0) > 0))
+    return BASE_MEMORY + 4 * outside + 2 * 4 * block + 2 * boundary + solve

@@ -1,0 +1,84 @@
+"""Progress of a run: one display that is renewed in a terminal, one plain line per event elsewhere."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+from duramen.hardware.machine import current_memory, peak_memory
+
+Report = Callable[[str, dict[str, Any]], None]
+
+
+@contextmanager
+def display() -> Iterator[Report]:
+    """Gives the callback for ``api.run``."""
+    if not sys.stderr.isatty():
+        yield _plain_lines()
+        return
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TextColumn("{task.completed}/{task.total} blocks"),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=Console(stderr=True)) as progress:
+        yield _renewed(progress)
+
+
+def describe(event: str, fields: dict[str, Any]) -> str:
+    """One line for one event."""
+    if event == "step":
+        return f"step {fields['number'] + 1}/{fields['of']}: {fields['method']}"
+    if event == "layer":
+        return f"{fields['layer']}: {fields['removed']:,} of {fields['size']:,} removed, error {fields['relative_error']:.4f}"
+    if event == "evaluating":
+        return f"evaluating: {fields['part']}"
+    if event == "saved":
+        return f"saved and reopened with {fields['how']}: logits differ by at most {fields['largest_difference']:.2g}"
+    return f"{'already done' if fields['again'] else 'done'}: {fields['out']}"
+
+
+def _plain_lines() -> Report:
+    start = time.monotonic()
+    errors: dict[int, list[float]] = {}
+
+    def line(text: str) -> None:
+        print(f"[{time.monotonic() - start:6.0f} s, {current_memory() / 2**30:.1f} GiB] {text}", file=sys.stderr, flush=True)
+
+    def show(event: str, fields: dict[str, Any]) -> None:
+        if event != "layer":
+            line(describe(event, fields))
+            return
+        block = fields["block"]
+        if block not in errors and block - 1 in errors:
+            done = errors[block - 1]
+            line(f"block {block}/{fields['blocks']} done, mean error {sum(done) / len(done):.4f}")
+        errors.setdefault(block, []).append(fields["relative_error"])
+
+    return show
+
+
+def _renewed(progress: Progress) -> Report:
+    tasks: list[Any] = []
+
+    def show(event: str, fields: dict[str, Any]) -> None:
+        if event == "layer":
+            if not tasks:
+                tasks.append(progress.add_task("", total=fields["blocks"]))
+            memory = f"{current_memory() / 2**30:.1f} GiB, peak {peak_memory() / 2**30:.1f}"
+            text = f"{fields['layer']}  error {fields['relative_error']:.4f}  {memory}"
+            progress.update(tasks[0], completed=fields["block"], description=text)
+            return
+        for task in tasks:
+            progress.remove_task(task)
+        tasks.clear()
+        progress.console.print(describe(event, fields))
+
+    return show

@@ -1,0 +1,37 @@
+"""Inline SVG for the report; colours come from the page's own variables, so that light, dark and print agree."""
+
+from __future__ import annotations
+
+from html import escape
+
+WIDTH, ROW, LEFT, RIGHT = 360, 34, 56, 64
+
+
+def range_chart(found: dict[str, dict[str, float]]) -> str:
+    """Horizontal bars of the medians with whiskers from the least to the greatest value.
+
+    Args:
+        found: Label -> median, low, high; all at least 0.
+
+    Returns:
+        An ``<svg>`` element.
+    """
+    top = max(value["high"] for value in found.values()) or 1.0
+    scale = (WIDTH - LEFT - RIGHT) / top
+    parts = [f'<svg viewBox="0 0 {WIDTH} {ROW * len(found)}" role="img" aria-label="{escape(_words(found))}">']
+    for number, (label, value) in enumerate(found.items()):
+        middle = ROW * number + ROW / 2
+        end, low, high = (LEFT + value[key] * scale for key in ("median", "low", "high"))
+        parts += [
+            f'<text x="{LEFT - 8}" y="{middle + 4}" text-anchor="end">{escape(label)}</text>',
+            f'<rect x="{LEFT}" y="{middle - 9}" width="{end - LEFT:.1f}" height="18" class="bar {escape(label)}"/>',
+            f'<path d="M{low:.1f} {middle}H{high:.1f}M{low:.1f} {middle - 5}v10M{high:.1f} {middle - 5}v10" class="whisker"/>',
+            f'<text x="{max(end, high) + 8:.1f}" y="{middle + 4}">{value["median"]:.3g}</text>',
+        ]
+    return "".join([*parts, "</svg>"])
+
+
+def _words(found: dict[str, dict[str, float]]) -> str:
+    return "; ".join(
+        f"{label} {value['median']:.3g} ({value['low']:.3g} to {value['high']:.3g})" for label, value in found.items()
+    )

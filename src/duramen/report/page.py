@@ -1,0 +1,165 @@
+"""``report.html``: one self-contained page, legible on a phone, in print, in light and dark; no script.
+
+``results.json`` is all it reads. The verdict and the changes are worded here, the page itself is ``page.html.jinja``.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+from duramen.report.charts import range_chart
+from duramen.rundir import write_text
+
+Row = dict[str, str]
+
+
+def write_report(folder: Path, results: dict[str, Any]) -> Path:
+    """Writes ``report.html``.
+
+    Args:
+        folder: The run directory.
+        results: Content of ``results.json``.
+    """
+    from jinja2 import Environment, PackageLoader, StrictUndefined
+
+    environment = Environment(
+        loader=PackageLoader("duramen.report", "."),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    evaluation = results["evaluations"][-1] if results["evaluations"] else None
+    page = environment.get_template("page.html.jinja").render(
+        results=results,
+        verdict=verdict(results),
+        rows=measured_rows(evaluation) if evaluation else [],
+        steps=[_step(step) for step in results["steps"]],
+        latency=latency_charts(evaluation["latency"]) if evaluation else [],
+        generations=evaluation["generations"] if evaluation else {},
+    )
+    file = folder / "report.html"
+    write_text(file, page)
+    return file
+
+
+def verdict(results: dict[str, Any]) -> str:
+    """What happened, in one or two sentences, with the interval."""
+    layers = [layer for step in results["steps"] for layer in step["layers"]]
+    removed, size = sum(layer["removed"] for layer in layers), sum(layer["size"] for layer in layers)
+    parts = (
+        [f"{removed / size:.1%} of the {size / 1e6:,.1f} million weights in {len(layers)} layers are gone"] if layers else []
+    )
+    for evaluation in results["evaluations"][-1:]:
+        for text, found in evaluation["perplexity"].items():
+            parts.append(_perplexity_verdict(text, found))
+    return ("; ".join(parts) or "Nothing was changed or measured") + "."
+
+
+def _perplexity_verdict(text: str, found: dict[str, Any]) -> str:
+    if "ratio" not in found:
+        (name,) = {"before", "after"} & set(found)
+        return f"perplexity on {text} is {found[name]['value']:.2f}"
+    ratio = found["ratio"]
+    change = f"×{ratio['value']:.2f}, 95 % interval {ratio['low']:.2f} to {ratio['high']:.2f}"
+    return f"perplexity on {text} went from {found['before']['value']:.2f} to {found['after']['value']:.2f} ({change})"
+
+
+def measured_rows(evaluation: dict[str, Any]) -> list[Row]:
+    """The before/after table: what, before, after, change, and on how much."""
+    rows: list[Row] = []
+    for text, found in evaluation["perplexity"].items():
+        basis = f"{found['windows']} windows of {found['length']} tokens, stride {found['stride']}"
+        ratio = f"× {_interval(found['ratio'])}" if "ratio" in found else ""
+        rows.append(_row(f"Perplexity, {text}", found, ratio, basis))
+        for key, label in (("kl", "KL from dense, nats"), ("agreement", "Same top-1 token as dense")):
+            if key in found:
+                after = {"after": found[key]}
+                rows.append(_row(f"{label}, {text}", after, "", basis))
+    for task, found in evaluation["tasks"].items():
+        change = _difference(found["difference"]) if "difference" in found else ""
+        accuracies = {name: found[name]["acc"] for name in ("before", "after") if name in found}
+        rows.append(_row(f"Accuracy, {task}", accuracies, change, f"{found['documents']} documents"))
+    for key, label in (("bytes_on_disk", "Weights on disk"), ("bytes_in_memory", "Weights in memory")):
+        sizes = evaluation.get(key) or {}
+        cells = {name: f"{value / 2**20:,.0f} MiB" for name, value in sizes.items()}
+        rows.append(
+            {"what": label, "before": cells.get("before", ""), "after": cells.get("after", ""), "change": "", "basis": ""}
+        )
+    return rows
+
+
+def _row(what: str, found: dict[str, Any], change: str, basis: str) -> Row:
+    cells = {name: _interval(found[name]) if name in found else "" for name in ("before", "after")}
+    return {"what": what, **cells, "change": change, "basis": basis}
+
+
+def _interval(measured: dict[str, float]) -> str:
+    return f"{measured['value']:.3g} ({measured['low']:.3g} to {measured['high']:.3g})"
+
+
+def _difference(measured: dict[str, float]) -> str:
+    if measured["low"] <= 0 <= measured["high"]:
+        return "no measurable change"
+    return f"{measured['value']:+.3f} ({measured['low']:+.3f} to {measured['high']:+.3f})"
+
+
+def _step(step: dict[str, Any]) -> dict[str, Any]:
+    """What the page shows of one step: totals per role, and the error of every layer as a map of blocks by roles."""
+    layers = step["layers"]
+    roles = list(dict.fromkeys(layer["role"] for layer in layers))
+    errors: dict[int, dict[str, float]] = defaultdict(dict)
+    for layer in layers:
+        errors[layer["block"]][layer["role"]] = layer["relative_error"]
+    positive = [layer["relative_error"] for layer in layers if layer["relative_error"] > 0] or [1.0]
+    low, high = math.log(min(positive)), math.log(max(positive))
+
+    def shade(value: float | None) -> int:
+        """0 to 100, on a logarithmic scale."""
+        return round(100 * (math.log(value) - low) / max(high - low, 1e-9)) if value else 0
+
+    return {
+        "method": step["method"],
+        "settings": {key: value for key, value in step["settings"].items() if key not in ("id", "method")},
+        "reopened": step["reopened"],
+        "roles": [_role_totals(role, [layer for layer in layers if layer["role"] == role]) for role in roles],
+        "names": roles,
+        "map": [
+            (block, [(errors[block].get(role), shade(errors[block].get(role))) for role in roles]) for block in sorted(errors)
+        ],
+        "skipped": step["skipped"],
+        "copied": step["copied_unchanged"],
+    }
+
+
+def _role_totals(role: str, layers: list[dict[str, Any]]) -> dict[str, Any]:
+    removed, size = sum(layer["removed"] for layer in layers), sum(layer["size"] for layer in layers)
+    return {
+        "role": role, "layers": len(layers), "removed": removed, "share": removed / size,
+        "error": sum(layer["relative_error"] for layer in layers) / len(layers),
+    }  # fmt: skip
+
+
+def latency_charts(latency: dict[str, Any]) -> list[dict[str, str]]:
+    """One chart per measured figure, with the word for the change."""
+    charts = []
+    for key, label in (
+        ("prefill_seconds", "Prefill of 256 tokens, seconds"),
+        ("decode_tokens_per_second", "Decoding, tokens per second"),
+    ):
+        found: dict[str, Any] = {name: latency[name][key] for name in ("before", "after") if name in latency}
+        if found:
+            charts.append({"label": label, "svg": range_chart(found), "word": _overlap(found)})
+    return charts
+
+
+def _overlap(found: dict[str, dict[str, float]]) -> str:
+    if len(found) < 2:
+        return ""
+    before, after = found["before"], found["after"]
+    if after["low"] <= before["high"] and before["low"] <= after["high"]:
+        return "The ranges overlap: no measurable change."
+    return f"The medians differ by a factor of {after['median'] / before['median']:.2f}."

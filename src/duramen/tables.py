@@ -1,0 +1,186 @@
+"""What the read-only commands gather and print: rich tables for people; the gathered dictionaries are the ``--json`` output."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+import shutil
+from collections.abc import Iterable
+from typing import Any
+
+from rich.table import Table
+
+from duramen.registry import get_method, method_modules
+
+Printable = str | Table
+
+
+def _table(title: str, *columns: str, rows: Iterable[tuple[Any, ...]]) -> Table:
+    table = Table(*columns, title=title, title_justify="left")
+    for row in rows:
+        table.add_row(*(str(cell) for cell in row))
+    return table
+
+
+def plan_tables(found: dict[str, Any]) -> list[Printable]:
+    """Output of ``duramen plan``."""
+    parts: list[Printable] = [f"{found['recipe']} on {found['model']}: family {found['family']}, {found['blocks']} blocks"]
+    for step in found["steps"]:
+        if "roles" in step:
+            rows = [
+                (item["role"], item["layers"], "x".join(map(str, item["shape"])), f"{item['removed']:,}", f"{item['removed'] / item['parameters']:.2%}")
+                for item in step["roles"]
+            ]  # fmt: skip
+            parts.append(
+                _table(f"step {step['id']} ({step['method']})", "role", "layers", "shape", "removed", "share", rows=rows)
+            )
+            parts.append(
+                "left alone: "
+                + (", ".join(step["skipped"]) or "no layer of the blocks")
+                + "; embeddings, head and norms always"
+            )
+        parts.append(f"step {step['id']}: predicted {step['seconds'] / 60:.1f} min, {step['memory_bytes'] / 2**30:.1f} GiB")
+    parts.append(f"in all: predicted {found['seconds'] / 60:.1f} min, peak {found['memory_bytes'] / 2**30:.1f} GiB")
+    parts.append(
+        f"multiply-adds per token: {found['macs_per_token'] / 1e6:,.1f} million, before and after (zeros are stored and multiplied)"
+    )
+    parts.append(f"loads in: {found['loads_in']}")
+    return parts
+
+
+def inspect_tables(found: dict[str, Any]) -> list[Printable]:
+    """Output of ``duramen inspect``."""
+    formats = ", ".join(f"{kind} {count / 1e6:,.1f} M" for kind, count in found["formats"].items())
+    rows = [
+        (item["role"], item["layers"], "x".join(map(str, item["shape"])), f"{item['zeros']:,}", f"{item['share']:.2%}", item["pattern"] or "-")
+        for item in found["roles"]
+    ]  # fmt: skip
+    parts: list[Printable] = [
+        f"{found['model']}: {found['model_type']} (family {found['family']}), {found['blocks']} blocks, {found['parameters'] / 1e6:,.1f} M parameters",
+        f"stored as {formats}; {found['bytes'] / 2**20:,.0f} MiB on disk",
+        _table("layers", "role", "layers", "shape", "zeros", "share", "N:M", rows=rows),
+        f"outside the blocks: {', '.join(found['outside'])}",
+    ]  # fmt: skip
+    if found["masks"]:
+        masks = found["masks"]
+        kept = f"BROKEN in {', '.join(masks['broken'])}" if masks["broken"] else "every removed weight is zero"
+        parts.append(f"masks: {masks['removed']:,} of {masks['size']:,} removed; {kept}")
+    if found["damaged"]:
+        parts.append(f"DAMAGED, not finite: {', '.join(found['damaged'])}")
+    return parts
+
+
+def evaluation_tables(found: dict[str, Any]) -> list[Printable]:
+    """Output of ``duramen evaluate`` and ``duramen compare``."""
+    from duramen.report.page import measured_rows
+
+    rows = [(row["what"], row["before"], row["after"], row["change"], row["basis"]) for row in measured_rows(found)]
+    parts: list[Printable] = [_table("measured, with 95 % intervals", "what", "before", "after", "change", "on", rows=rows)]
+    for name, latency in found["latency"].items():
+        prefill, decode = latency["prefill_seconds"], latency["decode_tokens_per_second"]
+        parts.append(
+            f"{name}: prefill {prefill['median']:.3g} s ({prefill['low']:.3g} to {prefill['high']:.3g}), "
+            f"decode {decode['median']:.3g} tokens/s ({decode['low']:.3g} to {decode['high']:.3g})"
+        )
+    return parts
+
+
+def list_methods() -> list[dict[str, Any]]:
+    """Every method with its kind, paper and first line."""
+    found = [get_method(name) for name in sorted(method_modules())]
+    return [
+        {"name": item.name, "kind": item.kind, "title": item.title, "paper": item.paper, "summary": item.summary}
+        for item in found
+    ]
+
+
+def explain_method(name: str) -> dict[str, Any]:
+    """One method with its settings: name, type, default, meaning."""
+    entry = get_method(name)
+    settings = [
+        {
+            "name": key,
+            "type": str(field.annotation).replace("typing.", "")
+            if not isinstance(field.annotation, type)
+            else field.annotation.__name__,
+            "default": field.get_default(call_default_factory=True),
+            "meaning": field.description or "",
+        }
+        for key, field in entry.settings.model_fields.items()
+    ]
+    head = {"name": entry.name, "kind": entry.kind, "title": entry.title, "paper": entry.paper}
+    return head | {"summary": entry.summary, "needs": list(entry.needs), "settings": settings}
+
+
+def method_tables(found: Any) -> list[Printable]:
+    """Output of ``duramen methods``."""
+    if isinstance(found, list):
+        rows = [(item["name"], item["kind"], item["summary"], item["paper"]) for item in found]
+        return [_table("methods", "name", "kind", "what it does", "source", rows=rows)]
+    rows = [(item["name"], item["type"], item["default"], item["meaning"]) for item in found["settings"]]
+    return [
+        f"{found['name']}: {found['summary']} ({found['paper']})",
+        _table("settings", "key", "type", "default", "meaning", rows=rows),
+    ]
+
+
+def list_assets() -> list[dict[str, Any]]:
+    """Every embedded asset: whether it is here, its licence, its package."""
+    from duramen.assets import ASSETS
+
+    return [
+        {
+            "name": item.name, "kind": item.kind, "installed": item.locate() is not None, "licence": item.licence,
+            "package": item.requirement, "sha256": item.sha256,
+        }
+        for item in ASSETS.values()
+    ]  # fmt: skip
+
+
+def asset_tables(found: list[dict[str, Any]]) -> list[Printable]:
+    """Output of ``duramen assets``."""
+    rows = [
+        (item["name"], item["kind"], "yes" if item["installed"] else "no", item["licence"], item["package"]) for item in found
+    ]
+    return [_table("embedded assets", "name", "kind", "installed", "licence", "package", rows=rows)]
+
+
+def check_environment() -> dict[str, Any]:
+    """Versions, machine, disk and assets, with what is wrong."""
+    import torch
+
+    from duramen.assets import cache_folder
+    from duramen.hardware.machine import describe, gigaflops
+
+    names = ("duramen", "torch", "transformers", "safetensors", "accelerate", "gguf", "pyarrow")
+    versions = {name: _version(name) for name in names}
+    folder = cache_folder()
+    place = next(item for item in (folder, *folder.parents) if item.is_dir())
+    free = shutil.disk_usage(place).free
+    problems = [f"{name} is not installed" for name in names[:5] if versions[name] is None]
+    problems += ["less than 2 GiB of disk are free in the cache folder"] if free < 2 * 2**30 else []
+    return {
+        "python": platform.python_version(), "versions": versions, "machine": describe(),
+        "float32_gigaflops": round(gigaflops(torch.float32), 1), "cache": str(folder), "cache_free_bytes": free,
+        "assets": {item["name"]: item["installed"] for item in list_assets()}, "problems": problems, "ok": not problems,
+    }  # fmt: skip
+
+
+def doctor_tables(found: dict[str, Any]) -> list[Printable]:
+    """Output of ``duramen doctor``."""
+    missing = [name for name, here in found["assets"].items() if not here]
+    rows = [("python", found["python"]), *((name, version or "not installed") for name, version in found["versions"].items())]
+    rows += [(key, value) for key, value in found["machine"].items()]
+    rows += [
+        ("float32 speed", f"{found['float32_gigaflops']} GFLOP/s"),
+        ("cache", f"{found['cache']}, {found['cache_free_bytes'] / 2**30:.0f} GiB free"),
+    ]
+    rows += [("assets not installed", ", ".join(missing) or "none")]
+    return [_table("environment", "what", "found", rows=rows), *(found["problems"] or ["All is well."])]
+
+
+def _version(name: str) -> str | None:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None
