@@ -41,6 +41,7 @@ def run(
     from duramen import api
     from duramen.progress import display
 
+    _quiet()
     with display() as progress:
         api.run(recipe, model, out, overrides=overrides, allow_generic=allow_generic, progress=progress)
 
@@ -81,6 +82,7 @@ def evaluate(
     """Measures one model."""
     from duramen import api, tables
 
+    _quiet()
     settings = _evaluation(text, task, windows, length, documents, latency)
     _show(api.evaluate(model, allow_generic=allow_generic, **settings), tables.evaluation_tables, as_json)
 
@@ -101,6 +103,7 @@ def compare(
     """Measures two models on the same tokens, with paired intervals."""
     from duramen import api, tables
 
+    _quiet()
     settings = _evaluation(text, task, windows, length, documents, latency)
     _show(api.compare(first, second, allow_generic=allow_generic, **settings), tables.evaluation_tables, as_json)
 
@@ -151,6 +154,14 @@ def doctor(as_json: Json = False) -> None:
     _show(found, tables.doctor_tables, as_json)
     if not found["ok"]:
         raise typer.Exit(Exit.CHECK_FAILED)
+
+
+def _quiet() -> None:
+    """Turns transformers' own progress bars off; ours takes their place."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
 
 
 def _evaluation(

@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib.metadata
 import platform
 import shutil
+import types
+import typing
 from collections.abc import Iterable
 from typing import Any
 
@@ -100,9 +102,7 @@ def explain_method(name: str) -> dict[str, Any]:
     settings = [
         {
             "name": key,
-            "type": str(field.annotation).replace("typing.", "")
-            if not isinstance(field.annotation, type)
-            else field.annotation.__name__,
+            "type": type_words(field.annotation),
             "default": field.get_default(call_default_factory=True),
             "meaning": field.description or "",
         }
@@ -110,6 +110,18 @@ def explain_method(name: str) -> dict[str, Any]:
     ]
     head = {"name": entry.name, "kind": entry.kind, "title": entry.title, "paper": entry.paper}
     return head | {"summary": entry.summary, "needs": list(entry.needs), "settings": settings}
+
+
+def type_words(annotation: Any) -> str:
+    """A settings field's type in words: ``float | "held-out"``."""
+    parts = typing.get_args(annotation)
+    if typing.get_origin(annotation) is typing.Literal:
+        return " | ".join(f'"{part}"' for part in parts)
+    if typing.get_origin(annotation) in (types.UnionType, typing.Union):
+        return " | ".join(type_words(part) for part in parts)
+    if typing.get_origin(annotation) is tuple:
+        return f"list of {type_words(parts[0])}"
+    return "null" if annotation is type(None) else str(annotation.__name__)
 
 
 def method_tables(found: Any) -> list[Printable]:

@@ -113,10 +113,9 @@ def walk_blocks(
 def split_batches(tokens: Tensor, size: int, held_out_every: int) -> tuple[list[Tensor], list[bool]]:
     """Batches of sequences and, for each, whether it is held out; every n-th sequence is, and keeps to its own batches."""
     position = torch.arange(len(tokens))
-    aside = (
-        (position % held_out_every == held_out_every - 1) if held_out_every else torch.zeros_like(position, dtype=torch.bool)
-    )
-    train, kept = list(tokens[~aside].split(size)), list(tokens[aside].split(size)) if aside.any() else []
+    aside = position % held_out_every == held_out_every - 1 if held_out_every else position < 0
+    train = list(torch.split(tokens[~aside], size))
+    kept = list(torch.split(tokens[aside], size)) if aside.any() else []
     return train + kept, [False] * len(train) + [True] * len(kept)
 
 

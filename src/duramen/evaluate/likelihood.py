@@ -113,7 +113,7 @@ def _score_batch(model: BlockModel, state: Tensor, requests: list[Request]) -> l
     lengths = [len(item.ids) - item.start for item in requests]
     return [
         (float(log.sum(dtype=torch.float64)), bool(right.all()))
-        for log, right in zip(log_all.split(lengths), greedy_all.split(lengths), strict=True)
+        for log, right in zip(torch.split(log_all, lengths), torch.split(greedy_all, lengths), strict=True)
     ]
 
 

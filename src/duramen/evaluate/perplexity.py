@@ -23,7 +23,7 @@ ROWS = 512
 @torch.no_grad()
 def final_hidden(model: BlockModel, windows: Tensor) -> list[Tensor]:
     """Hidden states after the last block, one [1, T, D] per window of ``windows`` [S, T]."""
-    hidden, calls = model.capture(windows.split(1))
+    hidden, calls = model.capture(torch.split(windows, 1))
     for index in range(len(model.blocks)):
         with model.opened(index) as block:
             for number, state in enumerate(hidden):
