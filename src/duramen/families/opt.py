@@ -43,6 +43,7 @@ FAMILY = Family(
                     for name in ("self_attn_layer_norm", "final_layer_norm")
                     for kind in _KINDS
                 ),
+                Member("model.decoder.embed_tokens.weight", 1, unit_one, outside=True),
                 Member("model.decoder.embed_positions.weight", 1, unit_one, outside=True),
                 *(Member(f"model.decoder.final_layer_norm.{kind}", 0, unit_one, outside=True) for kind in _KINDS),
             ),

@@ -1,0 +1,43 @@
+"""Every test is offline and deterministic: no hub, no sockets beyond loopback, a fixed seed."""
+
+import os
+import socket
+
+os.environ |= {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
+
+import pytest
+import tiny
+import torch
+
+
+@pytest.fixture(autouse=True)
+def _offline(monkeypatch):
+    connect = socket.socket.connect
+
+    def loopback_only(self, address):
+        if isinstance(address, tuple) and address[0] not in ("127.0.0.1", "::1", "localhost"):
+            raise AssertionError(f"a test tried to reach {address}")
+        return connect(self, address)
+
+    monkeypatch.setattr(socket.socket, "connect", loopback_only)
+
+
+@pytest.fixture(autouse=True)
+def _seeded():
+    torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def llama(tmp_path_factory):
+    """Folder of a tiny Llama with a tokenizer; tests copy it before they damage it."""
+    return tiny.save("llama", tmp_path_factory.mktemp("llama"))
+
+
+@pytest.fixture(scope="session")
+def texts(tmp_path_factory):
+    """Two different text files: (calibration, evaluation)."""
+    folder = tmp_path_factory.mktemp("texts")
+    calibration, evaluation = folder / "calibration.txt", folder / "evaluation.txt"
+    calibration.write_text(tiny.prose(0, 3000))
+    evaluation.write_text(tiny.prose(1, 3000))
+    return calibration, evaluation

@@ -1,0 +1,167 @@
+"""The walker: its statistics are those of a plain forward pass, its boundary is that of the edited model."""
+
+import pytest
+import tiny
+import torch
+from torch import nn
+
+from duramen.calibrate.statistics import Statistics
+from duramen.calibrate.walker import Walk, split_batches, walk_blocks
+from duramen.families.model import BlockModel
+from duramen.problem import Problem
+from duramen.prune import wanda
+
+
+def plain_grams(network, names, tokens):
+    """Σ x xᵀ at each layer's input, by hooks on the whole model."""
+    grams = {}
+
+    def watch(name):
+        def hook(_, args):
+            x = args[0].flatten(0, -2).double()
+            grams[name] = grams.get(name, 0) + x.T @ x
+
+        return hook
+
+    handles = [network.get_submodule(name).register_forward_pre_hook(watch(name)) for name in names]
+    for batch in tokens.split(1):
+        network(batch)
+    for handle in handles:
+        handle.remove()
+    return grams
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "gpt_neox", "bloom", "phi3", "gemma3_text", "opt"])
+@torch.no_grad()
+def test_statistics_are_those_of_a_plain_forward_pass(name, tmp_path):
+    tokens, seen = tiny.ids(6, 20), {}
+
+    def edit(layer, statistics):
+        seen[layer.name] = statistics
+        return {}
+
+    model = BlockModel.from_folder(tiny.save(name, tmp_path))
+    walk_blocks(model, tokens, edit, list(model.layer_names()), walk=Walk(batch_size=4))
+    expected = plain_grams(tiny.model(name), model.layer_names(), tokens)
+    assert seen.keys() == expected.keys()
+    for layer, statistics in seen.items():
+        torch.testing.assert_close(statistics.total, expected[layer], rtol=1e-4, atol=1e-4)
+        assert statistics.tokens == 120
+
+
+@torch.no_grad()
+def test_layers_with_one_input_share_one_pass(llama):
+    seen = {}
+    model = BlockModel.from_folder(llama)
+    walk_blocks(
+        model, tiny.ids(), lambda layer, s: seen.setdefault(layer.name, s) and {}, list(model.layer_names()), walk=Walk()
+    )
+    first = "model.layers.0."
+    assert seen[first + "self_attn.q_proj"] is seen[first + "self_attn.v_proj"]
+    assert seen[first + "mlp.gate_proj"] is seen[first + "mlp.up_proj"]
+    assert seen[first + "mlp.up_proj"] is not seen[first + "mlp.down_proj"]
+
+
+@torch.no_grad()
+def test_the_boundary_is_that_of_the_partly_edited_model(llama):
+    """Statistics of block 2 equal those of a plain forward pass through the model with blocks 0 and 1 edited."""
+    network, tokens, seen = tiny.model("llama"), tiny.ids(4, 20), {}
+
+    def edit(layer, statistics):
+        seen[layer.name] = statistics
+        if layer.block < 2:
+            layer.write(0.5 * layer.read())
+        return {}
+
+    model = BlockModel.from_folder(llama)
+    walk = Walk()
+    walk_blocks(model, tokens, edit, list(model.layer_names()), walk=walk)
+    for layer in model.layer_names():
+        if ".2." not in layer:
+            network.get_submodule(layer).weight.mul_(0.5)
+    expected = plain_grams(network, model.layer_names(), tokens)
+    for layer in model.layer_names():
+        if ".2." in layer:
+            torch.testing.assert_close(seen[layer].total, expected[layer], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(model.logits(walk.final_hidden), network(tokens).logits, rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+def test_both_boundaries(llama):
+    """With a dense target the cross moments are those of the dense inputs by the edited inputs."""
+    tokens, seen = tiny.ids(4, 20), {}
+
+    def edit(layer, statistics):
+        seen[layer.name] = statistics
+        if layer.block == 0:
+            layer.write(0.5 * layer.read())
+        return {}
+
+    model = BlockModel.from_folder(llama)
+    walk_blocks(model, tokens, edit, list(model.layer_names()), walk=Walk(), dense_target=True)
+    dense, edited = tiny.model("llama"), tiny.model("llama")
+    for layer in model.layer_names():
+        if ".0." in layer:
+            edited.get_submodule(layer).weight.mul_(0.5)
+    name, inputs = "model.layers.1.mlp.down_proj", {}
+    for label, network in (("dense", dense), ("edited", edited)):
+        handle = network.get_submodule(name).register_forward_pre_hook(
+            lambda _, args, label=label: inputs.update({label: args[0]})
+        )
+        network(tokens)
+        handle.remove()
+    x, y = (inputs[label].flatten(0, -2).double() for label in ("dense", "edited"))
+    torch.testing.assert_close(seen[name].cross, x.T @ y, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(seen[name].dense, x.T @ x, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(seen[name].total, y.T @ y, rtol=1e-4, atol=1e-4)
+
+
+def test_held_out_sums_add_up():
+    sums = Statistics(5, held_out=True, cross=False, device=torch.device("cpu"))
+    batches = torch.randn(3, 7, 5)
+    for number, batch in enumerate(batches):
+        sums.update(batch, held_out=number == 2)
+    torch.testing.assert_close(sums.train, sum(b.double().T @ b.double() for b in batches[:2]), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(sums.train + sums.held_out, sums.total)
+    assert (sums.tokens, sums.held_out_tokens) == (21, 7)
+
+
+def test_held_out_sequences_keep_to_their_own_batches():
+    tokens = torch.arange(20)[:, None]
+    batches, held_out = split_batches(tokens, 4, 5)
+    aside = torch.cat([batch for batch, flag in zip(batches, held_out, strict=True) if flag])
+    assert aside[:, 0].tolist() == [4, 9, 14, 19]
+    assert sorted(torch.cat(batches)[:, 0].tolist()) == list(range(20))
+
+
+@torch.no_grad()
+def test_in_place_and_from_disk_agree(llama):
+    tokens, network = tiny.ids(4, 30), tiny.model("llama")
+    records = wanda.apply(network, tokens, sparsity=0.5)
+    again = wanda.apply(BlockModel.from_folder(llama), tokens, sparsity=0.5)
+    assert [record["relative_error"] for record in records] == [record["relative_error"] for record in again]
+    assert all(record["relative_error"] > 0 for record in records)
+    for record in records:
+        weight = network.get_submodule(record["layer"]).weight
+        assert int((weight == 0).sum()) == record["removed"] == weight.numel() // 2
+
+
+@torch.no_grad()
+def test_a_layer_that_is_never_called_is_named(llama):
+    model = BlockModel.from_module(tiny.model("llama"))
+    model.blocks[1].mlp.forward = lambda x: x
+    with pytest.raises(Problem, match=r"model\.layers\.1\.mlp\.gate_proj saw no tokens"):
+        wanda.apply(model, tiny.ids(), sparsity=0.5)
+
+
+@torch.no_grad()
+def test_activations_that_overflow_are_named():
+    network = tiny.model("llama")
+    nn.init.constant_(network.model.layers[1].mlp.down_proj.weight, 1e38)
+    with pytest.raises(Problem, match=r"model\.layers\.1"):
+        wanda.apply(network, tiny.ids(), sparsity=0.0, skip=("*.1.mlp.down_proj",))
+
+
+def test_a_gradient_of_sparsity_over_depth(llama):
+    records = wanda.apply(BlockModel.from_folder(llama), tiny.ids(), sparsity=(0.25, 0.75), only=("up",))
+    assert [record["removed"] / record["size"] for record in records] == [0.25, 0.5, 0.75]
