@@ -4,6 +4,7 @@ import os
 import socket
 
 os.environ |= {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
+os.environ["OMP_NUM_THREADS"] = "1"  # tiny models gain nothing from more; two workers share the machine instead
 
 import pytest
 import tiny

@@ -1,0 +1,122 @@
+"""Claim: against llm-compressor's SparseGPT and Wanda, Duramen is nearer to the dense model and at most as slow.
+
+    python -m venv PEER && PEER/bin/pip install torch==2.13.0 llmcompressor==0.14.0.1
+    python benchmarks/pruning_peer.py --peer-python PEER/bin/python --text wiki.test.raw
+
+Same float32 model, same token ids, same targets and damping, one after another in one run, each in a process of its own; the
+seconds are of pruning alone. Writes benchmarks/results/pruning_peer.csv. About 20 minutes on 2 cores; leave the machine idle.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import rows
+from duramen.assets import open_model
+from duramen.calibrate.tokens import calibration_tokens, evaluation_tokens
+from duramen.evaluate.intervals import Measured, mean_interval
+from duramen.evaluate.perplexity import divergence, final_hidden, perplexity
+from duramen.families.model import BlockModel
+from duramen.registry import get_method
+from wikitext import literature
+
+CORPORA = ("squad", "coqa", "drop", "sciriff")
+DAMPING = 0.01
+RUNS = (
+    ("llmcompressor", "wanda"), ("duramen", "wanda"),
+    ("llmcompressor", "sparsegpt"), ("duramen", "sparsegpt"), ("duramen", "multiweight"),
+)  # fmt: skip
+
+
+def prune_here(folder: str, tokens_file: str, method: str, target: str, out: str) -> None:
+    """Worker: prunes by Duramen, in float32 as the peer does, and writes the weights."""
+    network = AutoModelForCausalLM.from_pretrained(folder, dtype="float32")
+    settings = {"pattern": target} if ":" in target else {"sparsity": float(target)}
+    settings |= {} if method == "wanda" else {"damping": DAMPING}
+    start = time.perf_counter()
+    get_method(method).apply(network, load_file(tokens_file)["tokens"], **settings)
+    seconds = time.perf_counter() - start
+    weights = {name: p.detach().contiguous() for name, p in network.named_parameters() if "layers." in name and p.ndim == 2}
+    save_file(weights, out)
+    print(json.dumps({"seconds": seconds, "versions": {"torch": torch.__version__}}))
+
+
+def main() -> None:
+    """Runs the table."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--peer-python", required=True)
+    parser.add_argument("--text", default="boolq")
+    parser.add_argument("--sequences", type=int, default=32)
+    parser.add_argument("--length", type=int, default=512)
+    parser.add_argument("--windows", type=int, default=10)
+    parser.add_argument("--window", type=int, default=2048)
+    parser.add_argument("--targets", nargs="*", default=["0.5", "2:4"])
+    options = parser.parse_args()
+
+    folder, place = str(open_model("smollm2-135m")), Path(tempfile.mkdtemp())
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokens = calibration_tokens(tokenizer, CORPORA, sequences=options.sequences, length=options.length, seed=0)
+    save_file({"tokens": tokens}, place / "tokens.safetensors")
+    windows = evaluation_tokens(tokenizer, literature(options.text), length=options.window, windows=options.windows)
+    dense = BlockModel.from_folder(Path(folder))
+    hidden = final_hidden(dense, windows)
+    table = []
+    for target in options.targets:
+        case = f"SmolLM2-135M, {tokens.numel()} tokens, {Path(options.text).name} {options.windows}x{options.window}, {target}"
+        figures: dict[tuple[str, str], dict[str, Measured]] = {}
+        for tool, method in RUNS:
+            words = [folder, str(place / "tokens.safetensors"), method, target]
+            out = place / f"{tool}-{method}.safetensors"
+            line = (
+                [options.peer_python, str(Path(__file__).with_name("peer_llmcompressor.py")), *words, str(DAMPING), str(out)]
+                if tool == "llmcompressor"
+                else [sys.executable, __file__, "--worker", *words, str(out)]
+            )
+            done = subprocess.run(line, stdout=subprocess.PIPE, text=True, check=True)
+            found = json.loads(done.stdout.strip().splitlines()[-1])
+            figures[tool, method] = measure(folder, out, dense, hidden, windows) | {
+                "seconds of pruning": Measured(found["seconds"], found["seconds"], found["seconds"], 1)
+            }
+            peer = figures.get(("llmcompressor", "wanda" if method == "wanda" else "sparsegpt"), {})
+            for metric, value in figures[tool, method].items():
+                more = {"low": value.low, "high": value.high, "samples": value.samples}
+                if tool == "duramen":
+                    more |= {"peer": f"llmcompressor {'wanda' if method == 'wanda' else 'sparsegpt'}", "peer_value": peer[metric].value}
+                used = rows.versions(*(f"peer-{name}={version}" for name, version in found["versions"].items()))
+                table.append(rows.row(case, metric, UNITS[metric], f"{tool} {method}", value.value, versions=used, **more))
+            rows.write("pruning_peer", table)
+            print(target, tool, method, {name: round(value.value, 4) for name, value in figures[tool, method].items()}, flush=True)
+
+
+UNITS = {"perplexity": "1", "KL from dense": "nats", "share of zeros": "1", "seconds of pruning": "s"}
+
+
+def measure(folder: str, weights: Path, dense: BlockModel, hidden: list, windows: torch.Tensor) -> dict[str, Measured]:
+    """Perplexity, KL and the share of zeros of a model with these weights."""
+    network, tensors = AutoModelForCausalLM.from_pretrained(folder, dtype="float32"), load_file(weights)
+    network.load_state_dict(tensors, strict=False)
+    edited = BlockModel.from_module(network)
+    found = divergence(dense, hidden, edited, final_hidden(edited, windows), windows)
+    zeros = sum(int((tensor == 0).sum()) for tensor in tensors.values()) / sum(tensor.numel() for tensor in tensors.values())
+    return {
+        "perplexity": perplexity(found.loss),
+        "KL from dense": mean_interval(found.kl),
+        "share of zeros": Measured(zeros, zeros, zeros, 1),
+    }
+
+
+if __name__ == "__main__":
+    if "--worker" in sys.argv:
+        prune_here(*sys.argv[2:])
+    else:
+        main()
