@@ -20,8 +20,8 @@ lint: .venv/test
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(BIN)/python tools/budget.py
-	$(BIN)/python tools/tree.py --check
-	$(BIN)/codespell src docs recipes tools README.md CONTRIBUTING.md CHANGELOG.md
+	$(BIN)/python tools/generate.py --check
+	$(BIN)/codespell src docs recipes tools benchmarks README.md CONTRIBUTING.md CHANGELOG.md
 	$(BIN)/vulture
 
 docs: .venv/test

@@ -91,11 +91,16 @@ def main() -> None:
             for metric, value in figures[tool, method].items():
                 more = {"low": value.low, "high": value.high, "samples": value.samples}
                 if tool == "duramen":
-                    more |= {"peer": f"llmcompressor {'wanda' if method == 'wanda' else 'sparsegpt'}", "peer_value": peer[metric].value}
+                    more |= {
+                        "peer": f"llmcompressor {'wanda' if method == 'wanda' else 'sparsegpt'}",
+                        "peer_value": peer[metric].value,
+                    }
                 used = rows.versions(*(f"peer-{name}={version}" for name, version in found["versions"].items()))
                 table.append(rows.row(case, metric, UNITS[metric], f"{tool} {method}", value.value, versions=used, **more))
             rows.write("pruning_peer", table)
-            print(target, tool, method, {name: round(value.value, 4) for name, value in figures[tool, method].items()}, flush=True)
+            print(
+                target, tool, method, {name: round(value.value, 4) for name, value in figures[tool, method].items()}, flush=True
+            )
 
 
 UNITS = {"perplexity": "1", "KL from dense": "nats", "share of zeros": "1", "seconds of pruning": "s"}

@@ -17,13 +17,13 @@ import numpy as np
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import rows
-from wikitext import literature
 from duramen.assets import open_model
 from duramen.calibrate.tokens import calibration_tokens, evaluation_tokens
 from duramen.evaluate.intervals import mean_interval
 from duramen.evaluate.perplexity import divergence, final_hidden, perplexity
 from duramen.families.model import BlockModel
 from duramen.registry import get_method
+from wikitext import literature
 
 CORPORA = ("squad", "coqa", "drop", "sciriff")
 TARGETS = {

@@ -7,8 +7,9 @@ os.environ |= {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "HF_DATASETS_
 os.environ["OMP_NUM_THREADS"] = "1"  # tiny models gain nothing from more; two workers share the machine instead
 
 import pytest
-import tiny
 import torch
+
+import tiny
 
 
 @pytest.fixture(autouse=True)

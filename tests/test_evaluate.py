@@ -5,9 +5,9 @@ import json
 
 import numpy as np
 import pytest
-import tiny
 import torch
 
+import tiny
 from duramen.evaluate import likelihood
 from duramen.evaluate.intervals import mean_interval, paired_interval, wilson_interval
 from duramen.evaluate.perplexity import divergence, final_hidden, perplexity, token_losses

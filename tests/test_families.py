@@ -1,9 +1,9 @@
 """Every family: streamed equals plain, coupled groups are really coupled, names are found, layouts are right."""
 
 import pytest
-import tiny
 import torch
 
+import tiny
 from duramen.families import find_family, known_families
 from duramen.families.model import BlockModel, run_block
 from duramen.families.select import filter_layers

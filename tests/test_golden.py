@@ -4,12 +4,12 @@ import math
 
 import pytest
 import torch
-from oracles import dense
 
 from duramen.prune import magnitude, multiweight, sparsegpt, wanda
 from duramen.prune.compensate import compensate
 from duramen.prune.factor import factorise
 from duramen.prune.reconstruct import reconstruct
+from oracles import dense
 
 N, INPUTS, OUTPUTS = 40, 12, 4
 X = torch.tensor(
@@ -46,7 +46,7 @@ def test_the_fixture_is_the_sheets():
     assert (HESSIAN - GRAM)[0, 0].item() == pytest.approx(0.0420405442, abs=1e-10)
     assert HESSIAN[0, 0].item() == pytest.approx(0.8694393021, abs=1e-10)
     assert GRAM.trace().item() == pytest.approx(50.4486529853, abs=1e-9)
-    assert WHOLE == pytest.approx(117.9210097036, abs=1e-9)
+    assert pytest.approx(117.9210097036, abs=1e-9) == WHOLE
     assert WEIGHT[3, 11].item() == pytest.approx(-0.9698824689, abs=1e-10)
 
 

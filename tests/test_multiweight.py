@@ -1,10 +1,9 @@
 """The seed method: its mask choices against enumeration, and the orderings that its mathematics promises."""
 
 import pytest
-import tiny
 import torch
-from oracles import dense
 
+import tiny
 from duramen.problem import Problem
 from duramen.prune import multiweight, sparsegpt, wanda
 from duramen.prune.compensate import compensate
@@ -12,6 +11,7 @@ from duramen.prune.factor import factorise
 from duramen.prune.model import choose_damping
 from duramen.prune.pattern import parse_pattern
 from duramen.prune.reconstruct import output_error, reconstruct
+from oracles import dense
 
 
 def layer(outputs=16, inputs=64, seed=0):

@@ -1,16 +1,16 @@
 """Exact reconstruction against slow references, its optimality conditions, and its certificate."""
 
 import pytest
-import tiny
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from oracles import dense
 
+import tiny
 from duramen.problem import Problem
 from duramen.prune import reconstruct as module
 from duramen.prune.factor import factorise
 from duramen.prune.reconstruct import conjugate_gradients, reconstruct, target_weight
+from oracles import dense
 
 DAMPING = 0.01
 
@@ -133,7 +133,7 @@ def test_float32_is_near_float64(monkeypatch):
 
 
 def test_dead_inputs_are_kept_and_compensate_nothing():
-    weight, gram, pruned, x = problem()
+    weight, _, pruned, x = problem()
     x[3] = 0
     found = reconstruct(weight, x @ x.T, pruned)
     kept = ~pruned[:, 3]

@@ -44,9 +44,14 @@ def test_what_was_measured_once_is_kept(tmp_path):
 def test_a_failed_write_leaves_the_old_file(tmp_path):
     file = tmp_path / "x.txt"
     write_text(file, "old")
-    with pytest.raises(RuntimeError), replacing(file) as temporary:
-        temporary.write_text("half of the n")
-        raise RuntimeError
+
+    def half():
+        with replacing(file) as temporary:
+            temporary.write_text("half of the n")
+            raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        half()
     assert file.read_text() == "old"
     assert [item.name for item in tmp_path.iterdir()] == ["x.txt"]
 

@@ -8,14 +8,15 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
-import tiny
 import torch
 import yaml
 from safetensors.torch import load_file, save_file
 
 import duramen
+import tiny
 from duramen.cli import main
 from duramen.rundir import unpack_mask
 
@@ -196,7 +197,9 @@ def test_plan_counts_exactly_what_the_run_removes(finished, command, llama):
 def test_inspect_finds_a_broken_mask(finished, command, tmp_path):
     folder = tmp_path / "copy"
     shutil.copytree(finished[0], folder, ignore=shutil.ignore_patterns(".duramen"))
-    shard = next(file for file in folder.glob("model*") if "model.layers.1.mlp.up_proj.weight" in file.read_bytes().decode("latin"))
+    shard = next(
+        file for file in folder.glob("model*") if "model.layers.1.mlp.up_proj.weight" in file.read_bytes().decode("latin")
+    )
     tensors = load_file(shard)
     tensors["model.layers.1.mlp.up_proj.weight"] += 1.0
     save_file(tensors, shard, {"format": "pt"})
@@ -315,7 +318,7 @@ def test_a_disk_that_fills_up_loses_nothing(command, llama, texts, tmp_path, mon
     recipe, real = write_recipe(tmp_path / "r.yaml", texts, evaluate=False), os.fsync
 
     def full_at_block_two(descriptor):
-        if os.readlink(f"/proc/self/fd/{descriptor}").endswith(".block-0002.safetensors.partial"):
+        if Path(f"/proc/self/fd/{descriptor}").readlink().name == ".block-0002.safetensors.partial":
             raise OSError(28, "No space left on device")
         real(descriptor)
 

@@ -4,9 +4,9 @@ import json
 import random
 
 import pytest
-import tiny
 import torch
 
+import tiny
 from duramen.calibrate.tokens import calibration_tokens, evaluation_tokens, read_documents
 from duramen.problem import Problem
 

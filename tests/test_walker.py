@@ -1,10 +1,10 @@
 """The walker: its statistics are those of a plain forward pass, its boundary is that of the edited model."""
 
 import pytest
-import tiny
 import torch
 from torch import nn
 
+import tiny
 from duramen.calibrate.statistics import Statistics
 from duramen.calibrate.walker import Walk, split_batches, walk_blocks
 from duramen.families.model import BlockModel

@@ -3,8 +3,8 @@
 import random
 
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 from transformers import (
+    AutoModelForCausalLM,
     BloomConfig,
     Gemma2Config,
     Gemma3TextConfig,
@@ -15,6 +15,7 @@ from transformers import (
     MistralConfig,
     OPTConfig,
     Phi3Config,
+    PreTrainedTokenizerFast,
     Qwen2Config,
     Qwen3Config,
     SmolLM3Config,

@@ -143,7 +143,7 @@ def solve_direct(dense: Tensor, hessian: Tensor, pruned: Tensor) -> Tensor:
 
 
 def _solve_masked(matrix: Tensor, rhs: Tensor, mask: Tensor) -> Tensor:
-    """x (matrix_MM) = rhs_M for the masked entries M of every row, zero elsewhere; [R, I].
+    """X (matrix_MM) = rhs_M for the masked entries M of every row, zero elsewhere; [R, I].
 
     Rows are sorted by the size of M, so that a chunk of them pads to its own largest, with the identity.
     """

