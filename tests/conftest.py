@@ -8,8 +8,11 @@ os.environ["OMP_NUM_THREADS"] = "1"  # tiny models gain nothing from more; two w
 
 import pytest
 import torch
+from jaxtyping import install_import_hook
 
-import tiny
+install_import_hook("duramen.prune", "typecheck.checked")
+
+import tiny  # noqa: E402
 
 
 @pytest.fixture(autouse=True)

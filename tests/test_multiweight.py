@@ -4,6 +4,7 @@ import pytest
 import torch
 
 import tiny
+from duramen.calibrate.statistics import Statistics
 from duramen.problem import Problem
 from duramen.prune import multiweight, sparsegpt, wanda
 from duramen.prune.compensate import compensate
@@ -132,17 +133,17 @@ def test_chosen_damping_is_the_best_of_the_grid_on_held_out_tokens():
     x = tiny.correlated(32, 40)
     weight = torch.randn(16, 32, dtype=torch.float64)
 
-    class Sums:
-        train, held_out = x[:, :28] @ x[:, :28].T, x[:, 28:] @ x[:, 28:].T
-
+    sums = Statistics(32, held_out=True, cross=False, device=torch.device("cpu"))
+    sums.update(x[:, :28].T)
+    sums.update(x[:, 28:].T, held_out=True)
     grid = (1e-4, 0.01, 0.1, 1.0)
-    chosen, error = choose_damping(multiweight.prune, weight, Sums, grid, {"sparsity": 0.5})
+    chosen, error = choose_damping(multiweight.prune, weight, sums, grid, {"sparsity": 0.5})
     errors = {
-        p: output_error(weight, multiweight.prune(weight, Sums.train, sparsity=0.5, damping=p).weight, Sums.held_out)
+        p: output_error(weight, multiweight.prune(weight, sums.train, sparsity=0.5, damping=p).weight, sums.held_out)
         for p in grid
     }
     assert chosen == min(errors, key=errors.get)
-    assert error == pytest.approx(errors[chosen] / output_error(weight, torch.zeros_like(weight), Sums.held_out))
+    assert error == pytest.approx(errors[chosen] / output_error(weight, torch.zeros_like(weight), sums.held_out))
 
 
 def test_mean_error_order_over_layers():

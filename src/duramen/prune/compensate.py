@@ -11,6 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from duramen.prune.factor import Factor
@@ -29,12 +30,12 @@ DIRECT_UP_TO = 2e7
 class Swept:
     """Weights after one left-to-right pass [O, I], what it removed [O, I], and ½‖δ‖²_H per row [O]."""
 
-    weight: Tensor
-    pruned: Tensor
-    loss: Tensor
+    weight: Float[Tensor, "O I"]
+    pruned: Bool[Tensor, "O I"]
+    loss: Float[Tensor, "O"]
 
 
-def sweep(weight: Tensor, factor: Factor, choose: Choose, *, width: int, lazy: int = LAZY) -> Swept:
+def sweep(weight: Float[Tensor, "O I"], factor: Factor, choose: Choose, *, width: int, lazy: int = LAZY) -> Swept:
     """Goes once over the columns, choosing and compensating ``width`` of them at a time.
 
     Args:
@@ -66,7 +67,9 @@ def sweep(weight: Tensor, factor: Factor, choose: Choose, *, width: int, lazy: i
     return Swept(work, pruned, loss)
 
 
-def _force(block: Tensor, removed: Tensor, factor: Factor, start: int, stop: int) -> Tensor:
+def _force(
+    block: Float[Tensor, "O f"], removed: Bool[Tensor, "O f"], factor: Factor, start: int, stop: int
+) -> Float[Tensor, "O f"]:
     """L = w_P (K_bb|PP)⁻¹ scattered to the block, [O, f]; ``block`` is zero off P."""
     matrix = factor.trailing(start, stop)
     if stop - start == 1:
@@ -80,7 +83,9 @@ def _force(block: Tensor, removed: Tensor, factor: Factor, start: int, stop: int
     return _force_iteratively(block, removed, matrix)
 
 
-def _force_iteratively(block: Tensor, removed: Tensor, matrix: Tensor) -> Tensor:
+def _force_iteratively(
+    block: Float[Tensor, "O f"], removed: Bool[Tensor, "O f"], matrix: Float[Tensor, "f f"]
+) -> Float[Tensor, "O f"]:
     """The same by conjugate gradients; the starting loss is bounded by half of ρ, which is all that the stop needs."""
     inverse = torch.linalg.inv(matrix.to(torch.float64)).to(matrix.dtype)
     bound = 0.5 * (((block @ inverse) * removed) * block).sum(1)
@@ -88,7 +93,9 @@ def _force_iteratively(block: Tensor, removed: Tensor, matrix: Tensor) -> Tensor
     return found.change
 
 
-def compensate(weight: Tensor, pruned: Tensor, factor: Factor, width: int) -> tuple[Tensor, Tensor]:
+def compensate(
+    weight: Float[Tensor, "O I"], pruned: Bool[Tensor, "O I"], factor: Factor, width: int
+) -> tuple[Float[Tensor, "O I"], Float[Tensor, "O"]]:
     """Compensates a given mask with freeze width f.
 
     Args:

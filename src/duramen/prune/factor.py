@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import torch
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from duramen.problem import Exit, Problem
@@ -30,17 +31,17 @@ class Factor:
         dead: Inputs that were zero on every token, bool [I].
     """
 
-    hessian: Tensor
-    upper: Tensor
+    hessian: Float[Tensor, "I I"]
+    upper: Float[Tensor, "I I"]
     damping: float
-    dead: Tensor
+    dead: Bool[Tensor, "I"]
 
     @cached_property
-    def inverse(self) -> Tensor:
+    def inverse(self) -> Float[Tensor, "I I"]:
         """K = H⁻¹, [I, I]."""
         return self.upper.T @ self.upper
 
-    def trailing(self, start: int, stop: int) -> Tensor:
+    def trailing(self, start: int, stop: int) -> Float[Tensor, "f f"]:
         """Block [start:stop] of the inverse with all columns before ``start`` frozen, [f, f]."""
         block = self.upper[start:stop, start:stop]
         return block.T @ block

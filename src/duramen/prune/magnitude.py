@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import Literal
 
+from jaxtyping import Float
 from torch import Tensor
 
 from duramen.calibrate.walker import Records, Walk
@@ -25,7 +26,7 @@ class Settings(PruneSettings):
     """Rank within each row, or over the whole matrix."""
 
 
-def score(weight: Tensor) -> Tensor:
+def score(weight: Float[Tensor, "O I"]) -> Float[Tensor, "O I"]:
     """|w|, [O, I]."""
     return weight.abs().float()
 

@@ -18,6 +18,7 @@ from itertools import combinations
 from typing import Literal
 
 import torch
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from duramen.calibrate.walker import Records, Walk
@@ -55,21 +56,25 @@ class Settings(PruneSettings):
     """Conjugate gradient iterations before a row is solved directly."""
 
 
-def joint_update(weight_row: Tensor, pruned_row: Tensor, inverse: Tensor) -> Tensor:
+def joint_update(
+    weight_row: Float[Tensor, "I"], pruned_row: Bool[Tensor, "I"], inverse: Float[Tensor, "I I"]
+) -> Float[Tensor, "I"]:
     """δ = −w_P (K_PP)⁻¹ K_P,: (Eq. 11), the readable reference. Row [I], mask bool [I], K [I, I] -> [I]."""
     among = inverse[pruned_row][:, pruned_row]
     forces: Tensor = torch.linalg.solve(among, weight_row[pruned_row])
     return -forces @ inverse[pruned_row]
 
 
-def joint_loss(weight_row: Tensor, pruned_row: Tensor, inverse: Tensor) -> Tensor:
+def joint_loss(
+    weight_row: Float[Tensor, "I"], pruned_row: Bool[Tensor, "I"], inverse: Float[Tensor, "I I"]
+) -> Float[Tensor, ""]:
     """L* = ½ w_P (K_PP)⁻¹ w_Pᵀ (Eq. 12), the readable reference. Row [I], mask bool [I], K [I, I] -> scalar."""
     removed = weight_row[pruned_row]
     forces: Tensor = torch.linalg.solve(inverse[pruned_row][:, pruned_row], removed)
     return 0.5 * removed @ forces
 
 
-def single_mask(weight: Tensor, factor: Factor, target: Pattern, block: int) -> Swept:
+def single_mask(weight: Float[Tensor, "O I"], factor: Factor, target: Pattern, block: int) -> Swept:
     """Chooses by the loss of each weight alone, w²/K_jj (Eq. 14), block by block, compensating each block jointly.
 
     Args:
@@ -87,7 +92,7 @@ def single_mask(weight: Tensor, factor: Factor, target: Pattern, block: int) -> 
     return sweep(weight, factor, choose, width=block, lazy=block)
 
 
-def joint_mask(weight: Tensor, factor: Factor, target: Pattern) -> Swept:
+def joint_mask(weight: Float[Tensor, "O I"], factor: Factor, target: Pattern) -> Swept:
     """Chooses each N:M group as a whole by its exact loss (Eq. 12), groups one after another, compensating each jointly."""
 
     def choose(work: Tensor, start: int, stop: int) -> Tensor:
@@ -97,7 +102,7 @@ def joint_mask(weight: Tensor, factor: Factor, target: Pattern) -> Swept:
     return sweep(weight, factor, choose, width=target.group, lazy=lazy)
 
 
-def group_mask(weight: Tensor, inverse_block: Tensor, target: Pattern) -> Tensor:
+def group_mask(weight: Float[Tensor, "O f"], inverse_block: Float[Tensor, "f f"], target: Pattern) -> Bool[Tensor, "O f"]:
     """The removed set of one group with the least joint loss w_P (K_PP)⁻¹ w_Pᵀ, over all sets of the pattern's size.
 
     Args:
@@ -119,7 +124,9 @@ def group_mask(weight: Tensor, inverse_block: Tensor, target: Pattern) -> Tensor
     return pruned.scatter_(1, sets[loss.argmin(1)], True)
 
 
-def choose_mask(weight: Tensor, gram: Tensor, factor: Factor, target: Pattern, mask: Mask, block: int) -> Swept:
+def choose_mask(
+    weight: Float[Tensor, "O I"], gram: Float[Tensor, "I I"], factor: Factor, target: Pattern, mask: Mask, block: int
+) -> Swept:
     """Runs one mask source; the sources without a compensation of their own return the dense weights, masked."""
     if mask == "auto":
         mask = "joint" if target.grouped else "single"

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from duramen.problem import Problem
@@ -98,7 +99,7 @@ def _groups(pattern: str) -> Pattern:
     return Pattern(kept=kept, group=group)
 
 
-def select(scores: Tensor, pattern: Pattern, *, scope: Scope = "layer") -> Tensor:
+def select(scores: Float[Tensor, "O I"], pattern: Pattern, *, scope: Scope = "layer") -> Bool[Tensor, "O I"]:
     """Marks the entries with the lowest scores.
 
     Args:
@@ -116,7 +117,7 @@ def select(scores: Tensor, pattern: Pattern, *, scope: Scope = "layer") -> Tenso
     return lowest(scores.reshape(1, -1), pattern.quota(scores.numel())).reshape(scores.shape)
 
 
-def _select_groups(scores: Tensor, pattern: Pattern) -> Tensor:
+def _select_groups(scores: Float[Tensor, "O I"], pattern: Pattern) -> Bool[Tensor, "O I"]:
     outputs, inputs = scores.shape
     whole = inputs - inputs % pattern.group
     groups = scores[:, :whole].reshape(-1, pattern.group)
@@ -125,7 +126,7 @@ def _select_groups(scores: Tensor, pattern: Pattern) -> Tensor:
     return pruned
 
 
-def lowest(scores: Tensor, count: int) -> Tensor:
+def lowest(scores: Float[Tensor, "R C"], count: int) -> Bool[Tensor, "R C"]:
     """Marks exactly ``count`` lowest entries of each row, ties by ascending index, without sorting.
 
     Args:
@@ -141,7 +142,7 @@ def lowest(scores: Tensor, count: int) -> Tensor:
     return below | (tied & (tied.cumsum(dim=1) <= missing))
 
 
-def keep_existing_zeros(scores: Tensor, weight: Tensor, pattern: Pattern) -> Tensor:
+def keep_existing_zeros(scores: Float[Tensor, "O I"], weight: Float[Tensor, "O I"], pattern: Pattern) -> Float[Tensor, "O I"]:
     """Puts the weights that are zero already first in line, so that a sparse model stays sparse.
 
     Args:

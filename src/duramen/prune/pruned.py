@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from duramen.prune.reconstruct import output_error
@@ -20,13 +21,19 @@ class Pruned:
         report: Further figures of the method, such as iterations and the damping used.
     """
 
-    weight: Tensor
-    pruned: Tensor
+    weight: Float[Tensor, "O I"]
+    pruned: Bool[Tensor, "O I"]
     error: float
     report: dict[str, float] = field(default_factory=dict)
 
 
-def finish(weight: Tensor, edited: Tensor, pruned: Tensor, gram: Tensor, **report: float) -> Pruned:
+def finish(
+    weight: Float[Tensor, "O I"],
+    edited: Float[Tensor, "O I"],
+    pruned: Bool[Tensor, "O I"],
+    gram: Float[Tensor, "I I"],
+    **report: float,
+) -> Pruned:
     """Casts to the weight's dtype, applies the mask once more, and measures the error of what is left."""
     result = edited.to(weight.dtype).masked_fill(pruned, 0)
     return Pruned(result, pruned, output_error(weight, result, gram), report)

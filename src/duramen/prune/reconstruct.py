@@ -14,6 +14,7 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 
 import torch
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from duramen.problem import Problem
@@ -37,7 +38,7 @@ class Reconstructed:
         damping: λ as a share of the mean diagonal.
     """
 
-    weight: Tensor
+    weight: Float[Tensor, "O I"]
     error: float
     excess: float
     iterations: int
@@ -88,7 +89,7 @@ def reconstruct(
     return Reconstructed(result, output_error(weight, result, gram), excess, iterations, factor.damping)
 
 
-def output_error(weight: Tensor, edited: Tensor, gram: Tensor) -> float:
+def output_error(weight: Float[Tensor, "O I"], edited: Float[Tensor, "O I"], gram: Float[Tensor, "I I"]) -> float:
     """tr(ΔW·gram·ΔWᵀ), the squared change of the outputs summed over tokens; ΔW = edited − weight, [O, I]."""
     dtype = compute_dtype(weight)
     delta = edited.to(dtype) - weight.to(dtype)
@@ -116,7 +117,9 @@ def check_shapes(weight: Tensor, gram: Tensor) -> None:
         )
 
 
-def solve_direct(dense: Tensor, hessian: Tensor, pruned: Tensor) -> Tensor:
+def solve_direct(
+    dense: Float[Tensor, "O I"], hessian: Float[Tensor, "I I"], pruned: Bool[Tensor, "O I"]
+) -> Float[Tensor, "O I"]:
     """Solves every row by one Cholesky factorisation of its own, in float64.
 
     A row takes the primal form if it keeps at most as many entries as it loses, else the dual form: the smaller system.
@@ -142,7 +145,7 @@ def solve_direct(dense: Tensor, hessian: Tensor, pruned: Tensor) -> Tensor:
     return solution.to(dense.dtype)
 
 
-def _solve_masked(matrix: Tensor, rhs: Tensor, mask: Tensor) -> Tensor:
+def _solve_masked(matrix: Float[Tensor, "I I"], rhs: Float[Tensor, "O I"], mask: Bool[Tensor, "O I"]) -> Float[Tensor, "O I"]:
     """X (matrix_MM) = rhs_M for the masked entries M of every row, zero elsewhere; [R, I].
 
     Rows are sorted by the size of M, so that a chunk of them pads to its own largest, with the identity.
@@ -168,8 +171,8 @@ def _solve_masked(matrix: Tensor, rhs: Tensor, mask: Tensor) -> Tensor:
 
 
 def _solve_iteratively(
-    dense: Tensor, factor: Factor, pruned: Tensor, tolerance: float, max_iterations: int
-) -> tuple[Tensor, float, int]:
+    dense: Float[Tensor, "O I"], factor: Factor, pruned: Bool[Tensor, "O I"], tolerance: float, max_iterations: int
+) -> tuple[Float[Tensor, "O I"], float, int]:
     support = (~pruned).to(dense.dtype)
     rhs = (dense @ factor.hessian) * support
     start = dense * support
@@ -189,19 +192,19 @@ def _solve_iteratively(
 class Iterated:
     """What ``conjugate_gradients`` found: change [O, I], rows certified [O], worst relative excess, iterations."""
 
-    change: Tensor
-    certified: Tensor
+    change: Float[Tensor, "O I"]
+    certified: Bool[Tensor, "O"]
     excess: float
     iterations: int
 
 
 def conjugate_gradients(
-    residual: Tensor,
-    matrix: Tensor,
-    inverse: Tensor,
-    support: Tensor,
+    residual: Float[Tensor, "O I"],
+    matrix: Float[Tensor, "I I"],
+    inverse: Float[Tensor, "I I"],
+    support: Float[Tensor, "O I"],
     *,
-    loss: Tensor,
+    loss: Float[Tensor, "O"],
     tolerance: float,
     max_iterations: int,
 ) -> Iterated:
@@ -255,19 +258,21 @@ def conjugate_gradients(
 class _State:
     """The rows that are still iterated: change, residual, direction, support [R, I]; loss and last ρ [R]."""
 
-    change: Tensor
-    residual: Tensor
-    direction: Tensor
-    support: Tensor
-    loss: Tensor
-    rho: Tensor
+    change: Float[Tensor, "R I"]
+    residual: Float[Tensor, "R I"]
+    direction: Float[Tensor, "R I"]
+    support: Float[Tensor, "R I"]
+    loss: Float[Tensor, "R"]
+    rho: Float[Tensor, "R"]
 
-    def take(self, rows: Tensor) -> _State:
+    def take(self, rows: Bool[Tensor, "R"]) -> _State:
         """The state of some rows only; finished rows cost nothing further."""
         return _State(*(getattr(self, item.name)[rows] for item in fields(self)))
 
 
-def target_weight(weight: Tensor, gram: Tensor, cross: Tensor, *, alpha: float, damping: float) -> Tensor:
+def target_weight(
+    weight: Float[Tensor, "O I"], gram: Float[Tensor, "I I"], cross: Float[Tensor, "I I"], *, alpha: float, damping: float
+) -> Float[Tensor, "O I"]:
     """The weights that the asymmetric problem reconstructs instead of the dense ones (method sheet, 2.10).
 
     min ‖ŴX̂ − W(αX + (1−α)X̂)‖²/N + ‖(Ŵ−W)Λ^½‖² equals the symmetric problem on the edited inputs with

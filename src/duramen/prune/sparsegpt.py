@@ -11,6 +11,7 @@ from __future__ import annotations
 from typing import Literal
 
 import torch
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from duramen.calibrate.walker import Records, Walk
@@ -32,7 +33,7 @@ class Settings(PruneSettings):
     """λ as a share of the mean diagonal of the Gram; `held-out` chooses it on held-out sequences."""
 
 
-def sweep_mask(weight: Tensor, factor: Factor, target: Pattern, block: int) -> Swept:
+def sweep_mask(weight: Float[Tensor, "O I"], factor: Factor, target: Pattern, block: int) -> Swept:
     """Chooses the mask of Algorithm 1 and compensates with freeze width 1.
 
     Args:
@@ -56,7 +57,7 @@ def sweep_mask(weight: Tensor, factor: Factor, target: Pattern, block: int) -> S
     return sweep(weight, factor, choose, width=1, lazy=lazy)
 
 
-def block_mask(scores: Tensor, target: Pattern, start: int) -> Tensor:
+def block_mask(scores: Float[Tensor, "O f"], target: Pattern, start: int) -> Bool[Tensor, "O f"]:
     """The exact share of one block of columns, [O, f]; block counts add up to the exact count of the matrix."""
     if target.grouped:
         return select(scores, target)

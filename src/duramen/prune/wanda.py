@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import Literal
 
+from jaxtyping import Float
 from torch import Tensor
 
 from duramen.calibrate.walker import Records, Walk
@@ -25,7 +26,7 @@ class Settings(PruneSettings):
     """Rank within each row (as published), or over the whole matrix."""
 
 
-def score(weight: Tensor, second_moment: Tensor) -> Tensor:
+def score(weight: Float[Tensor, "O I"], second_moment: Float[Tensor, "I"]) -> Float[Tensor, "O I"]:
     """w²·G_jj, [O, I], for the diagonal of the Gram matrix, [I]."""
     dtype = compute_dtype(weight)
     return weight.to(dtype).square() * second_moment.to(dtype)
