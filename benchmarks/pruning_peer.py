@@ -24,31 +24,52 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import rows
 from duramen.assets import open_model
 from duramen.calibrate.tokens import calibration_tokens, evaluation_tokens
+from duramen.calibrate.walker import Walk
 from duramen.evaluate.intervals import Measured, mean_interval
 from duramen.evaluate.perplexity import divergence, final_hidden, perplexity
 from duramen.families.model import BlockModel
+from duramen.hardware.machine import forward_dtype
 from duramen.registry import get_method
 from wikitext import literature
 
 CORPORA = ("squad", "coqa", "drop", "sciriff")
 DAMPING = 0.01
 RUNS = (
-    ("llmcompressor", "wanda"), ("duramen", "wanda"),
-    ("llmcompressor", "sparsegpt"), ("duramen", "sparsegpt"), ("duramen", "multiweight"),
-)  # fmt: skip
+    ("llmcompressor", "wanda", "float32"),
+    ("duramen", "wanda", "float32"),
+    ("llmcompressor", "sparsegpt", "float32"),
+    ("duramen", "sparsegpt", "float32"),
+    ("duramen", "multiweight", "float32"),
+    ("duramen", "multiweight", "auto"),
+)
+"""Tool, method, type of the forward passes. The peer has no type of its own for them; ``auto`` is what Duramen takes by default."""
 
 
-def prune_here(folder: str, tokens_file: str, method: str, target: str, out: str) -> None:
-    """Worker: prunes by Duramen, in float32 as the peer does, and writes the weights."""
-    network = AutoModelForCausalLM.from_pretrained(folder, dtype="float32")
+class Memory:
+    """Keeps the finished blocks' matrices in memory, since the peer saves nothing while it is timed either."""
+
+    def __init__(self) -> None:
+        self.tensors: dict[str, torch.Tensor] = {}
+
+    def load(self, index: int) -> None:
+        """Nothing was finished before."""
+
+    def save(self, index: int, tensors: dict[str, torch.Tensor], records: object) -> None:
+        """Keeps one block."""
+        self.tensors |= {name: tensor.clone() for name, tensor in tensors.items() if tensor.ndim == 2}
+
+
+def prune_here(folder: str, tokens_file: str, method: str, target: str, dtype: str, out: str) -> None:
+    """Worker: prunes the float32 weights by Duramen and writes them."""
+    model = BlockModel.from_folder(Path(folder), dtype=forward_dtype(dtype))
     settings = {"pattern": target} if ":" in target else {"sparsity": float(target)}
     settings |= {} if method == "wanda" else {"damping": DAMPING}
+    store = Memory()
     start = time.perf_counter()
-    get_method(method).apply(network, load_file(tokens_file)["tokens"], **settings)
+    get_method(method).apply(model, load_file(tokens_file)["tokens"], walk=Walk(store=store), **settings)
     seconds = time.perf_counter() - start
-    weights = {name: p.detach().contiguous() for name, p in network.named_parameters() if "layers." in name and p.ndim == 2}
-    save_file(weights, out)
-    print(json.dumps({"seconds": seconds, "versions": {"torch": torch.__version__}}))
+    save_file(store.tensors, out)
+    print(json.dumps({"seconds": seconds, "versions": {"torch": torch.__version__, "forward": str(model.dtype)}}))
 
 
 def main() -> None:
@@ -61,6 +82,7 @@ def main() -> None:
     parser.add_argument("--windows", type=int, default=10)
     parser.add_argument("--window", type=int, default=2048)
     parser.add_argument("--targets", nargs="*", default=["0.5", "2:4"])
+    parser.add_argument("--peers", nargs="*", default=["wanda", "sparsegpt"])
     options = parser.parse_args()
 
     folder, place = str(open_model("smollm2-135m")), Path(tempfile.mkdtemp())
@@ -73,36 +95,36 @@ def main() -> None:
     table = []
     for target in options.targets:
         case = f"SmolLM2-135M, {tokens.numel()} tokens, {Path(options.text).name} {options.windows}x{options.window}, {target}"
-        figures: dict[tuple[str, str], dict[str, Measured]] = {}
-        for tool, method in RUNS:
+        peers: dict[str, dict[str, Measured]] = {}
+        for tool, method, dtype in RUNS:
+            if PEER[method] not in options.peers:
+                continue
+            subject = f"{tool} {method}" + (", default forward type" if dtype == "auto" else "")
             words = [folder, str(place / "tokens.safetensors"), method, target]
-            out = place / f"{tool}-{method}.safetensors"
+            out = place / f"{tool}-{method}-{dtype}.safetensors"
             line = (
                 [options.peer_python, str(Path(__file__).with_name("peer_llmcompressor.py")), *words, str(DAMPING), str(out)]
                 if tool == "llmcompressor"
-                else [sys.executable, __file__, "--worker", *words, str(out)]
+                else [sys.executable, __file__, "--worker", *words, dtype, str(out)]
             )
             done = subprocess.run(line, stdout=subprocess.PIPE, text=True, check=True)
             found = json.loads(done.stdout.strip().splitlines()[-1])
-            figures[tool, method] = measure(folder, out, dense, hidden, windows) | {
-                "seconds of pruning": Measured(found["seconds"], found["seconds"], found["seconds"], 1)
-            }
-            peer = figures.get(("llmcompressor", "wanda" if method == "wanda" else "sparsegpt"), {})
-            for metric, value in figures[tool, method].items():
+            measured = measure(folder, out, dense, hidden, windows)
+            measured["seconds of pruning"] = Measured(found["seconds"], found["seconds"], found["seconds"], 1)
+            if tool == "llmcompressor":
+                peers[method] = measured
+            for metric, value in measured.items():
                 more = {"low": value.low, "high": value.high, "samples": value.samples}
                 if tool == "duramen":
-                    more |= {
-                        "peer": f"llmcompressor {'wanda' if method == 'wanda' else 'sparsegpt'}",
-                        "peer_value": peer[metric].value,
-                    }
-                used = rows.versions(*(f"peer-{name}={version}" for name, version in found["versions"].items()))
-                table.append(rows.row(case, metric, UNITS[metric], f"{tool} {method}", value.value, versions=used, **more))
+                    peer = peers[PEER[method]][metric].value
+                    more |= {"peer": f"llmcompressor {PEER[method]}", "peer_value": peer}
+                used = rows.versions(*(f"{tool}-{name}={version}" for name, version in found["versions"].items()))
+                table.append(rows.row(case, metric, UNITS[metric], subject, value.value, versions=used, **more))
             rows.write("pruning_peer", table)
-            print(
-                target, tool, method, {name: round(value.value, 4) for name, value in figures[tool, method].items()}, flush=True
-            )
+            print(target, subject, {name: round(value.value, 4) for name, value in measured.items()}, flush=True)
 
 
+PEER = {"wanda": "wanda", "sparsegpt": "sparsegpt", "multiweight": "sparsegpt"}
 UNITS = {"perplexity": "1", "KL from dense": "nats", "share of zeros": "1", "seconds of pruning": "s"}
 
 

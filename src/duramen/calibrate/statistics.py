@@ -7,6 +7,17 @@ from torch import Tensor
 
 DOUBLE_UP_TO = 8192
 """Widest Gram that is accumulated in float64; each batch's product is float32."""
+BLOCK = 384
+"""Rows of a Gram that are computed at a time, from the diagonal to the right."""
+
+
+def gram(rows: Tensor) -> Tensor:
+    """rowsᵀ·rows, [N, I] -> [I, I]: what lies on and above the diagonal is computed, the rest mirrored."""
+    inputs = rows.shape[1]
+    product = rows.new_zeros(inputs, inputs)
+    for start in range(0, inputs, BLOCK):
+        product[start : start + BLOCK, start:] = rows[:, start : start + BLOCK].T @ rows[:, start:]
+    return product.triu_() + product.triu(1).T
 
 
 class Statistics:
@@ -41,7 +52,7 @@ class Statistics:
             held_out: Whether this batch is kept for validation.
         """
         rows = edited.flatten(0, -2).float()
-        product = rows.T @ rows
+        product = gram(rows)
         self.total += product
         self.tokens += len(rows)
         if held_out and self.held_out is not None:
@@ -51,7 +62,7 @@ class Statistics:
             assert dense is not None
             source = dense.flatten(0, -2).float()
             self.cross += source.T @ rows
-            self.dense += source.T @ source
+            self.dense += gram(source)
 
     @property
     def train(self) -> Tensor:
