@@ -14,10 +14,12 @@ BLOCK = 384
 def gram(rows: Tensor) -> Tensor:
     """rowsᵀ·rows, [N, I] -> [I, I]: what lies on and above the diagonal is computed, the rest mirrored."""
     inputs = rows.shape[1]
-    product = rows.new_zeros(inputs, inputs)
+    product = rows.new_empty(inputs, inputs)
     for start in range(0, inputs, BLOCK):
-        product[start : start + BLOCK, start:] = rows[:, start : start + BLOCK].T @ rows[:, start:]
-    return product.triu_() + product.triu(1).T
+        part = rows[:, start : start + BLOCK].T @ rows[:, start:]
+        product[start : start + BLOCK, start:] = part
+        product[start:, start : start + BLOCK] = part.T
+    return product
 
 
 class Statistics:
