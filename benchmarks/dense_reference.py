@@ -56,15 +56,16 @@ def main() -> None:
         rows.write("dense_reference", table)
         print(case, metric, value, peer, flush=True)
 
+    windows = evaluation_tokens(tokenizer, literature(options.text), length=2048, windows=None)
+    losses = torch.cat([token_losses(model, final_hidden(model, part), part) for part in windows.split(16)])
+    add(f"{Path(options.text).name} {len(windows)}x2048", "perplexity", perplexity(losses.mean(1).double().numpy()), PERPLEXITY)
+
     for task, peers in ACCURACY.items():
         requests = load_requests(task, tokenizer, options.documents)
         grades = grade(requests, score_requests(model, requests))
         add(task, "accuracy", wilson_interval(grades.acc), peers[0])
         if task != "lambada":
             add(task, "accuracy per character", wilson_interval(grades.acc_norm), peers[1])
-    windows = evaluation_tokens(tokenizer, literature(options.text), length=2048, windows=None)
-    losses = torch.cat([token_losses(model, final_hidden(model, part), part) for part in windows.split(16)])
-    add(f"{Path(options.text).name} {len(windows)}x2048", "perplexity", perplexity(losses.mean(1).double().numpy()), PERPLEXITY)
 
 
 if __name__ == "__main__":

@@ -43,7 +43,7 @@ def test_embedded_texts_are_prose(name):
 @torch.no_grad()
 def test_perplexity_of_the_dense_model(folder, tokenizer):
     """20.31 on six windows of 512 of BoolQ passages, measured independently (other passages, same text)."""
-    windows = evaluation_tokens(tokenizer, "boolq", length=512, windows=6)
+    windows = evaluation_tokens(tokenizer, "boolq", length=512, windows=4)
     model = BlockModel.from_folder(folder, dtype=forward_dtype("auto"))
     losses = token_losses(model, final_hidden(model, windows), windows)
     assert 15 < perplexity(losses.mean(1).double().numpy()).value < 26
@@ -51,21 +51,21 @@ def test_perplexity_of_the_dense_model(folder, tokenizer):
 
 @torch.no_grad()
 def test_accuracies_of_the_dense_model(folder, tokenizer):
-    """0.725 on the first 200 documents of SciQ, measured independently: 40 of them must not be far off."""
+    """0.725 on the first 200 documents of SciQ, measured independently: 20 of them must not be far off."""
     model = BlockModel.from_folder(folder, dtype=forward_dtype("auto"))
-    requests = load_requests("sciq", tokenizer, 40)
-    assert {item.document for item in requests} == set(range(40))
-    assert 0.55 < grade(requests, score_requests(model, requests)).acc.mean() < 0.9
+    requests = load_requests("sciq", tokenizer, 20)
+    assert {item.document for item in requests} == set(range(20))
+    assert 0.5 < grade(requests, score_requests(model, requests)).acc.mean() < 0.95
 
 
 @torch.no_grad()
 def test_the_order_of_the_methods_on_real_layers(folder, tokenizer):
-    """Mean relative error over the layers of three blocks: Wanda > SparseGPT, and ours at most 0.85 of SparseGPT's."""
-    tokens = calibration_tokens(tokenizer, ["squad", "coqa"], sequences=12, length=512, seed=0)
+    """Mean relative error over the layers of two blocks: Wanda > SparseGPT, and ours at most 0.85 of SparseGPT's."""
+    tokens = calibration_tokens(tokenizer, ["squad", "coqa"], sequences=16, length=256, seed=0)
     errors = {}
     for name, settings in (("wanda", {}), ("sparsegpt", {"damping": 0.01}), ("multiweight", {"damping": 0.01})):
         model = BlockModel.from_folder(folder, dtype=forward_dtype("auto"))
-        records = get_method(name).apply(model, tokens, sparsity=0.6, only=("blocks:0-2",), **settings)
+        records = get_method(name).apply(model, tokens, sparsity=0.6, only=("blocks:0-1",), **settings)
         errors[name] = np.mean([record["relative_error"] for record in records])
         assert all(record["removed"] == round(0.6 * record["size"]) for record in records if name != "wanda")
         assert name != "multiweight" or all(record["excess"] <= 1e-4 for record in records)

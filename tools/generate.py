@@ -18,7 +18,7 @@ from duramen.families import known_families
 from duramen.tables import explain_method, list_methods
 
 ROOT = Path(__file__).parents[1]
-BLOCK = re.compile(r"(<!-- generated: (\w+) ?(.*?) -->\n).*?(<!-- end -->)", re.DOTALL)
+BLOCK = re.compile(r"^(<!-- generated: (\w+)([^>\n]*) -->\n).*?^(<!-- end -->)", re.DOTALL | re.MULTILINE)
 
 
 def tree() -> str:

@@ -44,7 +44,7 @@ class Walk:
         batch_size: Sequences per forward pass.
         store: Keeps finished blocks, so that a walk can be resumed.
         progress: Called with each layer's record as it is finished.
-        final_hidden: Hidden states of the first batch after the last block, [B, T, D], set by the walk.
+        final_hidden: Hidden states of the first batch after the last block that was walked, [B, T, D], set by the walk.
         first_batch: Its token ids, [B, T].
     """
 
@@ -97,7 +97,7 @@ def walk_blocks(
     hidden, calls = model.capture(batches)
     boundary = _Boundary(hidden, [item.clone() for item in hidden] if dense_target else None, calls, held_out)
     records: Records = []
-    for index in range(len(model.blocks)):
+    for index in range(_blocks_to_walk(model, names, walk)):
         found = walk.store.load(index) if walk.store else None
         if found is None:
             found = _edit_block(model, index, boundary, edit, set(names), walk)
@@ -108,6 +108,12 @@ def walk_blocks(
         records += found[1]
     walk.final_hidden, walk.first_batch = boundary.edited[0], batches[0]
     return records
+
+
+def _blocks_to_walk(model: BlockModel, names: Sequence[str], walk: Walk) -> int:
+    """All blocks if finished ones are kept, since they become a whole model; else none beyond the last that is edited."""
+    where = model.layer_names()
+    return len(model.blocks) if walk.store else 1 + max(where[name][1] for name in names)
 
 
 def split_batches(tokens: Tensor, size: int, held_out_every: int) -> tuple[list[Tensor], list[bool]]:
