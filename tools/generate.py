@@ -74,7 +74,10 @@ def families() -> str:
 
 def table(file: str, *metric: str) -> str:
     """One metric of a benchmark: a row per subject, a column per case (its words after the last comma)."""
-    with (ROOT / "benchmarks" / "results" / f"{file}.csv").open(encoding="utf-8") as stream:
+    results = ROOT / "benchmarks" / "results" / f"{file}.csv"
+    if not results.is_file():
+        return f"*Not measured yet; `benchmarks/{file}.py` does it.*"
+    with results.open(encoding="utf-8") as stream:
         rows = [row for row in csv.DictReader(stream) if row["metric"] == " ".join(metric)]
     cases = list(dict.fromkeys(row["case"].rpartition(", ")[2] for row in rows))
     cells = {(row["subject"], row["case"].rpartition(", ")[2]): _cell(row) for row in rows}
