@@ -1,4 +1,4 @@
-"""Claim: against llm-compressor's SparseGPT and Wanda, Duramen is nearer to the dense model and at most as slow.
+"""Question: against llm-compressor's SparseGPT and Wanda, how near to the dense model is Duramen, and how long does it take?
 
     python -m venv PEER && PEER/bin/pip install torch==2.13.0 llmcompressor==0.14.0.1
     python benchmarks/pruning_peer.py --peer-python PEER/bin/python --text wiki.test.raw
