@@ -100,12 +100,12 @@ def walk_blocks(
     for index in range(_blocks_to_walk(model, names, walk)):
         found = walk.store.load(index) if walk.store else None
         if found is None:
-            found = _edit_block(model, index, boundary, edit, set(names), walk)
+            records += _edit_block(model, index, boundary, edit, set(names), walk)
         else:
             _advance_finished(model, index, boundary, found[0])
+            records += found[1]
         for batch in boundary.edited:
             _check_activations(batch, f"{model.family.blocks}.{index}")
-        records += found[1]
     walk.final_hidden, walk.first_batch = boundary.edited[0], batches[0]
     return records
 
@@ -125,9 +125,8 @@ def split_batches(tokens: Tensor, size: int, held_out_every: int) -> tuple[list[
     return train + kept, [False] * len(train) + [True] * len(kept)
 
 
-def _edit_block(
-    model: BlockModel, index: int, boundary: _Boundary, edit: Edit, names: set[str], walk: Walk
-) -> tuple[dict[str, Tensor], Records]:
+def _edit_block(model: BlockModel, index: int, boundary: _Boundary, edit: Edit, names: set[str], walk: Walk) -> Records:
+    """Edits one block and moves the boundary past it. Masks that the store keeps leave memory."""
     records: Records = []
     with ExitStack() as stack:
         block = stack.enter_context(model.opened(index))
@@ -144,10 +143,11 @@ def _edit_block(
         edited = {f"{layer.name}.weight": layer.edited for layer in block.layers.values() if layer.edited is not None}
         if walk.store:
             walk.store.save(index, block.tensors | edited, records)
+            records = [{key: value for key, value in record.items() if key != "pruned"} for record in records]
         _advance(block.module, boundary.edited, boundary.calls, index)
         if dense is not None and boundary.dense:
             _advance(dense, boundary.dense, boundary.calls, index)
-    return edited, records
+    return records
 
 
 def _advance_finished(model: BlockModel, index: int, boundary: _Boundary, edited: dict[str, Tensor]) -> None:
