@@ -89,11 +89,11 @@ def test_masks_survive_packing(rows, columns, seed):
 def test_a_damaged_block_counts_as_missing(tmp_path):
     store = BlockStore(tmp_path, lambda name: name.removeprefix("model."))
     mask = torch.rand(4, 9) < 0.5
-    records = [{"layer": "model.q", "removed": int(mask.sum()), "pruned": mask}]
-    store.save(0, {"model.q.weight": torch.ones(4, 9)}, records)
+    records = [{"layer": "model.q", "removed": int(mask.sum())}]
+    store.save(0, {"model.q.weight": torch.ones(4, 9)}, {"model.q": mask}, records)
     tensors, found = store.load(0)
     assert torch.equal(tensors["model.q.weight"], torch.ones(4, 9))
-    assert found == [{"layer": "model.q", "removed": int(mask.sum())}]
+    assert found == records
     assert store.load(1) is None
     with store.shard(0).open("r+b") as stream:
         stream.seek(-2, os.SEEK_END)

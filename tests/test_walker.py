@@ -165,3 +165,14 @@ def test_activations_that_overflow_are_named():
 def test_a_gradient_of_sparsity_over_depth(llama):
     records = wanda.apply(BlockModel.from_folder(llama), tiny.ids(), sparsity=(0.25, 0.75), only=("up",))
     assert [record["removed"] / record["size"] for record in records] == [0.25, 0.5, 0.75]
+
+
+@torch.no_grad()
+def test_what_no_longer_changes_is_not_run_again(llama):
+    model, calls = BlockModel.from_folder(llama), []
+    handles = [block.self_attn.q_proj.register_forward_hook(lambda *_: calls.append(1)) for block in model.blocks]
+    walk_blocks(model, tiny.ids(4, 20), lambda layer, s: {}, list(model.layer_names()), walk=Walk(batch_size=4))
+    for handle in handles:
+        handle.remove()
+    assert len(calls) == 2 * len(model.blocks), "once for o's input, once for the rest; never again for down or the boundary"
+    assert not any("forward" in vars(child) for block in model.blocks for child in block.children())

@@ -182,7 +182,7 @@ def _transform(context: Context, folder: Path, step: Step, place: str, results: 
     opened = BlockModel.from_folder(folder, dtype=context.dtype, allow_generic=context.allow_generic)
     assert opened.checkpoint is not None
     store = BlockStore(context.directory.state / place, opened.stored_name)
-    walk = Walk(store=store, progress=lambda record: context.tell("layer", blocks=len(opened.blocks), **_plain(record)))
+    walk = Walk(store=store, progress=lambda record: context.tell("layer", blocks=len(opened.blocks), **record))
     records = get_method(step.method).apply(opened, context.tokens, walk=walk, **step.settings.model_dump())
     target = context.directory.state / place / "model"
     copied = assemble(opened.checkpoint, store, len(opened.blocks), target)
@@ -192,14 +192,10 @@ def _transform(context: Context, folder: Path, step: Step, place: str, results: 
     context.tell("saved", folder=str(target), **check)
     results["steps"].append({
         "id": step.id, "method": step.method, "settings": step.lock(), "reopened": check,
-        "layers": [_plain(record) for record in records], "skipped": [name for name in opened.layer_names() if name not in {record["layer"] for record in records}],
+        "layers": records, "skipped": [name for name in opened.layer_names() if name not in {record["layer"] for record in records}],
         "copied_unchanged": copied,
     })  # fmt: skip
     return target
-
-
-def _plain(record: dict[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in record.items() if key != "pruned"}
 
 
 def _finish(context: Context, folder: Path, model: str, results: dict[str, Any]) -> dict[str, Any]:

@@ -209,15 +209,13 @@ class BlockStore:
         """Masks of a block."""
         return self.folder / f"block-{index:04d}.masks.safetensors"
 
-    def save(self, index: int, tensors: dict[str, Tensor], records: list[dict[str, Any]]) -> None:
-        """Keeps a finished block; its record, written last, makes it count."""
+    def save(self, index: int, tensors: dict[str, Tensor], pruned: dict[str, Tensor], records: list[dict[str, Any]]) -> None:
+        """Keeps a finished block with its masks by layer; its record, written last, makes it count."""
         names = {self.stored_name(name): name for name in tensors}
         write_tensors(self.shard(index), {stored: tensors[name] for stored, name in names.items()})
-        masks = {record["layer"]: pack_mask(record["pruned"]) for record in records if "pruned" in record}
-        write_tensors(self.masks(index), masks)
-        plain = [{key: value for key, value in record.items() if key != "pruned"} for record in records]
+        write_tensors(self.masks(index), {name: pack_mask(mask) for name, mask in pruned.items()})
         digests = {"shard": hash_file(self.shard(index)), "masks": hash_file(self.masks(index))}
-        write_json(self._record(index), digests | {"names": names, "records": plain})
+        write_json(self._record(index), digests | {"names": names, "records": records})
 
     def load(self, index: int) -> tuple[dict[str, Tensor], list[dict[str, Any]]] | None:
         """A finished block by the model's own names, or None if it is missing or damaged."""

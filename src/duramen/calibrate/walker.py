@@ -2,23 +2,24 @@
 
 For each block and each of its stages (projections that read the same tensor) the walker streams the statistics of the
 stage's inputs over all calibration batches, lets the step edit the stage, and goes on; then the edited block's true
-output feeds the next block. Memory holds one block and one boundary of activations (two if the step wants the dense model's
-activations as well), whatever the number of blocks.
+output feeds the next block. Memory holds one block and two boundaries of activations (four if the step wants the dense
+model's activations as well), whatever the number of blocks.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+import copy
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
+from duramen.calibrate.passes import Passes
 from duramen.calibrate.statistics import Statistics
-from duramen.families.model import BlockModel, Call, Layer, OpenBlock, run_block
-from duramen.families.table import Projection
+from duramen.families.model import BlockModel, Call, Layer, OpenBlock
 from duramen.problem import Exit, Problem
 
 Records = list[dict[str, Any]]
@@ -32,8 +33,8 @@ class Store(Protocol):
     def load(self, index: int) -> tuple[dict[str, Tensor], Records] | None:
         """The edited tensors and records of a finished block, or None."""
 
-    def save(self, index: int, tensors: dict[str, Tensor], records: Records) -> None:
-        """Keeps a finished block, durably."""
+    def save(self, index: int, tensors: dict[str, Tensor], pruned: dict[str, Tensor], records: Records) -> None:
+        """Keeps a finished block and the masks of its layers, durably."""
 
 
 @dataclass
@@ -63,6 +64,11 @@ class _Boundary:
     dense: list[Tensor] | None
     calls: list[list[Call]]
     held_out: list[bool]
+
+    def passes(self, module: nn.Module, index: int, *, dense: bool = False) -> Passes:
+        """The passes of block ``index`` from this boundary on."""
+        hidden = self.dense if dense and self.dense else self.edited
+        return Passes(module, [calls[index] for calls in self.calls], hidden)
 
 
 @torch.no_grad()
@@ -126,88 +132,63 @@ def split_batches(tokens: Tensor, size: int, held_out_every: int) -> tuple[list[
 
 
 def _edit_block(model: BlockModel, index: int, boundary: _Boundary, edit: Edit, names: set[str], walk: Walk) -> Records:
-    """Edits one block and moves the boundary past it. Masks that the store keeps leave memory."""
+    """Edits one block and moves the boundary past it."""
     records: Records = []
-    with ExitStack() as stack:
-        block = stack.enter_context(model.opened(index))
-        dense = _dense_copy(block.module) if boundary.dense else None
-        for stage in model.stages(index):
-            layers = [block.layers[item.path] for item in stage if block.layers[item.path].name in names]
-            if not layers:
-                continue
-            statistics = _observe(block, dense, stage[0], boundary)
+    with model.opened(index) as block:
+        dense = boundary.passes(copy.deepcopy(block.module), index, dense=True) if boundary.dense else None
+        passes = boundary.passes(block.module, index)
+        stages = _stages_to_edit(model, block, names)
+        for number, layers in enumerate(stages):
+            settled = _children(block.layers.values()) - _children(chain(*stages[number:]))
+            for each in filter(None, (passes, dense)):
+                each.settle(settled)
+            statistics = _observe(layers[0], passes, dense, boundary.held_out)
             for layer in layers:
                 record = {"layer": layer.name, "role": layer.role, "block": index, "tokens": statistics.tokens}
                 records.append(record | edit(layer, statistics))
                 walk.progress(records[-1])
-        edited = {f"{layer.name}.weight": layer.edited for layer in block.layers.values() if layer.edited is not None}
         if walk.store:
-            walk.store.save(index, block.tensors | edited, records)
-            records = [{key: value for key, value in record.items() if key != "pruned"} for record in records]
-        _advance(block.module, boundary.edited, boundary.calls, index)
-        if dense is not None and boundary.dense:
-            _advance(dense, boundary.dense, boundary.calls, index)
+            written = [layer for layer in block.layers.values() if layer.edited is not None]
+            edited = {f"{layer.name}.weight": layer.edited for layer in written if layer.edited is not None}
+            masks = {layer.name: layer.pruned for layer in written if layer.pruned is not None}
+            walk.store.save(index, block.tensors | edited, masks, records)
+        for each in filter(None, (passes, dense)):
+            each.advance()
     return records
+
+
+def _stages_to_edit(model: BlockModel, block: OpenBlock, names: set[str]) -> list[list[Layer]]:
+    """The layers to edit, those with the same input together, in running order."""
+    stages = [[block.layers[item.path] for item in stage] for stage in model.stages(block.index)]
+    chosen = [[layer for layer in stage if layer.name in names] for stage in stages]
+    return [layers for layers in chosen if layers]
+
+
+def _children(layers: Iterable[Layer]) -> set[str]:
+    """The children of the block that hold these layers."""
+    return {layer.path.split(".")[0] for layer in layers}
 
 
 def _advance_finished(model: BlockModel, index: int, boundary: _Boundary, edited: dict[str, Tensor]) -> None:
     if boundary.dense:
         with model.opened(index) as block:
-            _advance(block.module, boundary.dense, boundary.calls, index)
+            boundary.passes(block.module, index, dense=True).advance()
     with model.opened(index, edited=edited) as block:
-        _advance(block.module, boundary.edited, boundary.calls, index)
+        boundary.passes(block.module, index).advance()
 
 
-def _advance(module: nn.Module, hidden: list[Tensor], calls: list[list[Call]], index: int) -> None:
-    for number, batch in enumerate(hidden):
-        hidden[number] = run_block(module, batch, calls[number][index])
-
-
-def _dense_copy(module: nn.Module) -> nn.Module:
-    import copy
-
-    return copy.deepcopy(module)
-
-
-def _observe(block: OpenBlock, dense: nn.Module | None, projection: Projection, boundary: _Boundary) -> Statistics:
+def _observe(layer: Layer, passes: Passes, dense: Passes | None, held_out: list[bool]) -> Statistics:
     """Streams the statistics of the input of one stage over all batches."""
-    layer = block.layers[projection.path]
-    statistics = Statistics(
-        layer.read().shape[1], held_out=any(boundary.held_out), cross=dense is not None, device=boundary.edited[0].device
-    )
-    for number, hidden in enumerate(boundary.edited):
-        call = boundary.calls[number][block.index]
-        seen = stage_input(block.module, projection.path, hidden, call)
+    inputs, device = layer.read().shape[1], passes.hidden[0].device
+    statistics = Statistics(inputs, held_out=any(held_out), cross=dense is not None, device=device)
+    for batch, aside in enumerate(held_out):
+        seen = passes.stage_input(layer.path, batch)
         if seen is None:
             raise _never_called(layer.name)
         _check_activations(seen, layer.name)
-        source = None
-        if dense is not None and boundary.dense:
-            source = stage_input(dense, projection.path, boundary.dense[number], call)
-        statistics.update(seen, dense=source, held_out=boundary.held_out[number])
+        source = dense.stage_input(layer.path, batch) if dense else None
+        statistics.update(seen, dense=source, held_out=aside)
     return statistics
-
-
-class _Reached(Exception):
-    """Ends a block's forward pass at the layer that is watched."""
-
-
-def stage_input(module: nn.Module, path: str, hidden: Tensor, call: Call) -> Tensor | None:
-    """Runs a block up to one of its layers and returns that layer's input, or None if the layer is never called."""
-    seen: list[Tensor] = []
-
-    def stop(_: nn.Module, args: tuple[Tensor, ...]) -> None:
-        seen.append(args[0])
-        raise _Reached
-
-    handle = module.get_submodule(path).register_forward_pre_hook(stop)
-    try:
-        run_block(module, hidden, call)
-    except _Reached:
-        return seen[0]
-    finally:
-        handle.remove()
-    return None
 
 
 def _check_activations(hidden: Tensor, name: str) -> None:

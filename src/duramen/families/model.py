@@ -29,28 +29,33 @@ class Layer:
 
     Attributes:
         name: Full module path.
+        path: Module path inside the block.
         role: Role of its projection.
         block: Index of its block.
         linear: The module that runs.
         stored: The weight as stored, not as cast for the forward pass.
         transposed: Whether it is stored [I, O].
         edited: New weight in the stored type and layout, once written.
+        pruned: What was removed from it, bool [O, I], where the edit removed anything.
     """
 
     name: str
+    path: str
     role: str
     block: int
     linear: nn.Module
     stored: Tensor
     transposed: bool
     edited: Tensor | None = None
+    pruned: Tensor | None = None
 
     def read(self) -> Tensor:
         """The weight, [O, I], in its stored type."""
         return self.stored.T if self.transposed else self.stored
 
-    def write(self, weight: Tensor) -> None:
-        """Sets the weight, [O, I]; the block runs with it from here on."""
+    def write(self, weight: Tensor, *, pruned: Tensor | None = None) -> None:
+        """Sets the weight, [O, I], and its mask, bool [O, I]; the block runs with the weight from here on."""
+        self.pruned = pruned
         new = weight.T if self.transposed else weight
         self.edited = new.to(self.stored.dtype).contiguous()
         parameter = self.linear.weight
@@ -170,7 +175,7 @@ class BlockModel:
         prefix = f"{self.family.blocks}.{index}."
         return {
             item.path: Layer(
-                prefix + item.path, item.role, index, block.get_submodule(item.path),
+                prefix + item.path, item.path, item.role, index, block.get_submodule(item.path),
                 tensors[f"{prefix}{item.path}.weight"], item.transposed,
             )
             for stage in self.stages(index)

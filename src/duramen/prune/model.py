@@ -93,7 +93,7 @@ def prune_model(
 def prune_layer(
     prune: PruneFunction, layer: Layer, statistics: Statistics, settings: PruneSettings, num_blocks: int
 ) -> dict[str, Any]:
-    """Prunes one layer and returns its record; the mask is under ``pruned``."""
+    """Prunes one layer and returns its record."""
     start = time.perf_counter()
     weight, damping = layer.read(), getattr(settings, "damping", None)
     options = settings.at(layer.block, num_blocks) | {
@@ -107,13 +107,12 @@ def prune_layer(
     target = _target(weight, statistics, float(getattr(settings, "dense_target", 0.0)), damping or 0.01)
     found = prune(target, statistics.total, **options)
     found = replace(found, weight=found.weight.to(weight.dtype))
-    layer.write(found.weight)
+    layer.write(found.weight, pruned=found.pruned)
     report |= {
         "relative_error": relative_error(weight, found.weight, statistics),
         "removed": int(found.pruned.sum()),
         "size": weight.numel(),
         "seconds": time.perf_counter() - start,
-        "pruned": found.pruned,
     }
     return found.report | report
 

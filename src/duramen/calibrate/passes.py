@@ -1,0 +1,89 @@
+"""Running one open block over all batches, as often as it takes, without computing twice what no longer changes."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from duramen.families.model import Call, run_block
+
+
+class Passes:
+    """The passes of one block over all batches.
+
+    A stage's statistics need a pass up to that stage, and the next boundary one more. A *settled* child of the block, one in
+    which nothing is left to edit, runs in one of them and its output stands in all later ones. That costs the memory of its
+    outputs.
+
+    Args:
+        module: The open block.
+        calls: What the block is called with beside the hidden states, per batch.
+        hidden: The hidden states before the block per batch, each [B, T, D]; ``advance`` moves them past it.
+    """
+
+    def __init__(self, module: nn.Module, calls: list[Call], hidden: list[Tensor]) -> None:
+        self.module, self.calls, self.hidden = module, calls, hidden
+        self._settled: set[str] = set()
+        self._outputs: dict[tuple[str, int, int], Any] = {}
+        self._counts: Counter[str] = Counter()
+        self._batch = 0
+
+    def settle(self, children: Iterable[str]) -> None:
+        """Says that nothing will be edited any more in these children of the block."""
+        for name in set(children) - self._settled:
+            child = self.module.get_submodule(name)
+            child.forward = self._standing(name, child.forward)
+        self._settled |= set(children)
+
+    def _standing(self, name: str, forward: Callable[..., Any]) -> Callable[..., Any]:
+        def run(*args: Any, **kwargs: Any) -> Any:
+            key = (name, self._batch, self._counts[name])
+            self._counts[name] += 1
+            if key not in self._outputs:
+                self._outputs[key] = forward(*args, **kwargs)
+            return self._outputs[key]
+
+        return run
+
+    def _run(self, batch: int) -> Tensor:
+        self._batch, self._counts = batch, Counter()
+        return run_block(self.module, self.hidden[batch], self.calls[batch])
+
+    @torch.no_grad()
+    def stage_input(self, path: str, batch: int) -> Tensor | None:
+        """Runs the block on one batch up to one of its layers.
+
+        Returns:
+            That layer's input, [B, T, I], or None if the block never calls it.
+        """
+        seen: list[Tensor] = []
+
+        def stop(_: nn.Module, args: tuple[Tensor, ...]) -> None:
+            seen.append(args[0])
+            raise _Reached
+
+        handle = self.module.get_submodule(path).register_forward_pre_hook(stop)
+        try:
+            self._run(batch)
+        except _Reached:
+            return seen[0]
+        finally:
+            handle.remove()
+        return None
+
+    @torch.no_grad()
+    def advance(self) -> None:
+        """Moves the hidden states past the block; ends the passes."""
+        for batch in range(len(self.hidden)):
+            self.hidden[batch] = self._run(batch)
+        for name in self._settled:
+            del self.module.get_submodule(name).forward
+        self._settled, self._outputs = set(), {}
+
+
+class _Reached(Exception):
+    """Ends a block's forward pass at the layer that is watched."""
