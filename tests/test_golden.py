@@ -75,11 +75,21 @@ def test_exact_reconstruction_of_a_given_mask():
         (magnitude.prune, {"sparsity": 0.5, "scope": "row"}, 0.2214751403, 0.0863191933),
         (wanda.prune, {"sparsity": 0.5}, 0.0720851483, 0.0290249084),
         (wanda.prune, {"pattern": "2:4"}, 0.0579441888, 0.0313014797),
-        (multiweight.prune, {"sparsity": 0.5, "block": "all", "compensation": "block"}, 0.0633920691, 0.0633920691),
+        (
+            multiweight.prune,
+            {"sparsity": 0.5, "mask": "single", "block": "all", "compensation": "block"},
+            0.0633920691,
+            0.0633920691,
+        ),
         (sparsegpt.prune, {"sparsity": 0.5, "block": 12}, 0.0369252731, 0.0304105311),
         (sparsegpt.prune, {"sparsity": 0.5, "block": 4}, 0.0358001054, 0.0306619839),
         (sparsegpt.prune, {"pattern": "2:4"}, 0.0539501001, 0.0297169602),
-        (multiweight.prune, {"sparsity": 0.5, "block": 4, "compensation": "block"}, 0.0336864572, 0.0304986798),
+        (
+            multiweight.prune,
+            {"sparsity": 0.5, "mask": "single", "block": 4, "compensation": "block"},
+            0.0336864572,
+            0.0304986798,
+        ),
         (
             multiweight.prune,
             {"pattern": "2:4", "block": 4, "mask": "single", "compensation": "block"},

@@ -225,7 +225,7 @@ def test_steps_follow_one_another(llama, texts, tmp_path):
     assert len(load_file(tmp_path / "out" / "masks.safetensors")) == 21
 
 
-@pytest.mark.parametrize("name", ["gpt2", "gpt_neox", "bloom", "phi3", "opt", "qwen3", "gemma2"])
+@pytest.mark.parametrize("name", ["gpt2", "gpt_neox", "bloom", "phi3", "opt", "qwen3", "gemma2", *tiny.MAMBA])
 def test_every_family_runs_and_reopens(name, texts, tmp_path):
     recipe = write_recipe(tmp_path / "r.yaml", texts, steps=({"method": "multiweight", "pattern": "2:4"},), evaluate=False)
     results = duramen.run(recipe, str(tiny.save(name, tmp_path / "model")), tmp_path / "out")

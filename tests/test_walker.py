@@ -13,17 +13,29 @@ from duramen.prune import wanda
 
 
 def plain_grams(network, names, tokens):
-    """Σ x xᵀ at each layer's input, by hooks on the whole model."""
+    """Σ x xᵀ at each layer's input, by hooks on the whole model; a dt_proj reads the step size that x_proj computed."""
     grams = {}
 
+    def add(name, inputs):
+        x = inputs.flatten(0, -2).double()
+        grams[name] = grams.get(name, 0) + x.T @ x
+
     def watch(name):
-        def hook(_, args):
-            x = args[0].flatten(0, -2).double()
-            grams[name] = grams.get(name, 0) + x.T @ x
+        layer = network.get_submodule(name)
+        if not name.endswith("dt_proj"):
+            return layer.register_forward_pre_hook(lambda _, args: add(name, args[0]))
+        mixer = network.get_submodule(name.removesuffix(".dt_proj"))
+        rank = layer.weight.shape[1]
 
-        return hook
+        def normed(x):
+            if not hasattr(mixer, "dt_layernorm"):
+                return x
+            scale = mixer.dt_layernorm.weight if len(mixer.dt_layernorm.weight) == rank else 1.0
+            return scale * x / (x.square().mean(-1, keepdim=True) + 1e-6).sqrt()
 
-    handles = [network.get_submodule(name).register_forward_pre_hook(watch(name)) for name in names]
+        return mixer.x_proj.register_forward_hook(lambda _, args, output: add(name, normed(output[..., :rank])))
+
+    handles = [watch(name) for name in names]
     for batch in tokens.split(1):
         network(batch)
     for handle in handles:
@@ -31,7 +43,7 @@ def plain_grams(network, names, tokens):
     return grams
 
 
-@pytest.mark.parametrize("name", ["llama", "gpt2", "gpt_neox", "bloom", "phi3", "gemma3_text", "opt"])
+@pytest.mark.parametrize("name", ["llama", "gpt2", "gpt_neox", "bloom", "phi3", "gemma3_text", "opt", *tiny.MAMBA])
 @torch.no_grad()
 def test_statistics_are_those_of_a_plain_forward_pass(name, tmp_path):
     tokens, seen = tiny.ids(6, 20), {}

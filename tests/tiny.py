@@ -5,20 +5,27 @@ import random
 import torch
 from transformers import (
     AutoModelForCausalLM,
+    BambaConfig,
     BloomConfig,
+    FalconMambaConfig,
     Gemma2Config,
     Gemma3TextConfig,
     GemmaConfig,
     GPT2Config,
     GPTNeoXConfig,
+    JambaConfig,
     LlamaConfig,
+    Mamba2Config,
+    MambaConfig,
     MistralConfig,
+    NemotronHConfig,
     OPTConfig,
     Phi3Config,
     PreTrainedTokenizerFast,
     Qwen2Config,
     Qwen3Config,
     SmolLM3Config,
+    Zamba2Config,
 )
 
 VOCAB = 259
@@ -28,6 +35,8 @@ _LLAMA = {
     "head_dim": 8, "max_position_embeddings": 512, **_SHARED,
 }  # fmt: skip
 _HEADS = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "max_position_embeddings": 512, **_SHARED}
+_MAMBA = {"hidden_size": 32, "num_hidden_layers": 3, "state_size": 8, **_SHARED}
+MAMBA = ("mamba", "falcon_mamba", "mamba2", "jamba", "bamba", "zamba2", "nemotron_h")
 CONFIGS = {
     "llama": lambda: LlamaConfig(**_LLAMA),
     "mistral": lambda: MistralConfig(**_LLAMA),
@@ -42,6 +51,48 @@ CONFIGS = {
     "gpt_neox": lambda: GPTNeoXConfig(**_HEADS, intermediate_size=48),
     "bloom": lambda: BloomConfig(hidden_size=32, n_layer=3, n_head=4, **_SHARED),
     "phi3": lambda: Phi3Config(**_LLAMA),
+    "mamba": lambda: MambaConfig(**_MAMBA, time_step_rank=4),
+    "falcon_mamba": lambda: FalconMambaConfig(**_MAMBA, time_step_rank=4),
+    "mamba2": lambda: Mamba2Config(**_MAMBA, num_heads=4, head_dim=16, n_groups=1, chunk_size=16, expand=2),
+    "jamba": lambda: JambaConfig(
+        **_LLAMA,
+        num_experts=2,
+        num_experts_per_tok=1,
+        expert_layer_period=3,
+        expert_layer_offset=2,
+        attn_layer_period=3,
+        attn_layer_offset=1,
+        mamba_d_state=8,
+        mamba_dt_rank=4,
+        use_mamba_kernels=False,
+    ),
+    "bamba": lambda: BambaConfig(
+        **_LLAMA, attn_layer_indices=[1], mamba_n_heads=4, mamba_d_head=16, mamba_d_state=8, mamba_chunk_size=16
+    ),
+    "zamba2": lambda: Zamba2Config(
+        **(_HEADS | {"num_hidden_layers": 4}),
+        intermediate_size=48,
+        layers_block_type=["mamba", "hybrid", "mamba", "hybrid"],
+        n_mamba_heads=4,
+        mamba_d_state=8,
+        chunk_size=16,
+        adapter_rank=4,
+        use_mamba_kernels=False,
+    ),
+    "nemotron_h": lambda: NemotronHConfig(
+        **{key: value for key, value in _LLAMA.items() if key != "num_hidden_layers"},
+        ssm_state_size=8,
+        mamba_num_heads=4,
+        mamba_head_dim=16,
+        n_groups=1,
+        chunk_size=16,
+        use_mamba_kernels=False,
+        n_routed_experts=2,
+        moe_intermediate_size=16,
+        moe_shared_expert_intermediate_size=16,
+        num_experts_per_tok=1,
+        layers_block_type=["mamba", "attention", "mlp", "moe"],
+    ),
 }
 
 

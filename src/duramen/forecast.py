@@ -93,7 +93,7 @@ def _head(model: BlockModel) -> int:
 
 
 def _walk_flops(model: BlockModel, shapes: dict[str, tuple[int, int]], names: list[str], tokens: int) -> float:
-    """Every stage runs the block up to itself and adds a Gram; then the block runs once more."""
+    """Every stage runs the block up to itself and adds a Gram; then the block runs once more. Settled parts are counted too."""
     flops = 0.0
     for index in range(len(model.blocks)):
         before = 0
@@ -108,9 +108,9 @@ def _walk_flops(model: BlockModel, shapes: dict[str, tuple[int, int]], names: li
 
 def _solve_flops(settings: PruneSettings, shape: tuple[int, int]) -> float:
     outputs, inputs = shape
-    sweeps = {"magnitude": 0, "wanda": 0, "sparsegpt": 4}.get(type(settings).__module__.rsplit(".", 1)[-1], 60)
+    products = settings.products
     tries = len(settings.damping_grid) if getattr(settings, "damping", None) == "held-out" else 0
-    return (outputs + min(outputs, 128) * tries) * inputs**2 * sweeps + (1 + tries) * 4 * inputs**3 * (sweeps > 0)
+    return 2 * (outputs * products + min(outputs, 128) * tries * 16) * inputs**2 + (1 + tries) * 4 * inputs**3 * (products > 0)
 
 
 def _evaluation_flops(

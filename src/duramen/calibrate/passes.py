@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from duramen.families.model import Call, run_block
+from duramen.families.model import Call, Layer, run_block
 
 
 class Passes:
@@ -54,19 +54,27 @@ class Passes:
         return run_block(self.module, self.hidden[batch], self.calls[batch])
 
     @torch.no_grad()
-    def stage_input(self, path: str, batch: int) -> Tensor | None:
+    def stage_input(self, layer: Layer, batch: int) -> Tensor | None:
         """Runs the block on one batch up to one of its layers.
 
         Returns:
-            That layer's input, [B, T, I], or None if the block never calls it.
+            That layer's input, [B, T, I], or None if the block never gets there.
         """
         seen: list[Tensor] = []
+        projection, inputs = layer.projection, layer.read().shape[1]
 
-        def stop(_: nn.Module, args: tuple[Tensor, ...]) -> None:
+        def stop_before(_: nn.Module, args: tuple[Tensor, ...]) -> None:
             seen.append(args[0])
             raise _Reached
 
-        handle = self.module.get_submodule(path).register_forward_pre_hook(stop)
+        def stop_after(_: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+            seen.append(output[..., :inputs])
+            raise _Reached
+
+        if projection.tap:
+            handle = self.module.get_submodule(projection.tap).register_forward_hook(stop_after)
+        else:
+            handle = self.module.get_submodule(projection.path).register_forward_pre_hook(stop_before)
         try:
             self._run(batch)
         except _Reached:

@@ -144,7 +144,7 @@ def _edit_block(model: BlockModel, index: int, boundary: _Boundary, edit: Edit, 
                 each.settle(settled)
             statistics = _observe(layers[0], passes, dense, boundary.held_out)
             for layer in layers:
-                record = {"layer": layer.name, "role": layer.role, "block": index, "tokens": statistics.tokens}
+                record = {"layer": layer.name, "role": layer.projection.role, "block": index, "tokens": statistics.tokens}
                 records.append(record | edit(layer, statistics))
                 walk.progress(records[-1])
         if walk.store:
@@ -166,7 +166,7 @@ def _stages_to_edit(model: BlockModel, block: OpenBlock, names: set[str]) -> lis
 
 def _children(layers: Iterable[Layer]) -> set[str]:
     """The children of the block that hold these layers."""
-    return {layer.path.split(".")[0] for layer in layers}
+    return {layer.projection.path.split(".")[0] for layer in layers}
 
 
 def _advance_finished(model: BlockModel, index: int, boundary: _Boundary, edited: dict[str, Tensor]) -> None:
@@ -182,11 +182,11 @@ def _observe(layer: Layer, passes: Passes, dense: Passes | None, held_out: list[
     inputs, device = layer.read().shape[1], passes.hidden[0].device
     statistics = Statistics(inputs, held_out=any(held_out), cross=dense is not None, device=device)
     for batch, aside in enumerate(held_out):
-        seen = passes.stage_input(layer.path, batch)
+        seen = passes.stage_input(layer, batch)
         if seen is None:
             raise _never_called(layer.name)
         _check_activations(seen, layer.name)
-        source = dense.stage_input(layer.path, batch) if dense else None
+        source = dense.stage_input(layer, batch) if dense else None
         statistics.update(seen, dense=source, held_out=aside)
     return statistics
 

@@ -29,34 +29,30 @@ class Layer:
 
     Attributes:
         name: Full module path.
-        path: Module path inside the block.
-        role: Role of its projection.
+        projection: Its entry in the family's table.
         block: Index of its block.
         linear: The module that runs.
         stored: The weight as stored, not as cast for the forward pass.
-        transposed: Whether it is stored [I, O].
         edited: New weight in the stored type and layout, once written.
         pruned: What was removed from it, bool [O, I], where the edit removed anything.
     """
 
     name: str
-    path: str
-    role: str
+    projection: Projection
     block: int
     linear: nn.Module
     stored: Tensor
-    transposed: bool
     edited: Tensor | None = None
     pruned: Tensor | None = None
 
     def read(self) -> Tensor:
         """The weight, [O, I], in its stored type."""
-        return self.stored.T if self.transposed else self.stored
+        return self.stored.T if self.projection.transposed else self.stored
 
     def write(self, weight: Tensor, *, pruned: Tensor | None = None) -> None:
         """Sets the weight, [O, I], and its mask, bool [O, I]; the block runs with the weight from here on."""
         self.pruned = pruned
-        new = weight.T if self.transposed else weight
+        new = weight.T if self.projection.transposed else weight
         self.edited = new.to(self.stored.dtype).contiguous()
         parameter = self.linear.weight
         assert isinstance(parameter, Tensor)
@@ -65,7 +61,7 @@ class Layer:
 
 @dataclass
 class OpenBlock:
-    """A block in memory: the module that runs, its stored tensors by full name, and its layers by path."""
+    """A block in memory: the module that runs, the stored tensors of its own by full name, and its layers by path."""
 
     index: int
     module: nn.Module
@@ -164,8 +160,9 @@ class BlockModel:
             _assign(block, {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}, self.dtype)
         for name, tensor in tensors.items():
             check_finite(name, tensor)
+        own = {name: tensor for name, tensor in tensors.items() if self.checkpoint is None or self._stored_alone(name)}
         try:
-            yield OpenBlock(index, block, tensors, self._layers(index, block, tensors))
+            yield OpenBlock(index, block, own, self._layers(index, block, own))
         finally:
             if self.checkpoint is not None:
                 empty = {name: parameter.to("meta") for name, parameter in block.named_parameters()}
@@ -175,18 +172,18 @@ class BlockModel:
         prefix = f"{self.family.blocks}.{index}."
         return {
             item.path: Layer(
-                prefix + item.path, item.path, item.role, index, block.get_submodule(item.path),
-                tensors[f"{prefix}{item.path}.weight"], item.transposed,
+                prefix + item.path, item, index, block.get_submodule(item.path), tensors[f"{prefix}{item.path}.weight"]
             )
             for stage in self.stages(index)
             for item in stage
-        }  # fmt: skip
+        }
 
     def stored_name(self, name: str) -> str:
         """The checkpoint's own name of a parameter; some checkpoints leave the base model's prefix out."""
         assert self.checkpoint is not None
         short = name.removeprefix(f"{getattr(self.network, 'base_model_prefix', '')}.")
-        for candidate in (name, short, dict(self.family.stored_as).get(name, name)):
+        renamed = [there + name.removeprefix(here) for here, there in self.family.stored_as if name.startswith(here)]
+        for candidate in (name, short, *renamed):
             if candidate in self.checkpoint.files:
                 return candidate
         raise Problem(
@@ -198,24 +195,31 @@ class BlockModel:
 
     def _read(self, name: str) -> Tensor:
         assert self.checkpoint is not None
+        name = self._tied.get(name, name)
+        for stacked in self.family.stacked:
+            if name.endswith("." + stacked.path):
+                start, count = name.removesuffix(stacked.path), len(self.network.get_parameter(name))
+                experts = [[self._read(start + part.format(expert)) for part in stacked.parts] for expert in range(count)]
+                return torch.stack([torch.cat(parts) for parts in experts])
         return self.checkpoint.read(self.stored_name(name))
+
+    def _stored_alone(self, name: str) -> bool:
+        """Whether the checkpoint holds this parameter under a name of its own, and whole."""
+        return name not in self._tied and not any(name.endswith("." + stacked.path) for stacked in self.family.stacked)
+
+    @cached_property
+    def _tied(self) -> dict[str, str]:
+        """Parameters that take their values from another one, so that the checkpoint need not hold them -> that one."""
+        return dict(getattr(self.network, "all_tied_weights_keys", {}))
 
     def _load_outside(self) -> None:
         """Reads the parameters outside the blocks."""
         inside = self.family.blocks + "."
         for name, module in self.network.named_modules():
             if not name.startswith(inside):
-                own = {key: None for key, _ in module.named_parameters(recurse=False)}
-                persistent = [key for key in own if not self._tied(f"{name}.{key}")]
-                state = {key: self._read(f"{name}.{key}") for key in persistent}
-                _assign(module, state, self.dtype)
+                own = [key for key, _ in module.named_parameters(recurse=False) if f"{name}.{key}" not in self._tied]
+                _assign(module, {key: self._read(f"{name}.{key}") for key in own}, self.dtype)
         self.network.tie_weights()  # type: ignore[operator]
-
-    def _tied(self, name: str) -> bool:
-        """Whether a parameter takes its values from another one, so that the checkpoint need not hold it."""
-        return name in (getattr(self.network, "_tied_weights_keys", None) or {}) and bool(
-            getattr(self.config, "tie_word_embeddings", False)
-        )
 
     def capture(self, batches: Sequence[Tensor]) -> tuple[list[Tensor], list[list[Call]]]:
         """Runs everything before the first block, and records what each block would be called with.
@@ -226,7 +230,7 @@ class BlockModel:
         Returns:
             The hidden states before block 0 per batch, each [B, T, D]; and per batch the call of every block.
         """
-        recorders = [_Recorder(block, self._returns_tuple) for block in self.blocks]
+        recorders = [_Recorder(block, self._returned) for block in self.blocks]
         hidden, calls = [], []
         with self._replaced(recorders):
             for batch in batches:
@@ -237,17 +241,17 @@ class BlockModel:
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Final norm and head on the hidden states after the last block, [B, T, D] -> [B, T, V]."""
-        with self._replaced([_Replay(block, self._returns_tuple, hidden) for block in self.blocks]):
+        with self._replaced([_Replay(block, self._returned, hidden) for block in self.blocks]):
             tokens = torch.zeros(hidden.shape[:2], dtype=torch.long, device=hidden.device)
             return self.network(input_ids=tokens, use_cache=False).logits  # type: ignore[no-any-return]
 
     @cached_property
-    def _returns_tuple(self) -> bool:
-        """Whether a block returns a tuple; seen by running the first one on a few tokens."""
-        seen: list[bool] = []
+    def _returned(self) -> int:
+        """How many values a block returns in a tuple, 0 for a bare tensor; seen by running the first one on a few tokens."""
+        seen: list[int] = []
 
         def stop(module: nn.Module, args: Any, output: Any) -> None:
-            seen.append(isinstance(output, tuple))
+            seen.append(len(output) if isinstance(output, tuple) else 0)
             raise _Seen
 
         with self.opened(0) as first, suppress(_Seen):
@@ -256,7 +260,7 @@ class BlockModel:
                 self.network.base_model(input_ids=torch.zeros(1, 4, dtype=torch.long), use_cache=False)  # type: ignore[operator]
             finally:
                 handle.remove()
-        return seen == [True]
+        return seen[0]
 
     @contextmanager
     def _replaced(self, stand_ins: Sequence[nn.Module]) -> Iterator[None]:
@@ -278,17 +282,17 @@ class _Seen(Exception):
 class _StandIn(nn.Module):
     """Takes a block's place; whatever the model asks of it is asked of the block."""
 
-    def __init__(self, block: nn.Module, returns_tuple: bool) -> None:
+    def __init__(self, block: nn.Module, returned: int) -> None:
         super().__init__()
         self.__dict__["stand_in_for"] = block
-        self.returns_tuple = returns_tuple
+        self.returned = returned
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.__dict__["stand_in_for"], name)
 
-    def hand_on(self, hidden: Tensor) -> Tensor | tuple[Tensor]:
+    def hand_on(self, hidden: Tensor) -> Tensor | tuple[Tensor | None, ...]:
         """The hidden states in the form in which the block returns them."""
-        return (hidden,) if self.returns_tuple else hidden
+        return (hidden, *[None] * (self.returned - 1)) if self.returned else hidden
 
 
 class _Recorder(_StandIn):
@@ -297,7 +301,7 @@ class _Recorder(_StandIn):
     hidden: Tensor
     call: Call
 
-    def forward(self, hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor | tuple[Tensor]:
+    def forward(self, hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor | tuple[Tensor | None, ...]:
         self.hidden, self.call = hidden, Call(args, kwargs)
         return self.hand_on(hidden)
 
@@ -305,11 +309,11 @@ class _Recorder(_StandIn):
 class _Replay(_StandIn):
     """Hands on given hidden states, whatever comes in."""
 
-    def __init__(self, block: nn.Module, returns_tuple: bool, hidden: Tensor) -> None:
-        super().__init__(block, returns_tuple)
+    def __init__(self, block: nn.Module, returned: int, hidden: Tensor) -> None:
+        super().__init__(block, returned)
         self.hidden = hidden
 
-    def forward(self, *args: Any, **kwargs: Any) -> Tensor | tuple[Tensor]:
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor | tuple[Tensor | None, ...]:
         return self.hand_on(self.hidden)
 
 

@@ -20,14 +20,17 @@ class Projection:
     """One linear weight of a block.
 
     Attributes:
-        role: q k v o gate up down qkv gate_up, or the family's own.
+        role: q k v o gate up down qkv gate_up, in x dt out (Mamba), or the family's own.
         path: Module path inside the block.
         transposed: Whether the weight is stored [I, O] (GPT-2's Conv1D).
+        tap: Where the block multiplies by the weight without calling the module: the module whose output has this
+            projection's input in its first columns.
     """
 
     role: str
     path: str
     transposed: bool = False
+    tap: str | None = None
 
 
 @dataclass(frozen=True)
@@ -90,6 +93,19 @@ class Group:
 
 
 @dataclass(frozen=True)
+class Stacked:
+    """A parameter with one slice per expert, which checkpoints hold expert by expert; it is read, and never edited.
+
+    Attributes:
+        path: Parameter path inside the block, [experts, O, I].
+        parts: Names inside the block of what makes up the slice of expert ``{}``, each [o, I], in order.
+    """
+
+    path: str
+    parts: tuple[str, ...]
+
+
+@dataclass(frozen=True)
 class Family:
     """One architecture family.
 
@@ -100,7 +116,8 @@ class Family:
         stages: Projections in running order, those with the same input together.
         groups: Coupled axes.
         ffn_key: Config attribute of the FFN width; four times the width where it is absent or None.
-        stored_as: (parameter, its name in checkpoints), where transformers renames on loading.
+        stored_as: (start of a parameter's name, its start in checkpoints), where transformers renames on loading.
+        stacked: Parameters that checkpoints hold in parts.
     """
 
     name: str
@@ -110,6 +127,7 @@ class Family:
     groups: tuple[Group, ...] = ()
     ffn_key: str = "intermediate_size"
     stored_as: tuple[tuple[str, str], ...] = ()
+    stacked: tuple[Stacked, ...] = ()
 
     def sizes(self, config: Any) -> Sizes:
         """Reads the widths from a transformers config."""

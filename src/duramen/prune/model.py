@@ -42,6 +42,16 @@ class PruneSettings(Settings):
     damping_grid: tuple[float, ...] = (0.001, 0.01, 0.03, 0.1, 0.3)
     """Candidates for `damping: held-out`."""
 
+    @property
+    def trial(self) -> dict[str, Any]:
+        """Settings of the pruning function that differ while dampings are compared."""
+        return {}
+
+    @property
+    def products(self) -> int:
+        """About how many products [O, I]·[I, I] one layer takes."""
+        return 0
+
     @model_validator(mode="after")
     def _check_target(self) -> PruneSettings:
         for share in self.sparsity if isinstance(self.sparsity, tuple) else (self.sparsity,):
@@ -101,7 +111,9 @@ def prune_layer(
     }
     report: dict[str, Any] = {}
     if damping == "held-out":
-        damping, report["held_out_error"] = choose_damping(prune, weight, statistics, settings.damping_grid, options)
+        damping, report["held_out_error"] = choose_damping(
+            prune, weight, statistics, settings.damping_grid, options | settings.trial
+        )
     if damping is not None:
         options["damping"] = damping
     target = _target(weight, statistics, float(getattr(settings, "dense_target", 0.0)), damping or 0.01)

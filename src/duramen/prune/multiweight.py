@@ -14,8 +14,9 @@ mask. Block order, the scope of the quota and the damping are not settled by the
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from itertools import combinations
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Bool, Float
@@ -31,21 +32,45 @@ from duramen.prune.pattern import Pattern, keep_existing_zeros, parse_pattern, s
 from duramen.prune.pruned import Pruned, finish
 from duramen.prune.reconstruct import check_shapes, compute_dtype, reconstruct
 from duramen.prune.sparsegpt import block_mask, sweep_mask
+from duramen.prune.support import admm, rounds, swap
 from duramen.registry import method
 
-Mask = Literal["auto", "single", "joint", "sparsegpt", "wanda", "magnitude"]
+Mask = Literal["auto", "admm", "rounds", "single", "joint", "sparsegpt", "wanda", "magnitude"]
+Refine = Literal["auto", "none", "swap"]
 Compensation = Literal["exact", "block", "sequential", "none"]
+
+
+@dataclass(frozen=True)
+class Effort:
+    """What one word for the effort stands for.
+
+    Attributes:
+        mask: Source of the mask; None for one sweep, ``joint`` for N:M and ``single`` otherwise.
+        refine: What betters the mask.
+        iterations: Conjugate gradient iterations of the exact solve, which starts from the sweep; None for as many as it takes.
+    """
+
+    mask: Mask | None
+    refine: Refine
+    iterations: int | None = None
+
+
+EFFORTS = {"fast": Effort(None, "none", iterations=5), "good": Effort("admm", "none"), "best": Effort("admm", "swap")}
 
 
 class Settings(PruneSettings):
     """Settings of multi-weight pruning."""
 
+    effort: Literal["fast", "good", "best"] = "good"
+    """`fast`: one sweep chooses, and five iterations solve; `good`: a mask searched for as a whole, solved exactly; `best`: then bettered by exchanges."""
     mask: Mask = "auto"
-    """How weights are chosen: `single` (Eq. 14), `joint` (whole N:M groups, Eq. 12), or another method's mask. `auto`: `joint` for N:M, else `single`."""
+    """How weights are chosen: `admm` or `rounds` (searched), `single` (Eq. 14), `joint` (whole N:M groups, Eq. 12), or another method's mask. `auto`: by `effort`."""
+    refine: Refine = "auto"
+    """`swap` exchanges kept for removed weights while the exact loss falls. `auto`: by `effort`."""
     compensation: Compensation = "exact"
     """How the kept weights move: `exact` joint solve from the dense weights, `block` (M), `sequential` (S), or `none`."""
     block: int | Literal["all"] = 128
-    """Columns that share one quota and are compensated together while the mask is chosen."""
+    """Columns that share one quota and are compensated together while a sweep chooses the mask."""
     damping: float | Literal["held-out"] = "held-out"
     """λ as a share of the mean diagonal of the Gram; `held-out` chooses it on held-out sequences."""
     dense_target: float = 0.0
@@ -54,6 +79,16 @@ class Settings(PruneSettings):
     """Proven bound on the relative excess of the loss at which the exact solve stops."""
     max_iterations: int = 200
     """Conjugate gradient iterations before a row is solved directly."""
+
+    @property
+    def trial(self) -> dict[str, Any]:
+        """Dampings are compared with one sweep each."""
+        return {"effort": "fast"} if self.mask == "auto" else {}
+
+    @property
+    def products(self) -> int:
+        """A sweep, about 15 iterations of two products, 35 of ADMM, and as much again for exchanges."""
+        return {"fast": 16, "good": 70, "best": 140}[self.effort]
 
 
 def joint_update(
@@ -127,18 +162,19 @@ def group_mask(weight: Float[Tensor, "O f"], inverse_block: Float[Tensor, "f f"]
 def choose_mask(
     weight: Float[Tensor, "O I"], gram: Float[Tensor, "I I"], factor: Factor, target: Pattern, mask: Mask, block: int
 ) -> Swept:
-    """Runs one mask source; the sources without a compensation of their own return the dense weights, masked."""
-    if mask == "auto":
-        mask = "joint" if target.grouped else "single"
+    """Runs one mask source; those without a compensation of their own return the dense weights, masked."""
     if mask == "single":
         return single_mask(weight, factor, target, block)
     if mask == "joint":
         return joint_mask(weight, factor, target)
     if mask == "sparsegpt":
         return sweep_mask(weight, factor, target, block)
-    scores = wanda.score(weight, gram.diagonal()) if mask == "wanda" else magnitude.score(weight)
-    scope: Literal["row", "layer"] = "row" if mask == "wanda" else "layer"
-    pruned = select(keep_existing_zeros(scores, weight, target), target, scope=scope)
+    if mask in ("admm", "rounds"):
+        pruned = (admm if mask == "admm" else rounds)(weight, factor, target)
+    else:
+        scores = wanda.score(weight, gram.diagonal()) if mask == "wanda" else magnitude.score(weight)
+        scope: Literal["row", "layer"] = "row" if mask == "wanda" else "layer"
+        pruned = select(keep_existing_zeros(scores, weight, target), target, scope=scope)
     return Swept(weight.masked_fill(pruned, 0), pruned, torch.zeros(len(weight)))
 
 
@@ -148,7 +184,9 @@ def prune(
     *,
     sparsity: float | None = None,
     pattern: str | None = None,
+    effort: Literal["fast", "good", "best"] = "good",
     mask: Mask = "auto",
+    refine: Refine = "auto",
     compensation: Compensation = "exact",
     block: int | Literal["all"] = 128,
     damping: float = 0.01,
@@ -162,9 +200,11 @@ def prune(
         gram: XXᵀ over tokens at any positive scale, [I, I].
         sparsity: Share to remove, in [0, 1); or
         pattern: ``"kept:group"``, such as ``"2:4"``.
+        effort: Chooses the next two, where they are ``"auto"``; see ``Settings``.
         mask: Which weights go; see ``Settings``.
+        refine: Whether exchanges better the mask; see ``Settings``.
         compensation: How the others move; see ``Settings``.
-        block: Columns that share one quota, or ``"all"``.
+        block: Columns that share one quota in a sweep, or ``"all"``.
         damping: λ as a share of the mean diagonal of the Gram.
         tolerance: Proven relative excess of the loss at which the exact solve stops.
         max_iterations: Conjugate gradient iterations before a row is solved directly.
@@ -173,23 +213,30 @@ def prune(
         Problem: On shapes or settings that do not fit.
     """
     check_shapes(weight, gram)
-    target = parse_pattern(sparsity, pattern)
-    width = _width(block, target, weight.shape[1], mask)
+    target, chosen = parse_pattern(sparsity, pattern), EFFORTS[effort]
+    source = (chosen.mask or ("joint" if target.grouped else "single")) if mask == "auto" else mask
+    width = _width(block, target, weight.shape[1], source)
     dtype = compute_dtype(weight)
-    factor = factorise(gram, damping, dtype=dtype)
-    dense = weight.to(dtype)
-    chosen = choose_mask(dense, gram, factor, target, mask, width)
+    factor, dense = factorise(gram, damping, dtype=dtype), weight.to(dtype)
+    swept = choose_mask(dense, gram, factor, target, source, width)
+    pruned = swept.pruned
+    if (chosen.refine if refine == "auto" else refine) == "swap":
+        pruned = swap(dense, factor, pruned, target)
     if compensation == "exact":
+        quick = chosen.iterations is not None and mask == "auto"
         found = reconstruct(
-            weight, gram, chosen.pruned, damping=damping, tolerance=tolerance, max_iterations=max_iterations, factor=factor
-        )
-        return finish(
-            weight, found.weight, chosen.pruned, gram,
-            damping=factor.damping, excess=found.excess, iterations=found.iterations,
+            weight, gram, pruned, damping=damping, tolerance=tolerance, factor=factor, complete=not quick,
+            max_iterations=chosen.iterations if quick and chosen.iterations else max_iterations,
+            start=swept.weight if quick else None,
         )  # fmt: skip
+        return finish(
+            weight, found.weight, pruned, gram, damping=factor.damping, excess=found.excess, iterations=found.iterations
+        )
     widths = {"block": width, "sequential": 1}
-    edited = dense if compensation == "none" else compensate(dense, chosen.pruned, factor, widths[compensation])[0]
-    return finish(weight, edited, chosen.pruned, gram, damping=factor.damping)
+    edited = (
+        dense.masked_fill(pruned, 0) if compensation == "none" else compensate(dense, pruned, factor, widths[compensation])[0]
+    )
+    return finish(weight, edited, pruned, gram, damping=factor.damping)
 
 
 def _width(block: int | Literal["all"], target: Pattern, inputs: int, mask: Mask) -> int:

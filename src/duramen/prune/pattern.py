@@ -6,7 +6,6 @@ Counts are exact. Ties are broken by ascending flat index, so a mask is a functi
 
 from __future__ import annotations
 
-import math
 import re
 from dataclasses import dataclass
 from typing import Literal
@@ -18,6 +17,7 @@ from torch import Tensor
 from duramen.problem import Problem
 
 Scope = Literal["row", "layer"]
+SCOPES: tuple[Scope, ...] = ("row", "layer")
 
 
 @dataclass(frozen=True)
@@ -154,8 +154,9 @@ def keep_existing_zeros(scores: Float[Tensor, "O I"], weight: Float[Tensor, "O I
         Problem: If the weight is sparser than the target already.
     """
     zeros = weight == 0
-    share = float(zeros.float().mean())
-    if share > pattern.share and share > 0.05 and not math.isclose(share, pattern.share):
+    outputs, inputs = weight.shape
+    count, share = int(zeros.sum()), float(zeros.float().mean())
+    if share > 0.05 and count > max(pattern.total(outputs, inputs, scope) for scope in SCOPES):
         raise Problem(
             f"The weight is {share:.2%} zero already, the target is {pattern.share:.2%}.",
             why="pruning never brings removed weights back.",

@@ -53,7 +53,9 @@ def reconstruct(
     damping: float = 0.01,
     tolerance: float = 1e-4,
     max_iterations: int = 200,
+    complete: bool = True,
     factor: Factor | None = None,
+    start: Tensor | None = None,
 ) -> Reconstructed:
     """Moves the kept weights of any mask to their joint optimum.
 
@@ -63,8 +65,10 @@ def reconstruct(
         pruned: bool [O, I], True where a weight must be zero.
         damping: λ as a share of the mean diagonal of the Gram; pulls towards the dense weights.
         tolerance: Largest relative excess of the damped loss over its optimum.
-        max_iterations: Conjugate gradient iterations before a row is solved directly.
+        max_iterations: Limit of the conjugate gradient iterations.
+        complete: Whether rows that are not certified by then are solved directly; if not, ``excess`` tells how far they may be.
         factor: The factorised Gram, where the caller has it already.
+        start: Weights to start the iteration from, [O, I]; None for the dense ones.
 
     Raises:
         Problem: If shapes do not fit.
@@ -84,7 +88,12 @@ def reconstruct(
     if len(dense) * side**3 <= DIRECT_UP_TO:
         solution, excess, iterations = solve_direct(dense, factor.hessian, pruned), 0.0, 0
     else:
-        solution, excess, iterations = _solve_iteratively(dense, factor, pruned, tolerance, max_iterations)
+        found = solve_iteratively(dense, factor, pruned, start=start, tolerance=tolerance, max_iterations=max_iterations)
+        solution, iterations = found.weight, found.iterations
+        late = (found.excess > tolerance) & complete
+        if bool(late.any()):
+            solution[late] = solve_direct(dense[late], factor.hessian, pruned[late])
+        excess = float(found.excess.masked_fill(late, 0).max())
     result = solution.to(weight.dtype).masked_fill(pruned, 0)
     return Reconstructed(result, output_error(weight, result, gram), excess, iterations, factor.damping)
 
@@ -170,31 +179,53 @@ def _solve_masked(matrix: Float[Tensor, "I I"], rhs: Float[Tensor, "O I"], mask:
     return solved
 
 
-def _solve_iteratively(
-    dense: Float[Tensor, "O I"], factor: Factor, pruned: Bool[Tensor, "O I"], tolerance: float, max_iterations: int
-) -> tuple[Float[Tensor, "O I"], float, int]:
+@dataclass(frozen=True)
+class Solved:
+    """Rows solved by iteration: weight [O, I], damped loss ½δHδᵀ [O], bound on its relative excess [O], iterations."""
+
+    weight: Float[Tensor, "O I"]
+    loss: Float[Tensor, "O"]
+    excess: Float[Tensor, "O"]
+    iterations: int
+
+
+def solve_iteratively(
+    dense: Float[Tensor, "O I"],
+    factor: Factor,
+    pruned: Bool[Tensor, "O I"],
+    *,
+    start: Float[Tensor, "O I"] | None = None,
+    tolerance: float,
+    max_iterations: int = 200,
+) -> Solved:
+    """Solves all rows together by conjugate gradients.
+
+    Args:
+        dense: The weights to come near to, [O, I], in the dtype of the factor.
+        factor: Damped Gram of the inputs.
+        pruned: bool [O, I].
+        start: Weights to start from, [O, I]; None for the dense ones, masked.
+        tolerance: Relative excess of the loss to certify.
+        max_iterations: Upper limit.
+    """
     support = (~pruned).to(dense.dtype)
-    rhs = (dense @ factor.hessian) * support
-    start = dense * support
-    residual = rhs - (start @ factor.hessian) * support
-    loss = 0.5 * (((start - dense) @ factor.hessian) * (start - dense)).sum(1)
+    first = (dense if start is None else start) * support
+    gradient = (first - dense) @ factor.hessian
+    loss = 0.5 * (gradient * (first - dense)).sum(1)
     found = conjugate_gradients(
-        residual, factor.hessian, factor.inverse, support, loss=loss, tolerance=tolerance, max_iterations=max_iterations
-    )
-    solution = start + found.change
-    late = (~found.certified).nonzero()[:, 0]
-    if len(late):
-        solution[late] = solve_direct(dense[late], factor.hessian, pruned[late])
-    return solution, found.excess, found.iterations
+        -gradient * support, factor.hessian, factor.inverse, support,
+        loss=loss, tolerance=tolerance, max_iterations=max_iterations,
+    )  # fmt: skip
+    return Solved(first + found.change, found.loss, found.excess, found.iterations)
 
 
 @dataclass(frozen=True)
 class Iterated:
-    """What ``conjugate_gradients`` found: change [O, I], rows certified [O], worst relative excess, iterations."""
+    """What ``conjugate_gradients`` found: change [O, I], F [O], bound on its relative excess [O], iterations."""
 
     change: Float[Tensor, "O I"]
-    certified: Bool[Tensor, "O"]
-    excess: float
+    loss: Float[Tensor, "O"]
+    excess: Float[Tensor, "O"]
     iterations: int
 
 
@@ -225,8 +256,7 @@ def conjugate_gradients(
     tiny = torch.finfo(residual.dtype).tiny
     floor = torch.finfo(residual.dtype).eps ** 2 * loss
     change = torch.zeros_like(residual)
-    excess = torch.zeros_like(loss)
-    certified = torch.zeros(len(residual), dtype=torch.bool, device=residual.device)
+    excess, final = torch.zeros_like(loss), loss.clone()
     rows = torch.arange(len(residual), device=residual.device)
     state = _State(torch.zeros_like(residual), residual.clone(), residual, support, loss.clone(), torch.zeros_like(loss))
     for iterations in range(max_iterations + 1):
@@ -234,14 +264,14 @@ def conjugate_gradients(
         rho = (state.residual * preconditioned).sum(1)
         left = (state.loss - 0.5 * rho).clamp_min(tiny)
         done = 0.5 * rho <= torch.maximum(tolerance * left, floor[rows])
-        certified[rows], excess[rows] = done, 0.5 * rho / left
+        excess[rows] = torch.where(0.5 * rho <= floor[rows], 0, 0.5 * rho / left)
         if bool(done.all()) or iterations == max_iterations:
             break
         renewal = torch.where(done, 0, rho / state.rho.clamp_min(tiny))[:, None] if iterations else 0
         state.direction = preconditioned + renewal * state.direction if iterations else preconditioned
         state.rho = rho
         if int(done.sum()) > len(done) // 4:
-            change[rows] = state.change
+            change[rows], final[rows] = state.change, state.loss
             rows, state = rows[~done], state.take(~done)
             done = done[~done]
         product = (state.direction @ matrix) * state.support
@@ -249,9 +279,8 @@ def conjugate_gradients(
         state.change += step[:, None] * state.direction
         state.residual -= step[:, None] * product
         state.loss -= 0.5 * step * state.rho
-    change[rows] = state.change
-    worst = excess[certified]
-    return Iterated(change, certified, float(worst.max()) if len(worst) else 0.0, iterations)
+    change[rows], final[rows] = state.change, state.loss
+    return Iterated(change, final, excess, iterations)
 
 
 @dataclass

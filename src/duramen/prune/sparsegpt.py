@@ -32,6 +32,11 @@ class Settings(PruneSettings):
     damping: float | Literal["held-out"] = 0.01
     """λ as a share of the mean diagonal of the Gram; `held-out` chooses it on held-out sequences."""
 
+    @property
+    def products(self) -> int:
+        """One sweep, which is slower than its arithmetic."""
+        return 4
+
 
 def sweep_mask(weight: Float[Tensor, "O I"], factor: Factor, target: Pattern, block: int) -> Swept:
     """Chooses the mask of Algorithm 1 and compensates with freeze width 1.
