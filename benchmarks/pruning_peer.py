@@ -39,10 +39,12 @@ RUNS = (
     ("duramen", "wanda", "float32"),
     ("llmcompressor", "sparsegpt", "float32"),
     ("duramen", "sparsegpt", "float32"),
-    ("duramen", "multiweight", "float32"),
-    ("duramen", "multiweight", "auto"),
+    ("duramen", "multiweight fast", "float32"),
+    ("duramen", "multiweight good", "float32"),
+    ("duramen", "multiweight fast", "auto"),
+    ("duramen", "multiweight good", "auto"),
 )
-"""Tool, method, type of the forward passes. The peer has no type of its own for them; ``auto`` is what Duramen takes by default."""
+"""Tool, method (and effort), type of the forward passes. The peer has no type of its own for them; ``auto`` is what Duramen takes by default."""
 
 
 class Memory:
@@ -54,7 +56,7 @@ class Memory:
     def load(self, index: int) -> None:
         """Nothing was finished before."""
 
-    def save(self, index: int, tensors: dict[str, torch.Tensor], records: object) -> None:
+    def save(self, index: int, tensors: dict[str, torch.Tensor], pruned: object, records: object) -> None:
         """Keeps one block."""
         self.tensors |= {name: tensor.clone() for name, tensor in tensors.items() if tensor.ndim == 2}
 
@@ -63,7 +65,8 @@ def prune_here(folder: str, tokens_file: str, method: str, target: str, dtype: s
     """Worker: prunes the float32 weights by Duramen and writes them."""
     model = BlockModel.from_folder(Path(folder), dtype=forward_dtype(dtype))
     settings = {"pattern": target} if ":" in target else {"sparsity": float(target)}
-    settings |= {} if method == "wanda" else {"damping": DAMPING}
+    method, _, effort = method.partition(" ")
+    settings |= ({} if method == "wanda" else {"damping": DAMPING}) | ({"effort": effort} if effort else {})
     store = Memory()
     start = time.perf_counter()
     get_method(method).apply(model, load_file(tokens_file)["tokens"], walk=Walk(store=store), **settings)
@@ -124,7 +127,7 @@ def main() -> None:
             print(target, subject, {name: round(value.value, 4) for name, value in measured.items()}, flush=True)
 
 
-PEER = {"wanda": "wanda", "sparsegpt": "sparsegpt", "multiweight": "sparsegpt"}
+PEER = {"wanda": "wanda", "sparsegpt": "sparsegpt", "multiweight fast": "sparsegpt", "multiweight good": "sparsegpt"}
 UNITS = {"perplexity": "1", "KL from dense": "nats", "share of zeros": "1", "seconds of pruning": "s"}
 
 

@@ -3,7 +3,7 @@
     python benchmarks/pruning_quality.py --text wiki.test.raw        # WikiText-2-raw test; any text file works
 
 Prunes SmolLM2-135M by every method at every pattern from the same calibration tokens, and measures perplexity, KL from the
-dense model and the summed relative layer error. Writes benchmarks/results/pruning_quality.csv after every run. About 60 minutes
+dense model and the summed relative layer error. Multi-weight takes the paper's masks here, from one sweep, and solves them exactly. Writes benchmarks/results/pruning_quality.csv after every run. About 60 minutes
 on 2 cores.
 """
 
@@ -73,6 +73,8 @@ def main() -> None:
         peers: dict[str, float] = {}
         for subject in options.subjects:
             settings = TARGETS[label] | SUBJECTS[subject] | ({"damping": damping} if "damping" in SUBJECTS[subject] else {})
+            if subject == "multiweight":
+                settings["mask"] = "joint" if "pattern" in settings else "single"
             start = time.perf_counter()
             network = AutoModelForCausalLM.from_pretrained(folder, dtype="float32")
             records = get_method(subject).apply(network, tokens, **settings)

@@ -5,7 +5,7 @@ import torch
 
 import tiny
 from duramen.families import find_family, known_families
-from duramen.families.model import BlockModel, run_block
+from duramen.families.model import BlockModel
 from duramen.families.select import filter_layers
 from duramen.problem import Problem
 
@@ -15,10 +15,7 @@ TABLES = ("llama", "qwen2", "opt", "gpt2", "gpt_neox", "bloom", "phi3")
 
 
 def streamed(model, tokens):
-    (hidden,), (calls,) = model.capture([tokens])
-    for index in range(len(model.blocks)):
-        with model.opened(index) as block:
-            hidden = run_block(block.module, hidden, calls[index])
+    (hidden,) = model.last_hidden([tokens])
     return model.logits(hidden)
 
 

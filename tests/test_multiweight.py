@@ -139,11 +139,13 @@ def test_chosen_damping_is_the_best_of_the_grid_on_held_out_tokens():
     grid = (1e-4, 0.01, 0.1, 1.0)
     chosen, error = choose_damping(multiweight.prune, weight, sums, grid, {"sparsity": 0.5})
     errors = {
-        p: output_error(weight, multiweight.prune(weight, sums.train, sparsity=0.5, damping=p).weight, sums.held_out)
+        p: output_error(
+            weight, multiweight.prune(weight, sums.train.second, sparsity=0.5, damping=p).weight, sums.held_out.second
+        )
         for p in grid
     }
     assert chosen == min(errors, key=errors.get)
-    assert error == pytest.approx(errors[chosen] / output_error(weight, torch.zeros_like(weight), sums.held_out))
+    assert error == pytest.approx(errors[chosen] / output_error(weight, torch.zeros_like(weight), sums.held_out.second))
 
 
 def test_mean_error_order_over_layers():

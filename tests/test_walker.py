@@ -57,7 +57,7 @@ def test_statistics_are_those_of_a_plain_forward_pass(name, tmp_path):
     expected = plain_grams(tiny.model(name), model.layer_names(), tokens)
     assert seen.keys() == expected.keys()
     for layer, statistics in seen.items():
-        torch.testing.assert_close(statistics.total, expected[layer], rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(statistics.total.second, expected[layer], rtol=1e-4, atol=1e-4)
         assert statistics.tokens == 120
 
 
@@ -94,7 +94,7 @@ def test_the_boundary_is_that_of_the_partly_edited_model(llama):
     expected = plain_grams(network, model.layer_names(), tokens)
     for layer in model.layer_names():
         if ".2." in layer:
-            torch.testing.assert_close(seen[layer].total, expected[layer], rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(seen[layer].total.second, expected[layer], rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(model.logits(walk.final_hidden), network(tokens).logits, rtol=1e-4, atol=1e-4)
 
 
@@ -124,8 +124,8 @@ def test_both_boundaries(llama):
         handle.remove()
     x, y = (inputs[label].flatten(0, -2).double() for label in ("dense", "edited"))
     torch.testing.assert_close(seen[name].cross, x.T @ y, rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(seen[name].dense, x.T @ x, rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(seen[name].total, y.T @ y, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(seen[name].dense.second, x.T @ x, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(seen[name].total.second, y.T @ y, rtol=1e-4, atol=1e-4)
 
 
 def test_held_out_sums_add_up():
@@ -133,9 +133,9 @@ def test_held_out_sums_add_up():
     batches = torch.randn(3, 7, 5)
     for number, batch in enumerate(batches):
         sums.update(batch, held_out=number == 2)
-    torch.testing.assert_close(sums.train, sum(b.double().T @ b.double() for b in batches[:2]), rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(sums.train + sums.held_out, sums.total)
-    assert (sums.tokens, sums.held_out_tokens) == (21, 7)
+    torch.testing.assert_close(sums.train.second, sum(b.double().T @ b.double() for b in batches[:2]), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(sums.train.second + sums.held_out.second, sums.total.second)
+    assert (sums.tokens, sums.held_out.count) == (21, 7)
 
 
 def test_held_out_sequences_keep_to_their_own_batches():

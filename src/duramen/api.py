@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import json
 import shlex
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,8 +15,9 @@ import torch
 from torch import Tensor
 
 from duramen.assets import open_model
+from duramen.calibrate import ranks
 from duramen.calibrate.tokens import calibration_tokens
-from duramen.calibrate.walker import Walk
+from duramen.calibrate.walker import SCRATCH, Memo, Records, Walk
 from duramen.evaluate.evaluate import Settings as EvaluateSettings
 from duramen.evaluate.evaluate import Subject, check_texts, open_subject
 from duramen.evaluate.evaluate import apply as measure
@@ -53,8 +55,9 @@ class Context:
 
     def tell(self, event: str, **fields: Any) -> None:
         """Reports an event to the display and to ``log.jsonl``."""
-        self.directory.log(event, **fields)
-        self.progress(event, fields)
+        if ranks.leads():
+            self.directory.log(event, **fields)
+            self.progress(event, fields)
 
 
 def run(
@@ -82,45 +85,73 @@ def run(
     Raises:
         Problem: On a user's mistake; what was finished is kept.
     """
-    context, steps = _prepare(load_recipe(recipe, overrides), model, Path(out), allow_generic, progress)
-    manifest = context.directory.out / "manifest.json"
-    if manifest.is_file():
+    with ranks.joined():
+        return _run(recipe, model, Path(out), overrides, allow_generic, progress)
+
+
+def _run(
+    recipe: str | Path | dict[str, Any],
+    model: str,
+    out: Path,
+    overrides: list[str] | None,
+    allow_generic: bool,
+    progress: Progress,
+) -> dict[str, Any]:
+    """The run; under torchrun all ranks walk together, and the first one measures and writes."""
+    context, steps = _prepare(load_recipe(recipe, overrides), model, out, allow_generic, progress)
+    finished = out / "manifest.json"
+    if ranks.shared(finished.is_file()):
         context.tell("done", out=str(out), again=True)
-        return dict(json.loads((context.directory.out / "results.json").read_text(encoding="utf-8")))
+        return load_results(out)
     folder, results = context.source, _new_results(context, model, _command(recipe, model, out, overrides))
     for number, step in enumerate(steps):
         place = f"step-{number:02d}-{step.id}"
         context.tell("step", method=step.method, number=number, of=len(steps))
-        if step.method == "evaluate":
+        if step.method != "evaluate":
+            folder = _transform(context, folder, step, place, results)
+        elif ranks.leads():
             subjects = _subjects(context, folder)
             results["evaluations"].append(measure(subjects, memo=_told(context, place), **step.settings.model_dump()))
-        else:
-            folder = _transform(context, folder, step, place, results)
-    return _finish(context, folder, model, results)
+    if ranks.leads():
+        _finish(context, folder, model, results)
+    ranks.wait()
+    return load_results(out)
 
 
 def _prepare(recipe: Recipe, model: str, out: Path, allow_generic: bool, progress: Progress) -> tuple[Context, list[Step]]:
     steps = recipe.resolved()
+    if ranks.leads():
+        open_model(model)
+    ranks.wait()
     source = open_model(model)
     Checkpoint(source)
     tokens = _tokens(recipe, source)
     directory = RunDirectory(out)
-    dtype = forward_dtype(directory.recorded("recipe", "dtype") if recipe.dtype == "auto" else recipe.dtype)
+    dtype = ranks.shared(forward_dtype(directory.recorded("recipe", "dtype") if recipe.dtype == "auto" else recipe.dtype))
     for step in steps:
         if isinstance(step.settings, EvaluateSettings):
             check_texts(step.settings, recipe.calibration.text)
     context = Context(recipe, source, directory, tokens, dtype, allow_generic, progress)
-    lock = _lock(recipe, steps, dtype)
-    context.directory.claim({
+    if ranks.leads():
+        _claim(context, _lock(recipe, steps, dtype))
+    ranks.wait()
+    return context, steps
+
+
+def _claim(context: Context, lock: dict[str, Any]) -> None:
+    """Takes the run directory for this run and writes down what it is."""
+    directory, source = context.directory, context.source
+    directory.claim({
         "model": {file.name: hash_file(file) for file in sorted(source.iterdir()) if file.suffix in (".json", ".safetensors")},
-        "calibration tokens": hash_tokens(tokens),
+        "calibration tokens": hash_tokens(context.tokens),
         "recipe": lock,
         "versions": versions(),
     })  # fmt: skip
-    for name, content in (("recipe.yaml", recipe.model_dump(mode="json")), ("recipe.lock.yaml", lock)):
-        if not (out / name).is_file():
-            write_text(out / name, dump_yaml(content))
-    return context, steps
+    for left_over in directory.state.glob(f"{SCRATCH}*"):
+        shutil.rmtree(left_over)
+    for name, content in (("recipe.yaml", context.recipe.model_dump(mode="json")), ("recipe.lock.yaml", lock)):
+        if not (directory.out / name).is_file():
+            write_text(directory.out / name, dump_yaml(content))
 
 
 def _tokens(recipe: Recipe, source: Path) -> Tensor:
@@ -133,6 +164,7 @@ def _tokens(recipe: Recipe, source: Path) -> Tensor:
 
 def _lock(recipe: Recipe, steps: list[Step], dtype: torch.dtype) -> dict[str, Any]:
     whole = recipe.model_dump(mode="json")
+    del whole["calibration"]["activation_memory"]
     return whole | {"dtype": str(dtype).removeprefix("torch."), "steps": [step.lock() for step in steps]}
 
 
@@ -171,6 +203,21 @@ def _told(context: Context, place: str) -> Callable[[str, Callable[[], Any]], An
     return part
 
 
+def _kept(context: Context, place: str) -> Memo:
+    """The memo of an editing step: all ranks compute together, the first one keeps."""
+    remember = context.directory.memo(place)
+
+    def part(key: str, compute: Callable[[], Any]) -> Any:
+        if not ranks.shared(context.directory.remembers(place, key)):
+            found = compute()
+            if ranks.leads():
+                remember(key, lambda: found)
+            ranks.wait()
+        return remember(key, dict)
+
+    return part
+
+
 def _subjects(context: Context, folder: Path) -> dict[str, Subject]:
     options: dict[str, Any] = {"dtype": context.dtype, "allow_generic": context.allow_generic}
     before = open_subject(context.source, **options)
@@ -178,27 +225,42 @@ def _subjects(context: Context, folder: Path) -> dict[str, Subject]:
 
 
 def _transform(context: Context, folder: Path, step: Step, place: str, results: dict[str, Any]) -> Path:
-    """Applies one editing step: walks the blocks, assembles the folder, reopens it and compares logits."""
+    """Applies one editing step: walks the blocks; then one rank assembles the folder, reopens it and compares logits."""
     opened = BlockModel.from_folder(folder, dtype=context.dtype, allow_generic=context.allow_generic)
     assert opened.checkpoint is not None
     store = BlockStore(context.directory.state / place, opened.stored_name)
-    walk = Walk(store=store, progress=lambda record: context.tell("layer", blocks=len(opened.blocks), **record))
+    walk = Walk(
+        activation_memory=round(context.recipe.calibration.activation_memory * 2**30),
+        scratch=context.directory.state,
+        store=store,
+        memo=_kept(context, place),
+        progress=lambda record: context.tell("layer", blocks=len(opened.blocks), **record),
+    )
     records = get_method(step.method).apply(opened, context.tokens, walk=walk, **step.settings.model_dump())
     target = context.directory.state / place / "model"
+    if ranks.leads():
+        results["steps"].append(_assemble(context, opened, store, step, walk, records, target))
+    ranks.wait()
+    return target
+
+
+def _assemble(
+    context: Context, opened: BlockModel, store: BlockStore, step: Step, walk: Walk, records: Records, target: Path
+) -> dict[str, Any]:
+    assert opened.checkpoint is not None
     copied = assemble(opened.checkpoint, store, len(opened.blocks), target)
     assert walk.final_hidden is not None
     assert walk.first_batch is not None
     check = verify_logits(target, opened, walk.final_hidden, walk.first_batch, whole_up_to=peak_memory())
     context.tell("saved", folder=str(target), **check)
-    results["steps"].append({
-        "id": step.id, "method": step.method, "settings": step.lock(), "reopened": check,
-        "layers": records, "skipped": [name for name in opened.layer_names() if name not in {record["layer"] for record in records}],
-        "copied_unchanged": copied,
-    })  # fmt: skip
-    return target
+    edited = {record["layer"] for record in records}
+    return {
+        "id": step.id, "method": step.method, "settings": step.lock(), "reopened": check, "layers": records,
+        "skipped": [name for name in opened.layer_names() if name not in edited], "copied_unchanged": copied,
+    }  # fmt: skip
 
 
-def _finish(context: Context, folder: Path, model: str, results: dict[str, Any]) -> dict[str, Any]:
+def _finish(context: Context, folder: Path, model: str, results: dict[str, Any]) -> None:
     directory = context.directory
     if folder == context.source:
         copy_other_files(folder, directory.out)
@@ -211,7 +273,6 @@ def _finish(context: Context, folder: Path, model: str, results: dict[str, Any])
     source = {file.name: hash_file(file) for file in sorted(context.source.glob("*.safetensors"))}
     directory.write_manifest(parent={"model": model, "files": source}, versions=versions(), seed=context.recipe.seed)
     context.tell("done", out=str(directory.out), again=False)
-    return results
 
 
 def plan(

@@ -27,6 +27,8 @@ class Calibration(BaseModel):
     """Number of windows."""
     length: int = Field(default=512, ge=2)
     """Tokens per window."""
+    activation_memory: float = Field(default=2.0, ge=0)
+    """GiB of activations to hold in memory; what exceeds them is kept on disk. Changes no result."""
 
 
 class Recipe(BaseModel):

@@ -159,6 +159,10 @@ class RunDirectory:
 
         return remember
 
+    def remembers(self, step: str, key: str) -> bool:
+        """Whether a memo has this part already."""
+        return (self.state / step / f"{key}.json").is_file()
+
     def write_manifest(self, **more: Any) -> dict[str, Any]:
         """Hashes every file of the result; what holds times or measurements of this machine is only named.
 

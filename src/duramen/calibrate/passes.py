@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from duramen.calibrate.activations import Activations
 from duramen.families.model import Call, Layer, run_block
 
 
@@ -16,17 +17,18 @@ class Passes:
     """The passes of one block over all batches.
 
     A stage's statistics need a pass up to that stage, and the next boundary one more. A *settled* child of the block, one in
-    which nothing is left to edit, runs in one of them and its output stands in all later ones. That costs the memory of its
-    outputs.
+    which nothing is left to edit, runs in one of them and its output stands in all later ones, as far as the budget for
+    activations allows.
 
     Args:
         module: The open block.
         calls: What the block is called with beside the hidden states, per batch.
-        hidden: The hidden states before the block per batch, each [B, T, D]; ``advance`` moves them past it.
+        hidden: The hidden states before the block per batch; ``advance`` moves them past it.
     """
 
-    def __init__(self, module: nn.Module, calls: list[Call], hidden: list[Tensor]) -> None:
+    def __init__(self, module: nn.Module, calls: list[Call], hidden: Activations) -> None:
         self.module, self.calls, self.hidden = module, calls, hidden
+        self._budget = hidden.budget
         self._settled: set[str] = set()
         self._outputs: dict[tuple[str, int, int], Any] = {}
         self._counts: Counter[str] = Counter()
@@ -43,9 +45,12 @@ class Passes:
         def run(*args: Any, **kwargs: Any) -> Any:
             key = (name, self._batch, self._counts[name])
             self._counts[name] += 1
-            if key not in self._outputs:
-                self._outputs[key] = forward(*args, **kwargs)
-            return self._outputs[key]
+            if key in self._outputs:
+                return self._outputs[key]
+            output = forward(*args, **kwargs)
+            if self._budget.take(_bytes(output)):
+                self._outputs[key] = output
+            return output
 
         return run
 
@@ -90,7 +95,13 @@ class Passes:
             self.hidden[batch] = self._run(batch)
         for name in self._settled:
             del self.module.get_submodule(name).forward
+        self._budget.left += sum(map(_bytes, self._outputs.values()))
         self._settled, self._outputs = set(), {}
+
+
+def _bytes(output: Any) -> int:
+    parts = output if isinstance(output, tuple) else (output,)
+    return sum(part.nbytes for part in parts if isinstance(part, Tensor))
 
 
 class _Reached(Exception):

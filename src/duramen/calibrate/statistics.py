@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
@@ -22,28 +24,58 @@ def gram(rows: Tensor) -> Tensor:
     return product
 
 
+@dataclass
+class Moments:
+    """Sums over some tokens: how many, Σ x [I], Σ x xᵀ [I, I]."""
+
+    count: int
+    first: Tensor
+    second: Tensor
+
+    def add(self, rows: Tensor, product: Tensor) -> None:
+        """Adds rows [N, I] with their product rowsᵀ·rows."""
+        self.count += len(rows)
+        self.first += rows.sum(0, dtype=self.first.dtype)
+        self.second += product
+
+    @property
+    def mean(self) -> Tensor:
+        """[I]."""
+        return self.first / max(self.count, 1)
+
+    def about(self, mean: Tensor) -> Tensor:
+        """Σ (x − mean)(x − mean)ᵀ, [I, I], for any ``mean`` [I]."""
+        shift = torch.outer(self.first - 0.5 * self.count * mean, mean)
+        return self.second - shift - shift.T
+
+    def without(self, part: Moments) -> Moments:
+        """The sums over the tokens that are not in ``part``."""
+        return Moments(self.count - part.count, self.first - part.first, self.second - part.second)
+
+
 class Statistics:
     """Sums over the calibration tokens that one or more layers read; additive, so ranks can add theirs.
 
     Attributes:
-        tokens: Tokens seen, in all and held out.
-        total: Σ x̂ x̂ᵀ over all tokens, [I, I].
-        held_out: The part of it from held-out sequences, [I, I].
-        cross: Σ x x̂ᵀ, dense inputs by edited inputs, [I, I]; only if asked for.
-        dense: Σ x xᵀ of the dense inputs, [I, I]; only with ``cross``.
+        total: Over all tokens x̂ that the edited model feeds the layer.
+        held_out: The part of it from held-out sequences; only if asked for.
+        dense: Over all tokens x that the dense model feeds it; only if asked for.
+        cross: Σ x x̂ᵀ, [I, I]; only with ``dense``.
     """
 
     def __init__(self, inputs: int, *, held_out: bool, cross: bool, device: torch.device) -> None:
         kind = torch.float64 if inputs <= DOUBLE_UP_TO else torch.float32
 
-        def zeros() -> Tensor:
-            return torch.zeros(inputs, inputs, dtype=kind, device=device)
+        def zeros(*shape: int) -> Tensor:
+            return torch.zeros(shape, dtype=kind, device=device)
 
-        self.tokens = self.held_out_tokens = 0
-        self.total = zeros()
-        self.held_out = zeros() if held_out else None
-        self.cross = zeros() if cross else None
-        self.dense = zeros() if cross else None
+        def moments() -> Moments:
+            return Moments(0, zeros(inputs), zeros(inputs, inputs))
+
+        self.total = moments()
+        self.held_out = moments() if held_out else None
+        self.dense = moments() if cross else None
+        self.cross = zeros(inputs, inputs) if cross else None
 
     def update(self, edited: Tensor, *, dense: Tensor | None = None, held_out: bool = False) -> None:
         """Adds one batch of inputs.
@@ -55,18 +87,21 @@ class Statistics:
         """
         rows = edited.flatten(0, -2).float()
         product = gram(rows)
-        self.total += product
-        self.tokens += len(rows)
+        self.total.add(rows, product)
         if held_out and self.held_out is not None:
-            self.held_out += product
-            self.held_out_tokens += len(rows)
+            self.held_out.add(rows, product)
         if self.cross is not None and self.dense is not None:
             assert dense is not None
             source = dense.flatten(0, -2).float()
             self.cross += source.T @ rows
-            self.dense += gram(source)
+            self.dense.add(source, gram(source))
 
     @property
-    def train(self) -> Tensor:
-        """Σ x̂ x̂ᵀ over the tokens that are not held out, [I, I]."""
-        return self.total if self.held_out is None else self.total - self.held_out
+    def train(self) -> Moments:
+        """The tokens that are not held out."""
+        return self.total if self.held_out is None else self.total.without(self.held_out)
+
+    @property
+    def tokens(self) -> int:
+        """Tokens seen, in all."""
+        return self.total.count

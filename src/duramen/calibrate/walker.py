@@ -9,22 +9,32 @@ model's activations as well), whatever the number of blocks.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
+from duramen.calibrate import ranks
+from duramen.calibrate.activations import Activations, Budget
 from duramen.calibrate.passes import Passes
 from duramen.calibrate.statistics import Statistics
 from duramen.families.model import BlockModel, Call, Layer, OpenBlock
 from duramen.problem import Exit, Problem
 
+SCRATCH = "activations-"
+"""How the names of the folders begin in which activations wait on disk."""
 Records = list[dict[str, Any]]
 Edit = Callable[[Layer, Statistics], dict[str, Any]]
 """Edits one layer (``layer.write``) from its statistics and returns a record of it."""
+
+
+Memo = Callable[[str, Callable[[], Any]], Any]
+"""(name, compute) -> a JSON value."""
 
 
 class Store(Protocol):
@@ -43,14 +53,20 @@ class Walk:
 
     Attributes:
         batch_size: Sequences per forward pass.
+        activation_memory: Bytes of activations to hold in memory; what exceeds them is kept on disk, in ``scratch``.
+        scratch: Folder for it, emptied at the end; None for the system's own.
         store: Keeps finished blocks, so that a walk can be resumed.
+        memo: (name, compute) -> what ``compute`` gave, now or in an earlier run that is resumed.
         progress: Called with each layer's record as it is finished.
         final_hidden: Hidden states of the first batch after the last block that was walked, [B, T, D], set by the walk.
         first_batch: Its token ids, [B, T].
     """
 
     batch_size: int = 8
+    activation_memory: int = 2 * 2**30
+    scratch: Path | None = None
     store: Store | None = None
+    memo: Memo = lambda name, compute: compute()
     progress: Callable[[dict[str, Any]], None] = lambda record: None
     final_hidden: Tensor | None = field(default=None, repr=False)
     first_batch: Tensor | None = field(default=None, repr=False)
@@ -60,8 +76,8 @@ class Walk:
 class _Boundary:
     """Hidden states of every batch before the open block: as the edited model has them, and as the dense one does."""
 
-    edited: list[Tensor]
-    dense: list[Tensor] | None
+    edited: Activations
+    dense: Activations | None
     calls: list[list[Call]]
     held_out: list[bool]
 
@@ -100,20 +116,47 @@ def walk_blocks(
         Problem: If activations are not finite, or a layer saw no tokens.
     """
     batches, held_out = split_batches(tokens, walk.batch_size, held_out_every)
-    hidden, calls = model.capture(batches)
-    boundary = _Boundary(hidden, [item.clone() for item in hidden] if dense_target else None, calls, held_out)
-    records: Records = []
-    for index in range(_blocks_to_walk(model, names, walk)):
-        found = walk.store.load(index) if walk.store else None
-        if found is None:
-            records += _edit_block(model, index, boundary, edit, set(names), walk)
-        else:
-            _advance_finished(model, index, boundary, found[0])
-            records += found[1]
-        for batch in boundary.edited:
-            _check_activations(batch, f"{model.family.blocks}.{index}")
-    walk.final_hidden, walk.first_batch = boundary.edited[0], batches[0]
+    mine = _share_of_this_rank(len(batches))
+    with TemporaryDirectory(dir=walk.scratch, prefix=SCRATCH) as scratch:
+        boundary = _first_boundary(model, [batches[number] for number in mine], walk, Path(scratch), dense=dense_target)
+        boundary.held_out = [held_out[number] for number in mine]
+        records: Records = []
+        for index in range(_blocks_to_walk(model, names, walk)):
+            found = walk.store.load(index) if walk.store else None
+            if found is None:
+                records += _edit_block(model, index, boundary, edit, set(names), walk, held_out=held_out_every > 0)
+            else:
+                _advance_finished(model, index, boundary, found[0])
+                records += found[1]
+            for number in range(len(boundary.edited)):
+                _check_activations(boundary.edited[number], f"{model.family.blocks}.{index}")
+        walk.final_hidden, walk.first_batch = boundary.edited[0], batches[mine[0]]
     return records
+
+
+def _share_of_this_rank(batches: int) -> list[int]:
+    """Every rank takes every n-th batch."""
+    if batches < ranks.count():
+        raise Problem(
+            f"{batches} batches of calibration sequences do not go round {ranks.count()} ranks.",
+            why="every rank walks at least one batch.",
+            fix="more calibration sequences, or fewer processes.",
+        )
+    return list(range(ranks.rank(), batches, ranks.count()))
+
+
+def _first_boundary(model: BlockModel, batches: list[Tensor], walk: Walk, scratch: Path, *, dense: bool) -> _Boundary:
+    budget, calls = Budget(walk.activation_memory), []
+
+    def before_the_first_block() -> Iterator[Tensor]:
+        for batch in batches:
+            hidden, calls_of_batch = model.capture(batch)
+            calls.append(calls_of_batch)
+            yield hidden
+
+    edited = Activations(before_the_first_block(), budget, scratch / "edited")
+    copies = (edited[number].clone() for number in range(len(edited)))
+    return _Boundary(edited, Activations(copies, budget, scratch / "dense") if dense else None, calls, [])
 
 
 def _blocks_to_walk(model: BlockModel, names: Sequence[str], walk: Walk) -> int:
@@ -131,7 +174,9 @@ def split_batches(tokens: Tensor, size: int, held_out_every: int) -> tuple[list[
     return train + kept, [False] * len(train) + [True] * len(kept)
 
 
-def _edit_block(model: BlockModel, index: int, boundary: _Boundary, edit: Edit, names: set[str], walk: Walk) -> Records:
+def _edit_block(
+    model: BlockModel, index: int, boundary: _Boundary, edit: Edit, names: set[str], walk: Walk, *, held_out: bool
+) -> Records:
     """Edits one block and moves the boundary past it."""
     records: Records = []
     with model.opened(index) as block:
@@ -142,19 +187,34 @@ def _edit_block(model: BlockModel, index: int, boundary: _Boundary, edit: Edit, 
             settled = _children(block.layers.values()) - _children(chain(*stages[number:]))
             for each in filter(None, (passes, dense)):
                 each.settle(settled)
-            statistics = _observe(layers[0], passes, dense, boundary.held_out)
-            for layer in layers:
-                record = {"layer": layer.name, "role": layer.projection.role, "block": index, "tokens": statistics.tokens}
-                records.append(record | edit(layer, statistics))
-                walk.progress(records[-1])
-        if walk.store:
-            written = [layer for layer in block.layers.values() if layer.edited is not None]
-            edited = {f"{layer.name}.weight": layer.edited for layer in written if layer.edited is not None}
-            masks = {layer.name: layer.pruned for layer in written if layer.pruned is not None}
+            statistics = _observe(layers[0], passes, dense, boundary.held_out, held_out=held_out)
+            for record in _edit_stage(layers, statistics, edit):
+                records.append(record)
+                walk.progress(record)
+        if walk.store and ranks.leads():
+            edited = dict(chain(*(layer.edited.items() for layer in block.layers.values())))
+            masks = {layer.name: layer.pruned for layer in block.layers.values() if layer.pruned is not None}
             walk.store.save(index, block.tensors | edited, masks, records)
+        ranks.wait()
         for each in filter(None, (passes, dense)):
             each.advance()
     return records
+
+
+def _edit_stage(layers: list[Layer], statistics: Statistics, edit: Edit) -> Iterator[dict[str, Any]]:
+    """Edits the layers of a stage, as many at a time as there are ranks, and yields their records."""
+    for first in range(0, len(layers), ranks.count()):
+        together = layers[first : first + ranks.count()]
+        done: tuple[dict[str, Any], dict[str, Tensor], Tensor | None] | None = None
+        for layer in together[ranks.rank() : ranks.rank() + 1]:
+            head = {"layer": layer.name, "role": layer.projection.role, "block": layer.block, "tokens": statistics.tokens}
+            record = head | edit(layer, statistics)
+            done = record, layer.edited, layer.pruned
+        for owner, layer in enumerate(together):
+            record, edited, pruned = ranks.shared(done if owner == ranks.rank() else None, owner)
+            if owner != ranks.rank():
+                layer.take_over(edited, pruned)
+            yield record
 
 
 def _stages_to_edit(model: BlockModel, block: OpenBlock, names: set[str]) -> list[list[Layer]]:
@@ -177,17 +237,18 @@ def _advance_finished(model: BlockModel, index: int, boundary: _Boundary, edited
         boundary.passes(block.module, index).advance()
 
 
-def _observe(layer: Layer, passes: Passes, dense: Passes | None, held_out: list[bool]) -> Statistics:
-    """Streams the statistics of the input of one stage over all batches."""
+def _observe(layer: Layer, passes: Passes, dense: Passes | None, aside: list[bool], *, held_out: bool) -> Statistics:
+    """Streams the statistics of the input of one stage over all batches of all ranks."""
     inputs, device = layer.read().shape[1], passes.hidden[0].device
-    statistics = Statistics(inputs, held_out=any(held_out), cross=dense is not None, device=device)
-    for batch, aside in enumerate(held_out):
+    statistics = Statistics(inputs, held_out=held_out, cross=dense is not None, device=device)
+    for batch, kept in enumerate(aside):
         seen = passes.stage_input(layer, batch)
         if seen is None:
             raise _never_called(layer.name)
         _check_activations(seen, layer.name)
         source = dense.stage_input(layer, batch) if dense else None
-        statistics.update(seen, dense=source, held_out=aside)
+        statistics.update(seen, dense=source, held_out=kept)
+    ranks.add_up(statistics)
     return statistics
 
 

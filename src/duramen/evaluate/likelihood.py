@@ -17,7 +17,7 @@ from torch import Tensor
 
 from duramen.assets import get_asset, read_requests
 from duramen.evaluate.perplexity import ROWS
-from duramen.families.model import BlockModel, run_block
+from duramen.families.model import BlockModel
 
 BATCH_TOKENS = 4096
 """Padded tokens of one forward batch."""
@@ -71,11 +71,7 @@ def score_requests(model: BlockModel, requests: list[Request]) -> list[tuple[flo
     """
     order = sorted(range(len(requests)), key=lambda i: len(requests[i].ids))
     batches = _batches(order, requests)
-    hidden, calls = model.capture([_pad([requests[i].ids for i in batch]) for batch in batches])
-    for index in range(len(model.blocks)):
-        with model.opened(index) as block:
-            for number, state in enumerate(hidden):
-                hidden[number] = run_block(block.module, state, calls[number][index])
+    hidden = model.last_hidden(_pad([requests[i].ids for i in batch]) for batch in batches)
     scores: list[tuple[float, bool]] = [(0.0, False)] * len(requests)
     for batch, state in zip(batches, hidden, strict=True):
         for i, score in zip(batch, _score_batch(model, state, [requests[i] for i in batch]), strict=True):

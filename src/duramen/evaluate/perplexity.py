@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from duramen.evaluate.intervals import Measured, mean_interval
-from duramen.families.model import BlockModel, run_block
+from duramen.families.model import BlockModel
 
 ROWS = 512
 """Positions whose logits are held at once."""
@@ -23,12 +23,7 @@ ROWS = 512
 @torch.no_grad()
 def final_hidden(model: BlockModel, windows: Tensor) -> list[Tensor]:
     """Hidden states after the last block, one [1, T, D] per window of ``windows`` [S, T]."""
-    hidden, calls = model.capture(torch.split(windows, 1))
-    for index in range(len(model.blocks)):
-        with model.opened(index) as block:
-            for number, state in enumerate(hidden):
-                hidden[number] = run_block(block.module, state, calls[number][index])
-    return hidden
+    return model.last_hidden(torch.split(windows, 1))
 
 
 def _slices(model: BlockModel, hidden: Tensor, window: Tensor) -> Iterator[tuple[Tensor, Tensor]]:

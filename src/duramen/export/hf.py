@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from duramen.families.checkpoint import INDEX, Checkpoint
-from duramen.families.model import BlockModel, run_block
+from duramen.families.model import BlockModel
 from duramen.problem import Exit, Problem
 from duramen.rundir import BlockStore, unpack_mask, write_json, write_tensors
 
@@ -142,10 +142,7 @@ def verify_logits(folder: Path, model: BlockModel, hidden: Tensor, tokens: Tenso
 
 def _streamed_logits(folder: Path, model: BlockModel, tokens: Tensor) -> Tensor:
     fresh = BlockModel.from_folder(folder, dtype=model.dtype, allow_generic=model.family.name == "generic")
-    (hidden,), (calls,) = fresh.capture([tokens[:1]])
-    for index in range(len(fresh.blocks)):
-        with fresh.opened(index) as block:
-            hidden = run_block(block.module, hidden, calls[index])
+    (hidden,) = fresh.last_hidden([tokens[:1]])
     return fresh.logits(hidden[:, -256:])
 
 

@@ -6,10 +6,11 @@ is that of the embeddings and one block, whatever the model's size.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -32,31 +33,45 @@ class Layer:
         projection: Its entry in the family's table.
         block: Index of its block.
         linear: The module that runs.
-        stored: The weight as stored, not as cast for the forward pass.
-        edited: New weight in the stored type and layout, once written.
-        pruned: What was removed from it, bool [O, I], where the edit removed anything.
+        stored: Its weight and, if it has one, its bias as stored, not as cast for the forward pass.
+        edited: The new ones by full name, in the stored type and layout, once written.
+        pruned: What was removed from the weight, bool [O, I], where the edit removed anything.
     """
 
     name: str
     projection: Projection
     block: int
     linear: nn.Module
-    stored: Tensor
-    edited: Tensor | None = None
+    stored: dict[str, Tensor]
+    edited: dict[str, Tensor] = field(default_factory=dict)
     pruned: Tensor | None = None
 
     def read(self) -> Tensor:
         """The weight, [O, I], in its stored type."""
-        return self.stored.T if self.projection.transposed else self.stored
+        weight = self.stored["weight"]
+        return weight.T if self.projection.transposed else weight
 
-    def write(self, weight: Tensor, *, pruned: Tensor | None = None) -> None:
-        """Sets the weight, [O, I], and its mask, bool [O, I]; the block runs with the weight from here on."""
+    @property
+    def bias(self) -> Tensor | None:
+        """The bias, [O], in its stored type; None if the layer has none."""
+        return self.stored.get("bias")
+
+    def write(self, weight: Tensor, *, bias: Tensor | None = None, pruned: Tensor | None = None) -> None:
+        """Sets the weight, [O, I], its mask, bool [O, I], and its bias, [O]; the block runs with them from here on."""
         self.pruned = pruned
-        new = weight.T if self.projection.transposed else weight
-        self.edited = new.to(self.stored.dtype).contiguous()
-        parameter = self.linear.weight
-        assert isinstance(parameter, Tensor)
-        parameter.data.copy_(self.edited)
+        self._set("weight", weight.T if self.projection.transposed else weight)
+        if bias is not None:
+            self._set("bias", bias)
+
+    def take_over(self, edited: dict[str, Tensor], pruned: Tensor | None) -> None:
+        """Sets what another process wrote: its ``edited`` and its mask."""
+        self.pruned = pruned
+        for name, tensor in edited.items():
+            self._set(name.rpartition(".")[2], tensor)
+
+    def _set(self, kind: str, new: Tensor) -> None:
+        self.edited[f"{self.name}.{kind}"] = new.to(self.stored[kind].dtype).contiguous()
+        self.linear.get_parameter(kind).data.copy_(self.edited[f"{self.name}.{kind}"])
 
 
 @dataclass
@@ -169,14 +184,12 @@ class BlockModel:
                 block.load_state_dict(empty, strict=False, assign=True)
 
     def _layers(self, index: int, block: nn.Module, tensors: dict[str, Tensor]) -> dict[str, Layer]:
-        prefix = f"{self.family.blocks}.{index}."
-        return {
-            item.path: Layer(
-                prefix + item.path, item, index, block.get_submodule(item.path), tensors[f"{prefix}{item.path}.weight"]
-            )
-            for stage in self.stages(index)
-            for item in stage
-        }
+        layers = {}
+        for item in chain(*self.stages(index)):
+            name = f"{self.family.blocks}.{index}.{item.path}"
+            stored = {kind: tensors[f"{name}.{kind}"] for kind in ("weight", "bias") if f"{name}.{kind}" in tensors}
+            layers[item.path] = Layer(name, item, index, block.get_submodule(item.path), stored)
+        return layers
 
     def stored_name(self, name: str) -> str:
         """The checkpoint's own name of a parameter; some checkpoints leave the base model's prefix out."""
@@ -221,23 +234,29 @@ class BlockModel:
                 _assign(module, {key: self._read(f"{name}.{key}") for key in own}, self.dtype)
         self.network.tie_weights()  # type: ignore[operator]
 
-    def capture(self, batches: Sequence[Tensor]) -> tuple[list[Tensor], list[list[Call]]]:
+    def capture(self, tokens: Tensor) -> tuple[Tensor, list[Call]]:
         """Runs everything before the first block, and records what each block would be called with.
 
         Args:
-            batches: Token ids, each [B, T].
+            tokens: Token ids, [B, T].
 
         Returns:
-            The hidden states before block 0 per batch, each [B, T, D]; and per batch the call of every block.
+            The hidden states before block 0, [B, T, D], and the call of every block.
         """
         recorders = [_Recorder(block, self._returned) for block in self.blocks]
-        hidden, calls = [], []
         with self._replaced(recorders):
-            for batch in batches:
-                self.network.base_model(input_ids=batch, use_cache=False)  # type: ignore[operator]
-                hidden.append(recorders[0].hidden)
-                calls.append([recorder.call for recorder in recorders])
-        return hidden, calls
+            self.network.base_model(input_ids=tokens, use_cache=False)  # type: ignore[operator]
+        return recorders[0].hidden, [recorder.call for recorder in recorders]
+
+    def last_hidden(self, batches: Iterable[Tensor]) -> list[Tensor]:
+        """Runs all blocks: the hidden states after the last one, [B, T, D] for every batch of token ids [B, T]."""
+        captured = [self.capture(batch) for batch in batches]
+        hidden = [item for item, _ in captured]
+        for index in range(len(self.blocks)):
+            with self.opened(index) as block:
+                for number, (_, calls) in enumerate(captured):
+                    hidden[number] = run_block(block.module, hidden[number], calls[index])
+        return hidden
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Final norm and head on the hidden states after the last block, [B, T, D] -> [B, T, V]."""

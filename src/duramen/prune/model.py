@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,6 +16,8 @@ from duramen.calibrate.statistics import Statistics
 from duramen.calibrate.walker import Records, Walk, walk_blocks
 from duramen.families.model import BlockModel, Layer
 from duramen.families.select import filter_layers
+from duramen.problem import Problem
+from duramen.prune.allocation import Allocation, allocate, survey
 from duramen.prune.pattern import parse_pattern
 from duramen.prune.pruned import Pruned
 from duramen.prune.reconstruct import output_error, target_weight
@@ -22,7 +25,7 @@ from duramen.registry import Settings
 
 Model = BlockModel | nn.Module
 PruneFunction = Callable[..., Pruned]
-OWN = {"sparsity", "pattern", "only", "skip", "damping", "damping_grid", "held_out", "dense_target"}
+OWN = {"sparsity", "pattern", "allocation", "only", "skip", "damping", "damping_grid", "held_out", "dense_target", "bias"}
 """Settings that this file handles; all others go to the pruning function as they are."""
 
 
@@ -33,6 +36,8 @@ class PruneSettings(Settings):
     """Share of weights to remove, in [0, 1); a list is a gradient over the blocks, from the first to the last."""
     pattern: str | None = None
     """`kept:group`, such as `2:4`: of every group of consecutive inputs so many stay."""
+    allocation: Allocation = "uniform"
+    """How a share is spread over the layers: equally, by their outliers (`owl`), or by their error curves (`curve`); the total stays exact."""
     only: tuple[str, ...] = ()
     """Layers to touch, by role (`q`), block range (`blocks:4-27`) or glob (`*.mlp.*`); empty means all."""
     skip: tuple[str, ...] = ()
@@ -56,6 +61,12 @@ class PruneSettings(Settings):
     def _check_target(self) -> PruneSettings:
         for share in self.sparsity if isinstance(self.sparsity, tuple) else (self.sparsity,):
             parse_pattern(share, self.pattern)
+        if self.allocation != "uniform" and not isinstance(self.sparsity, float):
+            raise Problem(
+                f"`allocation: {self.allocation}` needs one share of weights.",
+                why="an N:M pattern fixes the share of every layer, and a gradient over the blocks is an allocation already.",
+                fix="`sparsity: 0.5`, or `allocation: uniform`.",
+            )
         return self
 
     def at(self, block: int, num_blocks: int) -> dict[str, float | str | None]:
@@ -91,37 +102,75 @@ def prune_model(
     alpha = float(getattr(settings, "dense_target", 0.0))
     choose = getattr(settings, "damping", None) == "held-out"
 
+    walk = walk or Walk()
+    shares = walk.memo("allocation", lambda: _shares(prune, blocks, tokens, settings, names, walk))
+
     def edit(layer: Layer, statistics: Statistics) -> dict[str, Any]:
-        return prune_layer(prune, layer, statistics, settings, len(blocks.blocks))
+        target = settings.at(layer.block, len(blocks.blocks))
+        return prune_layer(prune, layer, statistics, settings, target | ({"sparsity": shares[layer.name]} if shares else {}))
 
     return walk_blocks(
-        blocks, tokens, edit, names, walk=walk or Walk(),
+        blocks, tokens, edit, names, walk=walk,
         held_out_every=round(1 / settings.held_out) if choose else 0, dense_target=alpha > 0,
     )  # fmt: skip
 
 
+def _shares(
+    prune: PruneFunction, blocks: BlockModel, tokens: Tensor, settings: PruneSettings, names: list[str], walk: Walk
+) -> dict[str, float]:
+    """The share of every layer, from a walk through the dense model; empty if all get the same."""
+    if settings.allocation == "uniform" or not isinstance(settings.sparsity, float):
+        return {}
+    share, kind, options = settings.sparsity, settings.allocation, _options(settings) | settings.trial
+    trial = partial(prune, **options)
+    looking = replace(walk, store=None, progress=lambda record: None)
+    return allocate(
+        walk_blocks(
+            blocks, tokens, lambda layer, seen: survey(layer, seen, trial, share=share, allocation=kind), names, walk=looking
+        ),
+        share,
+        kind,
+    )
+
+
+def _options(settings: PruneSettings) -> dict[str, Any]:
+    """The settings that go to the pruning function as they are."""
+    return {name: getattr(settings, name) for name in type(settings).model_fields if name not in OWN}
+
+
 def prune_layer(
-    prune: PruneFunction, layer: Layer, statistics: Statistics, settings: PruneSettings, num_blocks: int
+    prune: PruneFunction, layer: Layer, statistics: Statistics, settings: PruneSettings, target: dict[str, Any]
 ) -> dict[str, Any]:
-    """Prunes one layer and returns its record."""
+    """Prunes one layer to its target (``sparsity``, ``pattern``) and returns its record."""
     start = time.perf_counter()
     weight, damping = layer.read(), getattr(settings, "damping", None)
-    options = settings.at(layer.block, num_blocks) | {
-        name: getattr(settings, name) for name in type(settings).model_fields if name not in OWN
-    }
+    alpha, with_bias = (
+        float(getattr(settings, "dense_target", 0.0)),
+        getattr(settings, "bias", "off") == "auto" and layer.bias is not None,
+    )
+    options = _options(settings) | target
     report: dict[str, Any] = {}
     if damping == "held-out":
         damping, report["held_out_error"] = choose_damping(
-            prune, weight, statistics, settings.damping_grid, options | settings.trial
+            prune, weight, statistics, settings.damping_grid, options | settings.trial, with_bias=with_bias
         )
     if damping is not None:
         options["damping"] = damping
-    target = _target(weight, statistics, float(getattr(settings, "dense_target", 0.0)), damping or 0.01)
-    found = prune(target, statistics.total, **options)
+    total, dense = statistics.total, statistics.dense
+    gram, cross = total.second, statistics.cross
+    if with_bias:
+        gram = total.about(total.mean)
+        cross = None if cross is None or dense is None else cross - torch.outer(dense.first, total.mean)
+    wanted = weight
+    if alpha and cross is not None:
+        wanted = target_weight(weight.float(), gram, cross, alpha=alpha, damping=damping or 0.01)
+    found = prune(wanted, gram, **options)
     found = replace(found, weight=found.weight.to(weight.dtype))
-    layer.write(found.weight, pruned=found.pruned)
+    bias = corrected_bias(layer, found.weight, statistics, alpha) if with_bias else None
+    layer.write(found.weight, pruned=found.pruned, bias=bias)
+    shift = None if bias is None or layer.bias is None else bias - layer.bias
     report |= {
-        "relative_error": relative_error(weight, found.weight, statistics),
+        "relative_error": relative_error(weight, found.weight, statistics, shift=shift),
         "removed": int(found.pruned.sum()),
         "size": weight.numel(),
         "seconds": time.perf_counter() - start,
@@ -129,30 +178,59 @@ def prune_layer(
     return found.report | report
 
 
-def _target(weight: Tensor, statistics: Statistics, alpha: float, damping: float) -> Tensor:
-    if alpha == 0 or statistics.cross is None:
-        return weight
-    return target_weight(weight.float(), statistics.total, statistics.cross, alpha=alpha, damping=damping)
+def corrected_bias(layer: Layer, weight: Tensor, statistics: Statistics, alpha: float) -> Tensor:
+    """The bias that makes up for the mean change of a layer's outputs (method sheet, 2.11).
+
+    b̂ = b + Wμ − Ŵμ̂ with μ̂ the mean of the edited and μ = α·mean(x) + (1−α)·μ̂ of the target's inputs.
+
+    Args:
+        layer: Has the dense W [O, I] and b [O].
+        weight: Ŵ, [O, I].
+        statistics: Of its inputs.
+        alpha: 0 fits the dense layer on the edited inputs, 1 the output of the dense model.
+    """
+    assert layer.bias is not None
+    edited = statistics.total.mean
+    wanted = edited if statistics.dense is None else alpha * statistics.dense.mean + (1 - alpha) * edited
+    old, new, bias = (tensor.to(edited.dtype) for tensor in (layer.read(), weight, layer.bias))
+    return (bias + old @ wanted - new @ edited).to(layer.bias.dtype)
 
 
-def relative_error(weight: Tensor, edited: Tensor, statistics: Statistics) -> float:
-    """Squared output change over squared output, on the tokens seen.
+def relative_error(weight: Tensor, edited: Tensor, statistics: Statistics, *, shift: Tensor | None = None) -> float:
+    """Squared output change over squared output (without the bias), on the tokens seen.
 
     With the dense model's inputs at hand both outputs are compared as the two models compute them (method sheet, 2.12);
     else both are taken on the edited inputs.
+
+    Args:
+        weight: Dense W, [O, I].
+        edited: Ŵ, [O, I].
+        statistics: Of the layer's inputs.
+        shift: Change of the bias, [O]; None for none.
     """
-    gram = statistics.total
-    if statistics.cross is None or statistics.dense is None:
-        whole = output_error(weight, torch.zeros_like(weight), gram)
-        return output_error(weight, edited, gram) / max(whole, 1e-30)
-    dense, new = weight.double(), edited.double()
-    whole = float(((dense @ statistics.dense.double()) * dense).sum())
-    mixed = float(((dense @ statistics.cross.double()) * new).sum())
-    return (float(((new @ gram.double()) * new).sum()) - 2 * mixed + whole) / max(whole, 1e-30)
+    total, dense, cross = statistics.total, statistics.dense, statistics.cross
+    old, new = weight.double(), edited.double()
+    gram, mean = total.second.double(), total.mean.double()
+    if dense is None or cross is None:
+        whole = float(((old @ gram) * old).sum())
+        changed, drift = float((((new - old) @ gram) * (new - old)).sum()), (new - old) @ mean
+    else:
+        whole = float(((old @ dense.second.double()) * old).sum())
+        mixed = float(((old @ cross.double()) * new).sum())
+        changed, drift = float(((new @ gram) * new).sum()) - 2 * mixed + whole, new @ mean - old @ dense.mean.double()
+    if shift is not None:
+        changed += total.count * float((shift.double() * (2 * drift + shift.double())).sum())
+    return changed / max(whole, 1e-30)
 
 
 def choose_damping(
-    prune: PruneFunction, weight: Tensor, statistics: Statistics, grid: tuple[float, ...], options: dict[str, Any]
+    prune: PruneFunction,
+    weight: Tensor,
+    statistics: Statistics,
+    grid: tuple[float, ...],
+    options: dict[str, Any],
+    *,
+    with_bias: bool = False,
 ) -> tuple[float, float]:
     """Picks the damping with the least error on held-out sequences, on at most 128 rows of the weight.
 
@@ -162,6 +240,7 @@ def choose_damping(
         statistics: Train and held-out sums.
         grid: Candidates.
         options: Other settings of the pruning function.
+        with_bias: Whether a bias makes up for the mean change, as the sequences that are not held out have it.
 
     Returns:
         The damping and its relative held-out error.
@@ -169,7 +248,9 @@ def choose_damping(
     assert statistics.held_out is not None
     rows = weight[:: max(1, len(weight) // 128)][:128]
     train, held_out = statistics.train, statistics.held_out
-    whole = max(output_error(rows, torch.zeros_like(rows), held_out), 1e-30)
-    errors = [output_error(rows, prune(rows, train, damping=p, **options).weight, held_out) / whole for p in grid]
+    centre = train.mean if with_bias else torch.zeros_like(train.mean)
+    seen, unseen = train.about(centre), held_out.about(centre)
+    whole = max(output_error(rows, torch.zeros_like(rows), held_out.second), 1e-30)
+    errors = [output_error(rows, prune(rows, seen, damping=p, **options).weight, unseen) / whole for p in grid]
     best = min(range(len(grid)), key=errors.__getitem__)
     return grid[best], errors[best]

@@ -75,6 +75,8 @@ class Settings(PruneSettings):
     """λ as a share of the mean diagonal of the Gram; `held-out` chooses it on held-out sequences."""
     dense_target: float = 0.0
     """0 fits the dense layer on the inputs that the edited model sees; 1 fits the output of the dense model."""
+    bias: Literal["auto", "off"] = "auto"
+    """`auto` corrects the bias of layers that have one for the mean change of their outputs."""
     tolerance: float = 1e-4
     """Proven bound on the relative excess of the loss at which the exact solve stops."""
     max_iterations: int = 200

@@ -1,0 +1,62 @@
+"""Hidden states of every batch: in memory up to a stated budget, beyond it on disk."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+
+class Budget:
+    """Bytes of activations that may be held in memory, shared by all that hold some."""
+
+    def __init__(self, limit: int) -> None:
+        self.left = limit
+
+    def take(self, size: int) -> bool:
+        """Takes ``size`` bytes if so many are left."""
+        if size > self.left:
+            return False
+        self.left -= size
+        return True
+
+
+class Activations:
+    """One tensor per batch, each [B, T, D].
+
+    Args:
+        tensors: The first values; may be an iterator, so that they need not all be in memory at once.
+        budget: What does not fit in it goes to disk and stays there.
+        folder: Where to; created when it is needed.
+    """
+
+    def __init__(self, tensors: Iterable[Tensor], budget: Budget, folder: Path) -> None:
+        self.budget, self.folder = budget, folder
+        self._held: list[Tensor | None] = []
+        for tensor in tensors:
+            held = budget.take(tensor.nbytes)
+            self._held.append(tensor if held else None)
+            if not held:
+                self._write(len(self._held) - 1, tensor)
+
+    def __len__(self) -> int:
+        return len(self._held)
+
+    def __getitem__(self, batch: int) -> Tensor:
+        held = self._held[batch]
+        return load_file(self._file(batch))["hidden"] if held is None else held
+
+    def __setitem__(self, batch: int, tensor: Tensor) -> None:
+        if self._held[batch] is None:
+            self._write(batch, tensor)
+        else:
+            self._held[batch] = tensor
+
+    def _file(self, batch: int) -> Path:
+        return self.folder / f"{batch:05d}.safetensors"
+
+    def _write(self, batch: int, tensor: Tensor) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        save_file({"hidden": tensor.contiguous()}, self._file(batch))
