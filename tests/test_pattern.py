@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from duramen.problem import Problem
 from duramen.prune import magnitude, multiweight, sparsegpt, wanda
-from duramen.prune.pattern import keep_existing_zeros, lowest, parse_pattern, select
+from duramen.prune.pattern import keep_existing_zeros, kth_lowest, lowest, parse_pattern, select
 
 PRUNERS = {"magnitude": magnitude.prune, "wanda": wanda.prune, "sparsegpt": sparsegpt.prune, "multiweight": multiweight.prune}
 
@@ -96,3 +96,20 @@ def test_a_target_below_the_present_sparsity_is_refused():
 def test_bad_targets(settings, words):
     with pytest.raises(Problem, match=words):
         parse_pattern(**settings)
+
+
+@pytest.mark.parametrize("kind", ["normal", "ties", "constant", "sorted", "periodic", "infinite"])
+@pytest.mark.parametrize("share", [0.001, 0.3, 0.5, 0.999])
+def test_bracketed_ranks_are_exact(kind, share):
+    size = 60_000
+    values = {
+        "normal": torch.randn(size),
+        "ties": torch.randint(0, 5, (size,)).float(),
+        "constant": torch.ones(size),
+        "sorted": torch.arange(size).float(),
+        "periodic": torch.arange(size).remainder(7).float(),
+        "infinite": torch.randn(size).masked_fill(torch.rand(size) < 0.4, torch.inf),
+    }[kind]
+    count = round(share * size)
+    assert float(kth_lowest(values, count)) == float(values.sort().values[count - 1])
+    assert int(lowest(values[None], count).sum()) == count

@@ -6,6 +6,7 @@ Counts are exact. Ties are broken by ascending flat index, so a mask is a functi
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import dataclass
 from typing import Literal
@@ -16,6 +17,8 @@ from torch import Tensor
 
 from duramen.problem import Problem
 
+SAMPLE = 8191
+"""Values that bracket a rank among many more."""
 Scope = Literal["row", "layer"]
 SCOPES: tuple[Scope, ...] = ("row", "layer")
 
@@ -135,11 +138,28 @@ def lowest(scores: Float[Tensor, "R C"], count: int) -> Bool[Tensor, "R C"]:
     """
     if count == 0:
         return torch.zeros(scores.shape, dtype=torch.bool, device=scores.device)
-    threshold = scores.kthvalue(count, dim=1, keepdim=True).values
-    below = scores < threshold
+    one_row = len(scores) == 1
+    threshold = kth_lowest(scores[0], count).reshape(1, 1) if one_row else scores.kthvalue(count, dim=1, keepdim=True).values
     tied = scores == threshold
-    missing = count - below.sum(dim=1, keepdim=True)
-    return below | (tied & (tied.cumsum(dim=1) <= missing))
+    marked = scores <= threshold
+    if int(marked.sum()) == count * len(scores):
+        return marked
+    missing = count - (marked & ~tied).sum(dim=1, keepdim=True)
+    return marked & (~tied | (tied.cumsum(dim=1) <= missing))
+
+
+def kth_lowest(values: Float[Tensor, "N"], count: int) -> Float[Tensor, ""]:
+    """The value at place ``count`` in ascending order; a sample brackets it, so that only what lies between is ranked."""
+    stride = len(values) // SAMPLE
+    if stride > 1:
+        sample = values[::stride].sort().values
+        place, slack = count / len(values) * len(sample), 4 * math.sqrt(len(sample))
+        low, high = sample[max(0, int(place - slack))], sample[min(len(sample) - 1, int(place + slack))]
+        between = values[(values >= low) & (values <= high)]
+        rank = count - int((values < low).sum())
+        if 1 <= rank <= len(between):
+            return between.kthvalue(rank).values
+    return values.kthvalue(count).values
 
 
 def keep_existing_zeros(scores: Float[Tensor, "O I"], weight: Float[Tensor, "O I"], pattern: Pattern) -> Float[Tensor, "O I"]:
