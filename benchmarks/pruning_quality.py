@@ -11,16 +11,17 @@ from __future__ import annotations
 
 import argparse
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
+import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import rows
 from duramen.assets import open_model
 from duramen.calibrate.tokens import calibration_tokens, evaluation_tokens
-from duramen.evaluate.intervals import mean_interval
-from duramen.evaluate.perplexity import divergence, final_hidden, perplexity
+from duramen.evaluate.intervals import Measured, mean_interval
+from duramen.evaluate.perplexity import Divergence, divergence, final_hidden, perplexity
 from duramen.families.model import BlockModel
 from duramen.registry import get_method
 from wikitext import literature
@@ -32,12 +33,7 @@ TARGETS = {
     "70%": {"sparsity": 0.7},
     "2:4": {"pattern": "2:4"},
 }
-SUBJECTS = {
-    "magnitude": {},
-    "wanda": {},
-    "sparsegpt": {"damping": 0.01},
-    "multiweight": {"damping": 0.01},
-}
+SUBJECTS = ("magnitude", "wanda", "sparsegpt", "multiweight")
 
 
 def main() -> None:
@@ -52,61 +48,79 @@ def main() -> None:
     parser.add_argument("--name", default="pruning_quality")
     parser.add_argument("--damping", default="0.01")
     parser.add_argument("--targets", nargs="*", default=list(TARGETS))
-    parser.add_argument("--subjects", nargs="*", default=list(SUBJECTS))
+    parser.add_argument("--subjects", nargs="*", default=SUBJECTS)
     options = parser.parse_args()
     damping = options.damping if options.damping == "held-out" else float(options.damping)
 
-    folder = open_model(options.model)
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    tokens = calibration_tokens(tokenizer, CORPORA, sequences=options.sequences, length=options.length, seed=0)
-    windows = evaluation_tokens(tokenizer, literature(options.text), length=options.window, windows=options.windows)
-    dense = BlockModel.from_folder(folder)
-    hidden = final_hidden(dense, windows)
-    base = divergence(dense, hidden, dense, hidden, windows)
-    text, table = Path(options.text).name, []
-    case = f"SmolLM2-135M, {tokens.numel()} tokens, {text} {options.windows}x{options.window}, damping {damping}"
-    figure = perplexity(base.loss)
-    interval = {"low": figure.low, "high": figure.high, "samples": figure.samples}
-    table.append(rows.row(f"{case}, dense", "perplexity", "1", "dense", figure.value, **interval))
-
+    bench = Bench.open(options)
+    case = f"SmolLM2-135M, {bench.tokens.numel()} tokens, {Path(options.text).name} {options.windows}x{options.window}, damping {damping}"
+    table = [bench.row(f"{case}, dense", "perplexity", "dense", perplexity(bench.reference.loss))]
     for label in options.targets:
-        peers: dict[str, float] = {}
+        peers: dict[str, Measured] = {}
         for subject in options.subjects:
-            settings = TARGETS[label] | SUBJECTS[subject] | ({"damping": damping} if "damping" in SUBJECTS[subject] else {})
+            settings = TARGETS[label] | ({"damping": damping} if subject in ("sparsegpt", "multiweight") else {})
             if subject == "multiweight":
                 settings["mask"] = "joint" if "pattern" in settings else "single"
-            start = time.perf_counter()
-            network = AutoModelForCausalLM.from_pretrained(folder, dtype="float32")
-            records = get_method(subject).apply(network, tokens, **settings)
-            seconds = time.perf_counter() - start
-            edited = BlockModel.from_module(network)
-            found = divergence(dense, hidden, edited, final_hidden(edited, windows), windows)
-            error = float(np.sum([record["relative_error"] for record in records]))
-            figures = {
-                "perplexity": ("1", perplexity(found.loss)),
-                "KL from dense": ("nats", mean_interval(found.kl)),
-            }
-            for metric, (unit, figure) in figures.items():
-                table.append(_row(f"{case}, {label}", metric, unit, subject, figure.value, peers, *_measured(figure)[1:]))
-            table.append(_row(f"{case}, {label}", "summed relative layer error", "1", subject, error, peers))
+            figures = bench.measure(subject, settings)
+            del figures["seconds"]
+            if subject == "sparsegpt":
+                peers = figures
+            for metric, figure in figures.items():
+                peer = ("sparsegpt", peers[metric].value) if subject == "multiweight" and peers else None
+                table.append(bench.row(f"{case}, {label}", metric, subject, figure, peer))
             rows.write(options.name, table)
-            print(label, subject, f"{seconds:.0f} s", {metric: round(figure.value, 4) for metric, (_, figure) in figures.items()},
-                  f"error {error:.4f}", flush=True)  # fmt: skip
 
 
-def _measured(figure: object) -> tuple[float, float, float, int]:
-    return figure.value, figure.low, figure.high, figure.samples  # type: ignore[attr-defined]
+UNITS = {"perplexity": "1", "KL from dense": "nats", "summed relative layer error": "1", "seconds": "s"}
 
 
-def _row(
-    case: str, metric: str, unit: str, subject: str, value: float, peers: dict[str, float], *interval: float
-) -> dict[str, object]:
-    if subject == "sparsegpt":
-        peers[metric] = value
-    more = dict(zip(("low", "high", "samples"), interval, strict=False))
-    if subject == "multiweight" and metric in peers:
-        more |= {"peer": "sparsegpt", "peer_value": peers[metric]}
-    return rows.row(case, metric, unit, subject, value, **more)
+@dataclass
+class Bench:
+    """One model with its tokens, its evaluation windows [S, T], and what the dense model says of them."""
+
+    folder: Path
+    tokens: torch.Tensor
+    windows: torch.Tensor
+    dense: BlockModel
+    hidden: list[torch.Tensor]
+    reference: Divergence
+
+    @classmethod
+    def open(cls, options: argparse.Namespace) -> Bench:
+        """Opens the model and runs it dense."""
+        folder = open_model(options.model)
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        tokens = calibration_tokens(tokenizer, CORPORA, sequences=options.sequences, length=options.length, seed=0)
+        windows = evaluation_tokens(tokenizer, literature(options.text), length=options.window, windows=options.windows)
+        dense = BlockModel.from_folder(folder)
+        hidden = final_hidden(dense, windows)
+        return cls(folder, tokens, windows, dense, hidden, divergence(dense, hidden, dense, hidden, windows))
+
+    def measure(self, method: str, settings: dict[str, object]) -> dict[str, Measured]:
+        """Prunes a fresh float32 copy and measures it."""
+        network = AutoModelForCausalLM.from_pretrained(self.folder, dtype="float32")
+        start = time.perf_counter()
+        records = get_method(method).apply(network, self.tokens, **settings)
+        seconds = time.perf_counter() - start
+        edited = BlockModel.from_module(network)
+        found = divergence(self.dense, self.hidden, edited, final_hidden(edited, self.windows), self.windows)
+        error = sum(record["relative_error"] for record in records)
+        figures = {
+            "perplexity": perplexity(found.loss),
+            "KL from dense": mean_interval(found.kl),
+            "summed relative layer error": Measured(error, error, error, 1),
+            "seconds": Measured(seconds, seconds, seconds, 1),
+        }
+        print(method, settings, {name: round(figure.value, 4) for name, figure in figures.items()}, flush=True)
+        return figures
+
+    def row(
+        self, case: str, metric: str, subject: str, figure: Measured, peer: tuple[str, float] | None = None
+    ) -> dict[str, object]:
+        """One row of a results file."""
+        more = {"low": figure.low, "high": figure.high} if figure.low < figure.high else {}
+        more |= {"peer": peer[0], "peer_value": peer[1]} if peer else {}
+        return rows.row(case, metric, UNITS[metric], subject, figure.value, samples=figure.samples, **more)
 
 
 if __name__ == "__main__":

@@ -54,6 +54,15 @@ def row(case: str, metric: str, unit: str, subject: str, value: float, **more: o
     return dict.fromkeys(COLUMNS, "") | place | fixed | more
 
 
+def read(name: str) -> list[dict[str, object]]:
+    """The rows of results/NAME.csv; none if there is no such file."""
+    path = RESULTS / f"{name}.csv"
+    if not path.is_file():
+        return []
+    with path.open(newline="", encoding="utf-8") as stream:
+        return [dict(item) for item in csv.DictReader(stream)]
+
+
 def write(name: str, rows: list[dict[str, object]]) -> Path:
     """Writes results/NAME.csv anew."""
     RESULTS.mkdir(parents=True, exist_ok=True)

@@ -9,7 +9,7 @@ from duramen.calibrate.statistics import Moments, Statistics
 from duramen.families.model import Layer
 from duramen.families.table import Projection
 from duramen.prune import multiweight
-from duramen.prune.model import prune_layer
+from duramen.prune.model import prepare, prune_layer
 from duramen.prune.pruned import finish
 from duramen.prune.reconstruct import reconstruct
 
@@ -34,6 +34,11 @@ def layer(seed=1):
     return Layer("layer", Projection("q", "layer"), 0, linear, stored)
 
 
+def edit(prune, target, sums, settings):
+    """Prunes one layer by half, as a stage of its own."""
+    return prune_layer(prune, target, prepare(prune, [target], sums, settings, HALF), settings, HALF)
+
+
 @pytest.mark.parametrize("alpha", [0.0, 0.5, 1.0])
 def test_weight_and_bias_are_least_squares_with_an_intercept(alpha):
     dense, edited = (x.float().double() for x in inputs())
@@ -44,7 +49,7 @@ def test_weight_and_bias_are_least_squares_with_an_intercept(alpha):
     def prune(weight, gram, damping, **_):
         return finish(weight, reconstruct(weight, gram, pruned, damping=damping).weight, pruned, gram)
 
-    record = prune_layer(prune, target, sums, multiweight.Settings(sparsity=0.5, damping=0.02, dense_target=alpha), HALF)
+    record = edit(prune, target, sums, multiweight.Settings(sparsity=0.5, damping=0.02, dense_target=alpha))
     weight, bias = target.stored["weight"], target.stored["bias"]
     centred = edited - edited.mean(1, keepdim=True)
     pull = (0.02 * (centred @ centred.T).diagonal().mean()).sqrt() * torch.eye(INPUTS, dtype=torch.float64)
@@ -65,12 +70,8 @@ def test_a_bias_that_is_corrected_never_hurts():
     sums = Statistics(INPUTS, held_out=False, cross=False, device=torch.device("cpu"))
     sums.update(edited.T)
     errors = {
-        bias: prune_layer(
-            multiweight.prune,
-            layer(),
-            sums,
-            multiweight.Settings(sparsity=0.5, damping=1e-4, mask="magnitude", bias=bias),
-            HALF,
+        bias: edit(
+            multiweight.prune, layer(), sums, multiweight.Settings(sparsity=0.5, damping=1e-4, mask="magnitude", bias=bias)
         )["relative_error"]
         for bias in ("auto", "off")
     }
@@ -82,7 +83,7 @@ def test_a_layer_without_bias_gets_none():
     del bare.stored["bias"]
     sums = Statistics(INPUTS, held_out=False, cross=False, device=torch.device("cpu"))
     sums.update(inputs()[1].T)
-    prune_layer(multiweight.prune, bare, sums, multiweight.Settings(sparsity=0.5, damping=0.01), HALF)
+    edit(multiweight.prune, bare, sums, multiweight.Settings(sparsity=0.5, damping=0.01))
     assert set(bare.edited) == {"layer.weight"}
 
 

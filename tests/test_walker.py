@@ -6,10 +6,16 @@ from torch import nn
 
 import tiny
 from duramen.calibrate.statistics import Statistics
-from duramen.calibrate.walker import Walk, split_batches, walk_blocks
+from duramen.calibrate.walker import Walk, split_batches
+from duramen.calibrate.walker import walk_blocks as walk_stages
 from duramen.families.model import BlockModel
 from duramen.problem import Problem
 from duramen.prune import wanda
+
+
+def walk_blocks(model, tokens, edit, names, **how):
+    """A walk whose edit takes one layer at a time."""
+    return walk_stages(model, tokens, lambda _, statistics: lambda layer: edit(layer, statistics), names, **how)
 
 
 def plain_grams(network, names, tokens):

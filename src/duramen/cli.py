@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -57,12 +58,17 @@ def plan(
 
 
 @app.command()
-def inspect(model: Model, allow_generic: Generic = False, as_json: Json = False) -> None:
+def inspect(
+    model: Model,
+    allow_generic: Generic = False,
+    layers: Annotated[bool, typer.Option("--layers", help="One row per layer instead of one per role.")] = False,
+    as_json: Json = False,
+) -> None:
     """Shows blocks, roles, widths, formats and sparsity; fails on damaged tensors and broken masks."""
     from duramen import api, tables
 
     found = api.inspect(model, allow_generic=allow_generic)
-    _show(found, tables.inspect_tables, as_json)
+    _show(found, partial(tables.inspect_tables, layers=layers), as_json)
     if found["damaged"] or (found["masks"] or {}).get("broken"):
         raise typer.Exit(Exit.CHECK_FAILED)
 

@@ -50,17 +50,20 @@ def plan_tables(found: dict[str, Any]) -> list[Printable]:
     return parts
 
 
-def inspect_tables(found: dict[str, Any]) -> list[Printable]:
-    """Output of ``duramen inspect``."""
+def inspect_tables(found: dict[str, Any], *, layers: bool = False) -> list[Printable]:
+    """Output of ``duramen inspect``: one row per role and shape, or per layer."""
     formats = ", ".join(f"{kind} {count / 1e6:,.1f} M" for kind, count in found["formats"].items())
     rows = [
-        (item["role"], item["layers"], "x".join(map(str, item["shape"])), f"{item['zeros']:,}", f"{item['share']:.2%}", item["pattern"] or "-")
-        for item in found["roles"]
+        (
+            item["layer"] if layers else item["role"], 1 if layers else item["layers"], "x".join(map(str, item["shape"])),
+            f"{item['zeros']:,}", f"{item['share']:.2%}", item["pattern"] or "-",
+        )
+        for item in found["layers" if layers else "roles"]
     ]  # fmt: skip
     parts: list[Printable] = [
         f"{found['model']}: {found['model_type']} (family {found['family']}), {found['blocks']} blocks, {found['parameters'] / 1e6:,.1f} M parameters",
         f"stored as {formats}; {found['bytes'] / 2**20:,.0f} MiB on disk",
-        _table("layers", "role", "layers", "shape", "zeros", "share", "N:M", rows=rows),
+        _table("layers", "layer" if layers else "role", "layers", "shape", "zeros", "share", "N:M", rows=rows),
         f"outside the blocks: {', '.join(found['outside'])}",
     ]  # fmt: skip
     if found["masks"]:

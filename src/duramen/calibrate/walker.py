@@ -29,8 +29,8 @@ from duramen.problem import Exit, Problem
 SCRATCH = "activations-"
 """How the names of the folders begin in which activations wait on disk."""
 Records = list[dict[str, Any]]
-Edit = Callable[[Layer, Statistics], dict[str, Any]]
-"""Edits one layer (``layer.write``) from its statistics and returns a record of it."""
+Edit = Callable[[list[Layer], Statistics], Callable[[Layer], dict[str, Any]]]
+"""Prepares a stage from the statistics of its inputs; what comes back edits one of its layers (``layer.write``) and gives a record."""
 
 
 Memo = Callable[[str, Callable[[], Any]], Any]
@@ -103,7 +103,7 @@ def walk_blocks(
     Args:
         model: What to edit.
         tokens: Calibration token ids, [S, T].
-        edit: Called for every named layer with the statistics of its inputs.
+        edit: Called for every stage with its named layers and the statistics of their inputs; then its result, for every layer.
         names: Full names of the layers to edit.
         walk: Batch size, store, progress.
         held_out_every: Every n-th sequence is held out for validation; 0 holds out none.
@@ -203,12 +203,13 @@ def _edit_block(
 
 def _edit_stage(layers: list[Layer], statistics: Statistics, edit: Edit) -> Iterator[dict[str, Any]]:
     """Edits the layers of a stage, as many at a time as there are ranks, and yields their records."""
+    edit_layer = edit(layers, statistics)
     for first in range(0, len(layers), ranks.count()):
         together = layers[first : first + ranks.count()]
         done: tuple[dict[str, Any], dict[str, Tensor], Tensor | None] | None = None
         for layer in together[ranks.rank() : ranks.rank() + 1]:
             head = {"layer": layer.name, "role": layer.projection.role, "block": layer.block, "tokens": statistics.tokens}
-            record = head | edit(layer, statistics)
+            record = head | edit_layer(layer)
             done = record, layer.edited, layer.pruned
         for owner, layer in enumerate(together):
             record, edited, pruned = ranks.shared(done if owner == ranks.rank() else None, owner)

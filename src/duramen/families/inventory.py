@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import asdict
 from math import prod
 from typing import Any
@@ -21,7 +22,7 @@ def inventory(model: BlockModel) -> dict[str, Any]:
 
     Returns:
         ``family, model_type, blocks, sizes, parameters, bytes, formats`` (stored type -> parameters), ``roles`` (one entry per
-        role and shape, with its zeros and N:M pattern), ``outside`` (tensors outside the blocks), ``damaged`` (tensors that
+        role and shape, with its zeros and N:M pattern), ``layers`` (the same for every layer by name), ``outside`` (tensors outside the blocks), ``damaged`` (tensors that
         are not finite).
     """
     assert model.checkpoint is not None
@@ -31,7 +32,7 @@ def inventory(model: BlockModel) -> dict[str, Any]:
         formats[kind] += prod(shape)
     names = {model.stored_name(f"{name}.weight"): (name, role) for name, (role, _) in model.layer_names().items()}
     prefix = _block_prefix(next(iter(names)), model)
-    roles: dict[tuple[str, tuple[int, ...]], dict[str, Any]] = {}
+    layers: dict[str, dict[str, Any]] = {}
     damaged = []
     for name in described:
         tensor = model.checkpoint.read(name)
@@ -39,7 +40,7 @@ def inventory(model: BlockModel) -> dict[str, Any]:
             damaged.append(name)
         if name in names:
             layer, role = names[name]
-            _count(roles, role, tensor.T if model.transposed(layer) else tensor)
+            layers[layer] = {"layer": layer, "role": role} | _sparsity(tensor.T if model.transposed(layer) else tensor)
     return {
         "model_type": model.checkpoint.config.get("model_type", "?"),
         "family": model.family.name,
@@ -48,7 +49,8 @@ def inventory(model: BlockModel) -> dict[str, Any]:
         "parameters": sum(formats.values()),
         "bytes": sum(file.stat().st_size for file in model.checkpoint.folder.glob("model*.safetensors")),
         "formats": dict(formats),
-        "roles": [entry | {"share": entry["zeros"] / entry["parameters"]} for entry in roles.values()],
+        "roles": _by_role(layers[name] for name in model.layer_names()),
+        "layers": [layers[name] for name in model.layer_names()],
         "outside": [name for name in described if not name.startswith(prefix)],
         "damaged": damaged,
     }
@@ -60,15 +62,34 @@ def _block_prefix(stored: str, model: BlockModel) -> str:
     return stored[: stored.index(short)] + short + "."
 
 
-def _count(roles: dict[tuple[str, tuple[int, ...]], dict[str, Any]], role: str, weight: Tensor) -> None:
-    shape = tuple(weight.shape)
-    empty = {"role": role, "shape": list(shape), "layers": 0, "parameters": 0, "zeros": 0, "pattern": None}
-    entry = roles.setdefault((role, shape), empty)
-    pattern = find_pattern(weight)
-    entry["pattern"] = pattern if entry["layers"] == 0 or entry["pattern"] == pattern else None
-    entry["layers"] += 1
-    entry["parameters"] += weight.numel()
-    entry["zeros"] += int((weight == 0).sum())
+def _sparsity(weight: Tensor) -> dict[str, Any]:
+    """Shape, zeros, their share, and the N:M pattern of one weight, [O, I]."""
+    zeros = int((weight == 0).sum())
+    return {
+        "shape": list(weight.shape), "parameters": weight.numel(), "zeros": zeros,
+        "share": zeros / weight.numel(), "pattern": find_pattern(weight),
+    }  # fmt: skip
+
+
+def _by_role(layers: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    """One entry per role and shape, in order; its pattern is None where its layers differ."""
+    roles: dict[tuple[Any, ...], dict[str, Any]] = {}
+    for item in layers:
+        empty = {
+            "role": item["role"],
+            "shape": item["shape"],
+            "layers": 0,
+            "parameters": 0,
+            "zeros": 0,
+            "pattern": item["pattern"],
+        }
+        entry = roles.setdefault((item["role"], *item["shape"]), empty)
+        entry["pattern"] = entry["pattern"] if entry["pattern"] == item["pattern"] else None
+        entry["layers"] += 1
+        entry["parameters"] += item["parameters"]
+        entry["zeros"] += item["zeros"]
+        entry["share"] = entry["zeros"] / entry["parameters"]
+    return list(roles.values())
 
 
 def find_pattern(weight: Tensor) -> str | None:

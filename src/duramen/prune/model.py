@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -18,9 +18,10 @@ from duramen.families.model import BlockModel, Layer
 from duramen.families.select import filter_layers
 from duramen.problem import Problem
 from duramen.prune.allocation import Allocation, allocate, survey
+from duramen.prune.factor import factorise
 from duramen.prune.pattern import parse_pattern
 from duramen.prune.pruned import Pruned
-from duramen.prune.reconstruct import output_error, target_weight
+from duramen.prune.reconstruct import compute_dtype, output_error, target_weight
 from duramen.registry import Settings
 
 Model = BlockModel | nn.Module
@@ -99,19 +100,20 @@ def prune_model(
     """
     blocks = model if isinstance(model, BlockModel) else BlockModel.from_module(model)
     names = filter_layers(blocks.layer_names(), settings.only, settings.skip)
-    alpha = float(getattr(settings, "dense_target", 0.0))
     choose = getattr(settings, "damping", None) == "held-out"
-
     walk = walk or Walk()
     shares = walk.memo("allocation", lambda: _shares(prune, blocks, tokens, settings, names, walk))
 
-    def edit(layer: Layer, statistics: Statistics) -> dict[str, Any]:
-        target = settings.at(layer.block, len(blocks.blocks))
-        return prune_layer(prune, layer, statistics, settings, target | ({"sparsity": shares[layer.name]} if shares else {}))
+    def edit(layers: list[Layer], statistics: Statistics) -> Callable[[Layer], dict[str, Any]]:
+        target = settings.at(layers[0].block, len(blocks.blocks))
+        stage = prepare(prune, layers, statistics, settings, target)
+        return lambda layer: prune_layer(
+            prune, layer, stage, settings, target | ({"sparsity": shares[layer.name]} if shares else {})
+        )
 
     return walk_blocks(
         blocks, tokens, edit, names, walk=walk,
-        held_out_every=round(1 / settings.held_out) if choose else 0, dense_target=alpha > 0,
+        held_out_every=round(1 / settings.held_out) if choose else 0, dense_target=_alpha(settings) > 0,
     )  # fmt: skip
 
 
@@ -121,16 +123,14 @@ def _shares(
     """The share of every layer, from a walk through the dense model; empty if all get the same."""
     if settings.allocation == "uniform" or not isinstance(settings.sparsity, float):
         return {}
-    share, kind, options = settings.sparsity, settings.allocation, _options(settings) | settings.trial
-    trial = partial(prune, **options)
+    share, kind = settings.sparsity, settings.allocation
+    trial = partial(prune, **_options(settings) | settings.trial)
+
+    def look(_: list[Layer], statistics: Statistics) -> Callable[[Layer], dict[str, Any]]:
+        return lambda layer: survey(layer, statistics, trial, share=share, allocation=kind)
+
     looking = replace(walk, store=None, progress=lambda record: None)
-    return allocate(
-        walk_blocks(
-            blocks, tokens, lambda layer, seen: survey(layer, seen, trial, share=share, allocation=kind), names, walk=looking
-        ),
-        share,
-        kind,
-    )
+    return allocate(walk_blocks(blocks, tokens, look, names, walk=looking), share, kind)
 
 
 def _options(settings: PruneSettings) -> dict[str, Any]:
@@ -138,44 +138,86 @@ def _options(settings: PruneSettings) -> dict[str, Any]:
     return {name: getattr(settings, name) for name in type(settings).model_fields if name not in OWN}
 
 
-def prune_layer(
-    prune: PruneFunction, layer: Layer, statistics: Statistics, settings: PruneSettings, target: dict[str, Any]
-) -> dict[str, Any]:
-    """Prunes one layer to its target (``sparsity``, ``pattern``) and returns its record."""
-    start = time.perf_counter()
-    weight, damping = layer.read(), getattr(settings, "damping", None)
-    alpha, with_bias = (
-        float(getattr(settings, "dense_target", 0.0)),
-        getattr(settings, "bias", "off") == "auto" and layer.bias is not None,
-    )
-    options = _options(settings) | target
-    report: dict[str, Any] = {}
+def _alpha(settings: PruneSettings) -> float:
+    return float(getattr(settings, "dense_target", 0.0))
+
+
+@dataclass(frozen=True)
+class Stage:
+    """What the layers of one stage share.
+
+    Attributes:
+        statistics: Of their inputs.
+        gram: Of the inputs that the method solves on, [I, I]; about their mean where biases are corrected.
+        cross: Dense by edited inputs in the same way, [I, I]; only with a dense target.
+        with_bias: Whether biases are corrected: all layers have one.
+        options: The damping, and the factorised Gram that goes with it, for methods that have one.
+        report: For the records.
+    """
+
+    statistics: Statistics
+    gram: Tensor
+    cross: Tensor | None
+    with_bias: bool
+    options: dict[str, Any]
+    report: dict[str, float]
+
+
+def prepare(
+    prune: PruneFunction, layers: list[Layer], statistics: Statistics, settings: PruneSettings, target: dict[str, Any]
+) -> Stage:
+    """Does once for a stage what its layers have in common: centring, the choice of a damping, the factorisation.
+
+    Args:
+        prune: The pruning function.
+        layers: The layers of the stage.
+        statistics: Of the inputs that they share.
+        settings: The method's settings.
+        target: ``sparsity`` and ``pattern`` at which dampings are compared.
+    """
+    with_bias = getattr(settings, "bias", "off") == "auto" and all(layer.bias is not None for layer in layers)
+    total, dense, cross = statistics.total, statistics.dense, statistics.cross
+    gram = total.about(total.mean) if with_bias else total.second
+    if with_bias and cross is not None and dense is not None:
+        cross = cross - torch.outer(dense.first, total.mean)
+    damping, report = getattr(settings, "damping", None), {}
     if damping == "held-out":
+        stride = max(1, sum(len(layer.read()) for layer in layers) // 128)
+        rows = torch.cat([layer.read()[::stride] for layer in layers])
+        trial = _options(settings) | target | settings.trial
         damping, report["held_out_error"] = choose_damping(
-            prune, weight, statistics, settings.damping_grid, options | settings.trial, with_bias=with_bias
+            prune, rows, statistics, settings.damping_grid, trial, with_bias=with_bias
         )
+    options = {}
     if damping is not None:
-        options["damping"] = damping
-    total, dense = statistics.total, statistics.dense
-    gram, cross = total.second, statistics.cross
-    if with_bias:
-        gram = total.about(total.mean)
-        cross = None if cross is None or dense is None else cross - torch.outer(dense.first, total.mean)
+        options = {"damping": damping, "factor": factorise(gram, damping, dtype=compute_dtype(layers[0].read()))}
+    return Stage(statistics, gram, cross, with_bias, options, report)
+
+
+def prune_layer(
+    prune: PruneFunction, layer: Layer, stage: Stage, settings: PruneSettings, target: dict[str, Any]
+) -> dict[str, Any]:
+    """Prunes one layer of a stage to its target (``sparsity``, ``pattern``) and returns its record."""
+    start, weight, alpha = time.perf_counter(), layer.read(), _alpha(settings)
     wanted = weight
-    if alpha and cross is not None:
-        wanted = target_weight(weight.float(), gram, cross, alpha=alpha, damping=damping or 0.01)
-    found = prune(wanted, gram, **options)
+    if alpha and stage.cross is not None:
+        damping = stage.options.get("damping", 0.01)
+        wanted = target_weight(weight.float(), stage.gram, stage.cross, alpha=alpha, damping=damping)
+    found = prune(wanted, stage.gram, **_options(settings), **target, **stage.options)
     found = replace(found, weight=found.weight.to(weight.dtype))
-    bias = corrected_bias(layer, found.weight, statistics, alpha) if with_bias else None
+    bias = corrected_bias(layer, found.weight, stage.statistics, alpha) if stage.with_bias else None
     layer.write(found.weight, pruned=found.pruned, bias=bias)
     shift = None if bias is None or layer.bias is None else bias - layer.bias
-    report |= {
-        "relative_error": relative_error(weight, found.weight, statistics, shift=shift),
-        "removed": int(found.pruned.sum()),
-        "size": weight.numel(),
-        "seconds": time.perf_counter() - start,
-    }
-    return found.report | report
+    return (
+        found.report
+        | stage.report
+        | {
+            "relative_error": relative_error(weight, found.weight, stage.statistics, shift=shift),
+            "removed": int(found.pruned.sum()),
+            "size": weight.numel(),
+            "seconds": time.perf_counter() - start,
+        }
+    )
 
 
 def corrected_bias(layer: Layer, weight: Tensor, statistics: Statistics, alpha: float) -> Tensor:
@@ -225,18 +267,18 @@ def relative_error(weight: Tensor, edited: Tensor, statistics: Statistics, *, sh
 
 def choose_damping(
     prune: PruneFunction,
-    weight: Tensor,
+    rows: Tensor,
     statistics: Statistics,
     grid: tuple[float, ...],
     options: dict[str, Any],
     *,
     with_bias: bool = False,
 ) -> tuple[float, float]:
-    """Picks the damping with the least error on held-out sequences, on at most 128 rows of the weight.
+    """Picks the damping with the least error on held-out sequences.
 
     Args:
         prune: The pruning function; it sees only the sequences that are not held out.
-        weight: [O, I].
+        rows: Some rows of the weights, [O, I].
         statistics: Train and held-out sums.
         grid: Candidates.
         options: Other settings of the pruning function.
@@ -246,7 +288,6 @@ def choose_damping(
         The damping and its relative held-out error.
     """
     assert statistics.held_out is not None
-    rows = weight[:: max(1, len(weight) // 128)][:128]
     train, held_out = statistics.train, statistics.held_out
     centre = train.mean if with_bias else torch.zeros_like(train.mean)
     seen, unseen = train.about(centre), held_out.about(centre)

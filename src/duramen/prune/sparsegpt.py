@@ -79,6 +79,7 @@ def prune(
     pattern: str | None = None,
     damping: float = 0.01,
     block: int = 128,
+    factor: Factor | None = None,
 ) -> Pruned:
     """Prunes by Algorithm 1 of SparseGPT.
 
@@ -89,13 +90,14 @@ def prune(
         pattern: ``"kept:group"``.
         damping: λ as a share of the mean diagonal of the Gram.
         block: Columns that share one quota.
+        factor: The Gram with this damping, factorised, where the caller has it already.
 
     Raises:
         Problem: On shapes or settings that do not fit.
     """
     check_shapes(weight, gram)
     target = parse_pattern(sparsity, pattern)
-    factor = factorise(gram, damping, dtype=compute_dtype(weight))
+    factor = factor or factorise(gram, damping, dtype=compute_dtype(weight))
     swept = sweep_mask(weight.to(factor.upper.dtype), factor, target, block)
     return finish(weight, swept.weight, swept.pruned, gram, damping=factor.damping)
 

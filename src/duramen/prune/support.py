@@ -22,8 +22,8 @@ from duramen.prune.reconstruct import solve_iteratively
 
 PENALTY_LIMITS = 1e-4, 1e6
 """Below the first a support that has not moved never will; above the second ALPS stops to raise the penalty."""
-SETTLED = 3e-4
-"""Share of the support that still changes when ADMM may stop, from its 30th iteration on."""
+SETTLED = 2e-3
+"""Share of the support that still changes when ADMM may stop, from its 12th iteration on (ALPS: 3e-4, from the 30th)."""
 SAMPLED_ROWS = 16
 """Rows whose curvatures stand for all."""
 ROUGH = 1e-3
@@ -31,7 +31,7 @@ ROUGH = 1e-3
 
 
 def admm(
-    weight: Float[Tensor, "O I"], factor: Factor, target: Pattern, *, penalty: float = 0.1, max_iterations: int = 300
+    weight: Float[Tensor, "O I"], factor: Factor, target: Pattern, *, penalty: float = 0.3, max_iterations: int = 300
 ) -> Bool[Tensor, "O I"]:
     """Finds a mask by the alternating direction method of multipliers (ALPS, Algorithm 1).
 
@@ -43,7 +43,7 @@ def admm(
         weight: [O, I], in the dtype of the factor. Zeros go first.
         factor: Damped Gram of the inputs.
         target: What to remove; a share is ranked over the whole matrix.
-        penalty: First ρ.
+        penalty: First ρ. ALPS begins at 0.1, which takes twice as long for masks that are 0.2 to 0.5 % better.
         max_iterations: Upper limit.
 
     Returns:
@@ -54,22 +54,25 @@ def admm(
     dense = weight * scale
     wanted = dense @ matrix
 
+    zeros = keep_existing_zeros(torch.zeros_like(weight), weight, target) < 0
+
     def chosen(scaled: Tensor) -> Tensor:
-        return select(keep_existing_zeros(scaled.square(), weight, target), target)
+        return select(scaled.square().masked_fill_(zeros, -1), target)
 
     rho, raised = penalty, False
     solver = _shifted_inverse(matrix, rho)
     pruned = settled = chosen(dense)
     sparse, dual = dense.masked_fill(pruned, 0), torch.zeros_like(dense)
     for iteration in range(1, max_iterations + 1):
-        free = (wanted - dual + rho * sparse) @ solver
-        pruned = chosen(free + dual / rho)
-        sparse = (free + dual / rho).masked_fill(pruned, 0)
-        dual += rho * (free - sparse)
+        free = (wanted - dual).add_(sparse, alpha=rho) @ solver
+        both = free.add(dual, alpha=1 / rho)
+        pruned = chosen(both)
+        sparse = both.masked_fill(pruned, 0)
+        dual.add_(free - sparse, alpha=rho)
         if iteration % 3:
             continue
         changed, settled = int((pruned != settled).sum()) / max(int((~pruned).sum()), 1), pruned
-        if (raised and (changed == 0 or (iteration > 30 and changed < SETTLED))) or rho < PENALTY_LIMITS[0]:
+        if (raised and (changed == 0 or (iteration > 12 and changed < SETTLED))) or rho < PENALTY_LIMITS[0]:
             break
         if changed > 0.005 or (raised and changed > 0):
             raised, rho = True, min(rho * (1.3 if changed > 0.1 else 1.2 if changed > 0.005 else 1.1), PENALTY_LIMITS[1])

@@ -1,0 +1,97 @@
+"""Trains a small Mamba or Mamba-2 language model on bytes of the embedded texts, since no package ships one.
+
+    python benchmarks/train_state_space.py mamba out/mamba --minutes 15
+
+Writes a Hugging Face folder with a byte tokenizer. The seed is fixed; the number of steps depends on the machine, and is printed
+with the loss in bits per byte on text that was not trained on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import time
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import Mamba2Config, Mamba2ForCausalLM, MambaConfig, MambaForCausalLM, PreTrainedTokenizerFast
+
+from duramen.assets import read_text
+
+TEXTS, HELD_OUT = ("squad", "drop", "coqa", "sciriff"), "boolq"
+SHARED = {"vocab_size": 259, "bos_token_id": 257, "eos_token_id": 258, "pad_token_id": 256}
+MODELS = {
+    "mamba": lambda: MambaForCausalLM(
+        MambaConfig(hidden_size=256, num_hidden_layers=6, state_size=8, time_step_rank=16, use_cache=False, **SHARED)
+    ),
+    "mamba2": lambda: Mamba2ForCausalLM(
+        Mamba2Config(
+            hidden_size=256, num_hidden_layers=6, state_size=32, num_heads=8, head_dim=64, n_groups=1, chunk_size=64,
+            use_cache=False, **SHARED,
+        )
+    ),
+}  # fmt: skip
+
+
+def byte_tokenizer() -> PreTrainedTokenizerFast:
+    """One token per byte."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {letter: number for number, letter in enumerate(letters)} | {"<pad>": 256, "<s>": 257, "</s>": 258}
+    inner = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    inner.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=inner, pad_token="<pad>", bos_token="<s>", eos_token="</s>")
+
+
+def stream(names: tuple[str, ...], tokenizer: PreTrainedTokenizerFast, *, limit: int) -> Tensor:
+    """Ids of the texts one after another, [n]."""
+    whole = "\n\n".join(document for name in names for document in read_text(name))[:limit]
+    parts = [whole[start : start + 100_000] for start in range(0, len(whole), 100_000)]
+    return torch.tensor([token for part in parts for token in tokenizer(part)["input_ids"]])
+
+
+def main() -> None:
+    """Trains and saves."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("model", choices=list(MODELS))
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--minutes", type=float, default=15)
+    parser.add_argument("--batch", type=int, default=16)
+    parser.add_argument("--length", type=int, default=256)
+    parser.add_argument("--rate", type=float, default=4e-3)
+    options = parser.parse_args()
+
+    torch.manual_seed(0)
+    tokenizer = byte_tokenizer()
+    data = stream(TEXTS, tokenizer, limit=8_000_000)
+    unseen = stream((HELD_OUT,), tokenizer, limit=200_000)[: 32 * options.length].view(32, -1)
+    network = MODELS[options.model]()
+    optimiser = torch.optim.AdamW(network.parameters(), lr=options.rate, betas=(0.9, 0.95), weight_decay=0.05)
+    start, step = time.perf_counter(), 0
+    while (spent := (time.perf_counter() - start) / 60 / options.minutes) < 1:
+        rate = options.rate * min(1, (step + 1) / 50) * (0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * spent)))
+        for group in optimiser.param_groups:
+            group["lr"] = rate
+        places = torch.randint(0, len(data) - options.length, (options.batch,))
+        batch = torch.stack([data[place : place + options.length] for place in places])
+        loss = network(batch, labels=batch).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0)
+        optimiser.step()
+        optimiser.zero_grad()
+        step += 1
+        if step % 20 == 0:
+            print(f"{step} steps, {spent:.0%}, {float(loss) / math.log(2):.3f} bits per byte", flush=True)
+    network.eval()
+    with torch.no_grad():
+        losses = [float(network(part, labels=part).loss) for part in unseen.split(8)]
+    print(f"{options.model}: {step} steps, unseen text {sum(losses) / len(losses) / math.log(2):.3f} bits per byte")
+    network.save_pretrained(options.out)
+    tokenizer.save_pretrained(options.out)
+
+
+if __name__ == "__main__":
+    main()
