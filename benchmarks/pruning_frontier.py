@@ -12,12 +12,11 @@ model on 2 cores.
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
 
 import rows
 from duramen.evaluate.perplexity import perplexity
-from pruning_quality import Bench
+from pruning_quality import Bench, arguments
 
 TARGETS = {
     **{f"{share}%": {"sparsity": share / 100} for share in (50, 60, 70, 80)},
@@ -34,17 +33,7 @@ SUBJECTS = {
 
 def main() -> None:
     """Runs the table."""
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--model", default="smollm2-135m")
-    parser.add_argument("--text", default="boolq")
-    parser.add_argument("--sequences", type=int, default=32)
-    parser.add_argument("--length", type=int, default=512)
-    parser.add_argument("--windows", type=int, default=10)
-    parser.add_argument("--window", type=int, default=2048)
-    parser.add_argument("--targets", nargs="*", default=list(TARGETS))
-    parser.add_argument("--subjects", nargs="*", default=list(SUBJECTS))
-    options = parser.parse_args()
-
+    options = arguments(TARGETS, SUBJECTS).parse_args()
     table = rows.read("pruning_frontier")
     bench = Bench.open(options)
     case = f"{options.model}, {bench.tokens.numel()} tokens, {Path(options.text).name} {options.windows}x{options.window}"

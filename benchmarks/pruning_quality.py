@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -36,8 +37,8 @@ TARGETS = {
 SUBJECTS = ("magnitude", "wanda", "sparsegpt", "multiweight")
 
 
-def main() -> None:
-    """Runs the table."""
+def arguments(targets: Iterable[str], subjects: Iterable[str]) -> argparse.ArgumentParser:
+    """What every benchmark of pruned models takes."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--model", default="smollm2-135m")
     parser.add_argument("--text", default="boolq")
@@ -45,10 +46,16 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=512)
     parser.add_argument("--windows", type=int, default=10)
     parser.add_argument("--window", type=int, default=2048)
+    parser.add_argument("--targets", nargs="*", default=list(targets))
+    parser.add_argument("--subjects", nargs="*", default=list(subjects))
+    return parser
+
+
+def main() -> None:
+    """Runs the table."""
+    parser = arguments(TARGETS, SUBJECTS)
     parser.add_argument("--name", default="pruning_quality")
     parser.add_argument("--damping", default="0.01")
-    parser.add_argument("--targets", nargs="*", default=list(TARGETS))
-    parser.add_argument("--subjects", nargs="*", default=SUBJECTS)
     options = parser.parse_args()
     damping = options.damping if options.damping == "held-out" else float(options.damping)
 

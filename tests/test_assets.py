@@ -1,5 +1,6 @@
 """Embedded assets: found without importing their package, verified, and asked for by their exact line when missing."""
 
+import hashlib
 import sys
 
 import pytest
@@ -54,3 +55,19 @@ def test_hashes_are_memoised_until_the_file_changes(fake):
     first = assets.file_hash(file)
     file.write_bytes(b"longer than before")
     assert assets.file_hash(file) != first
+
+
+def test_a_file_in_parts_is_put_together_once(tmp_path, monkeypatch):
+    monkeypatch.setenv("DURAMEN_ASSETS", str(tmp_path))
+    monkeypatch.setenv("DURAMEN_CACHE", str(tmp_path / "cache"))
+    digest = hashlib.sha256(b"one two").hexdigest()
+    parts = (("first", "data/a"), ("second", "data/b"))
+    asset = assets.Asset("whole", "model", "first", "first==1 second==1", "whole.gguf", "none", digest, parts=parts)
+    with pytest.raises(Problem, match="not installed"):
+        asset.path()
+    for (package, file), content in zip(parts, (b"one ", b"two"), strict=True):
+        (tmp_path / package / "data").mkdir(parents=True)
+        (tmp_path / package / file).write_bytes(content)
+    assert asset.path().read_bytes() == b"one two"
+    (tmp_path / "first" / "data" / "a").unlink()
+    assert asset.path().read_bytes() == b"one two", "the joined file stands on its own"

