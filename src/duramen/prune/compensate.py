@@ -59,11 +59,11 @@ def sweep(weight: Float[Tensor, "O I"], factor: Factor, choose: Choose, *, width
             force = _force(block, removed, factor, start, stop)
             loss += 0.5 * (force * block).sum(1)
             update = force @ factor.upper[start:stop, start:stop].T
-            work[:, start:last] -= update @ factor.upper[start:stop, start:last]
+            work[:, start:last].addmm_(update, factor.upper[start:stop, start:last], alpha=-1)
             work[:, start:stop].masked_fill_(removed, 0)
             pruned[:, start:stop] = removed
             pending[:, start - first : stop - first] = update
-        work[:, last:] -= pending @ factor.upper[first:last, last:]
+        work[:, last:].addmm_(pending, factor.upper[first:last, last:], alpha=-1)
     return Swept(work, pruned, loss)
 
 

@@ -251,15 +251,15 @@ def relative_error(weight: Tensor, edited: Tensor, statistics: Statistics, *, sh
         shift: Change of the bias, [O]; None for none.
     """
     total, dense, cross = statistics.total, statistics.dense, statistics.cross
-    old, new = weight.double(), edited.double()
-    gram, mean = total.second.double(), total.mean.double()
+    old, new, mean = weight.double(), edited.double(), total.mean.double()
     if dense is None or cross is None:
-        whole = float(((old @ gram) * old).sum())
-        changed, drift = float((((new - old) @ gram) * (new - old)).sum()), (new - old) @ mean
+        whole = output_error(weight, torch.zeros_like(weight), total.second)
+        changed, drift = output_error(weight, edited, total.second), (new - old) @ mean
     else:
         whole = float(((old @ dense.second.double()) * old).sum())
         mixed = float(((old @ cross.double()) * new).sum())
-        changed, drift = float(((new @ gram) * new).sum()) - 2 * mixed + whole, new @ mean - old @ dense.mean.double()
+        changed = float(((new @ total.second.double()) * new).sum()) - 2 * mixed + whole
+        drift = new @ mean - old @ dense.mean.double()
     if shift is not None:
         changed += total.count * float((shift.double() * (2 * drift + shift.double())).sum())
     return changed / max(whole, 1e-30)

@@ -132,7 +132,7 @@ def single_mask(weight: Float[Tensor, "O I"], factor: Factor, target: Pattern, b
         scores = work[:, start:stop].square() / factor.trailing(start, stop).diagonal()
         return block_mask(scores.masked_fill(zeros[:, start:stop], -1), target, start)
 
-    return sweep(weight, factor, choose, width=block, lazy=block)
+    return sweep(weight, factor, choose, width=block, lazy=block * max(1, 512 // block))
 
 
 def joint_mask(weight: Float[Tensor, "O I"], factor: Factor, target: Pattern) -> Swept:
@@ -247,8 +247,9 @@ def prune(
             start=swept.weight if quick else None,
         )  # fmt: skip
         return finish(
-            weight, found.weight, pruned, gram, damping=factor.damping, excess=found.excess, iterations=found.iterations
-        )
+            weight, found.weight, pruned, gram,
+            error=found.error, damping=factor.damping, excess=found.excess, iterations=found.iterations,
+        )  # fmt: skip
     widths = {"block": width, "sequential": 1}
     edited = (
         dense.masked_fill(pruned, 0) if compensation == "none" else compensate(dense, pruned, factor, widths[compensation])[0]

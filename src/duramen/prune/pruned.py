@@ -32,8 +32,10 @@ def finish(
     edited: Float[Tensor, "O I"],
     pruned: Bool[Tensor, "O I"],
     gram: Float[Tensor, "I I"],
+    *,
+    error: float | None = None,
     **report: float,
 ) -> Pruned:
-    """Casts to the weight's dtype, applies the mask once more, and measures the error of what is left."""
+    """Casts to the weight's dtype, applies the mask once more, and measures the error of what is left, if it is not known."""
     result = edited.to(weight.dtype).masked_fill(pruned, 0)
-    return Pruned(result, pruned, output_error(weight, result, gram), report)
+    return Pruned(result, pruned, output_error(weight, result, gram) if error is None else error, report)

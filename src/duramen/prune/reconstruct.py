@@ -33,7 +33,7 @@ class Reconstructed:
     Attributes:
         weight: [O, I], in the dtype of the given weight; exact zeros where pruned.
         error: tr(ΔW·gram·ΔWᵀ), without damping, at the scale of the given Gram.
-        excess: Proven bound on the relative excess of the damped loss over its optimum.
+        excess: Share of the damped loss that is at most left to gain on this mask, proven.
         iterations: Conjugate gradient iterations; 0 for a direct solve.
         damping: λ as a share of the mean diagonal.
     """
@@ -181,7 +181,7 @@ def _solve_masked(matrix: Float[Tensor, "I I"], rhs: Float[Tensor, "O I"], mask:
 
 @dataclass(frozen=True)
 class Solved:
-    """Rows solved by iteration: weight [O, I], damped loss ½δHδᵀ [O], bound on its relative excess [O], iterations."""
+    """Rows solved by iteration: weight [O, I], damped loss ½δHδᵀ [O], the share of it at most left to gain [O], iterations."""
 
     weight: Float[Tensor, "O I"]
     loss: Float[Tensor, "O"]
@@ -210,10 +210,11 @@ def solve_iteratively(
     """
     support = (~pruned).to(dense.dtype)
     first = (dense if start is None else start) * support
-    gradient = (first - dense) @ factor.hessian
-    loss = 0.5 * (gradient * (first - dense)).sum(1)
+    change = first - dense
+    gradient = change @ factor.hessian
+    loss = 0.5 * change.mul_(gradient).sum(1)
     found = conjugate_gradients(
-        -gradient * support, factor.hessian, factor.inverse, support,
+        gradient.mul_(support).neg_(), factor.hessian, factor.inverse, support,
         loss=loss, tolerance=tolerance, max_iterations=max_iterations,
     )  # fmt: skip
     return Solved(first + found.change, found.loss, found.excess, found.iterations)
@@ -221,7 +222,7 @@ def solve_iteratively(
 
 @dataclass(frozen=True)
 class Iterated:
-    """What ``conjugate_gradients`` found: change [O, I], F [O], bound on its relative excess [O], iterations."""
+    """What ``conjugate_gradients`` found: change [O, I], F [O], the share of it at most left to gain [O], iterations."""
 
     change: Float[Tensor, "O I"]
     loss: Float[Tensor, "O"]
@@ -242,7 +243,8 @@ def conjugate_gradients(
     """Solves (X·matrix)∘support = residual for X on the support, all rows at once.
 
     Preconditioned by ``inverse`` projected on the support. With F the loss and ρ = rᵀKr, ½ρ bounds F − F*, so a row is
-    certified when ½ρ ≤ tolerance·(F − ½ρ). Rows that are done are frozen by a zero step.
+    certified when ½ρ ≤ tolerance·(F − ½ρ). A step a lowers F by ½aρ, which leaves ½(1 − a)ρ as the bound after the last one.
+    Rows that are done are frozen by a zero step.
 
     Args:
         residual: [O, I], zero off the support.
@@ -251,7 +253,7 @@ def conjugate_gradients(
         support: 1 where X may differ from zero, else 0, [O, I].
         loss: F at X = 0, per row, [O].
         tolerance: Relative excess to certify.
-        max_iterations: Upper limit.
+        max_iterations: Upper limit, at least 1.
     """
     tiny = torch.finfo(residual.dtype).tiny
     floor = torch.finfo(residual.dtype).eps ** 2 * loss
@@ -259,28 +261,31 @@ def conjugate_gradients(
     excess, final = torch.zeros_like(loss), loss.clone()
     rows = torch.arange(len(residual), device=residual.device)
     state = _State(torch.zeros_like(residual), residual.clone(), residual, support, loss.clone(), torch.zeros_like(loss))
-    for iterations in range(max_iterations + 1):
-        preconditioned = (state.residual @ inverse) * state.support
+    for iterations in range(max_iterations):
+        preconditioned = (state.residual @ inverse).mul_(state.support)
         rho = (state.residual * preconditioned).sum(1)
         left = (state.loss - 0.5 * rho).clamp_min(tiny)
         done = 0.5 * rho <= torch.maximum(tolerance * left, floor[rows])
-        excess[rows] = torch.where(0.5 * rho <= floor[rows], 0, 0.5 * rho / left)
-        if bool(done.all()) or iterations == max_iterations:
+        excess[rows] = torch.where(0.5 * rho <= floor[rows], 0, 0.5 * rho / state.loss.clamp_min(tiny))
+        if bool(done.all()):
             break
-        renewal = torch.where(done, 0, rho / state.rho.clamp_min(tiny))[:, None] if iterations else 0
-        state.direction = preconditioned + renewal * state.direction if iterations else preconditioned
+        renewal = torch.where(done, 0, rho / state.rho.clamp_min(tiny))[:, None]
+        state.direction = preconditioned.addcmul_(renewal, state.direction) if iterations else preconditioned
         state.rho = rho
         if int(done.sum()) > len(done) // 4:
             change[rows], final[rows] = state.change, state.loss
             rows, state = rows[~done], state.take(~done)
             done = done[~done]
-        product = (state.direction @ matrix) * state.support
+        product = (state.direction @ matrix).mul_(state.support)
         step = torch.where(done, 0, state.rho / (state.direction * product).sum(1).clamp_min(tiny))
-        state.change += step[:, None] * state.direction
-        state.residual -= step[:, None] * product
+        state.change.addcmul_(step[:, None], state.direction)
+        state.residual.addcmul_(step[:, None], product, value=-1)
         state.loss -= 0.5 * step * state.rho
+    else:
+        iterations, rest = max_iterations, 0.5 * (1 - step) * state.rho
+        excess[rows] = torch.where(done, excess[rows], rest / state.loss.clamp_min(tiny))
     change[rows], final[rows] = state.change, state.loss
-    return Iterated(change, final, excess, iterations)
+    return Iterated(change, final, excess.clamp_max(1), iterations)
 
 
 @dataclass
