@@ -127,7 +127,7 @@ def main() -> None:
         optimiser.zero_grad()
         step += 1
         if step % 20 == 0:
-            print(f"{step} steps, {spent:.0%}, {float(loss) / math.log(2):.3f} bits per byte", flush=True)
+            print(f"{step} steps, {spent:.0%}, {loss.item() / math.log(2):.3f} bits per byte", flush=True)
     modeling_mamba.mamba_selective_scan = upstream
     network.eval()
     with torch.no_grad():

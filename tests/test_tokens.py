@@ -71,3 +71,27 @@ def test_an_unknown_text_lists_the_embedded_ones():
     with pytest.raises(Problem, match="no embedded text `squda`") as caught:
         read_documents("squda")
     assert "squad" in caught.value.why
+
+
+class GemmaLike:
+    """A tokenizer of the class that marks models which are lost without a BOS."""
+
+    bos_token_id = 257
+
+    def __call__(self, text, **options):
+        return tiny.tokenizer()(text, **options)
+
+
+GemmaLike.__name__ = "GemmaTokenizer"
+
+
+def test_gemma_windows_begin_with_bos(texts):
+    source = str(texts[0])
+    for found in (
+        calibration_tokens(GemmaLike(), [source], sequences=3, length=20, seed=0),
+        evaluation_tokens(GemmaLike(), source, length=20, windows=3),
+    ):
+        assert found.shape == (3, 20)
+        assert (found[:, 0] == 257).all()
+    plain = evaluation_tokens(tiny.tokenizer(), source, length=19, windows=3)
+    assert torch.equal(evaluation_tokens(GemmaLike(), source, length=20, windows=3)[:, 1:], plain)

@@ -62,22 +62,23 @@ def calibration_tokens(tokenizer: Any, sources: Sequence[str], *, sequences: int
     """
     documents = [document for source in sources for document in read_documents(source)]
     random.Random(seed).shuffle(documents)  # noqa: S311
-    ids: list[int] = []
+    begin, ids = opening(tokenizer), []
+    body = length - len(begin)
     for start in range(0, len(documents), 64):
         for encoded in tokenizer(documents[start : start + 64], add_special_tokens=False)["input_ids"]:
             ids += encoded + _separator(tokenizer)
-        if len(ids) >= sequences * length:
+        if len(ids) >= sequences * body:
             break
-    if len(ids) < sequences * length:
+    if len(ids) < sequences * body:
         raise _too_short(sources, len(ids), sequences, length)
-    return torch.tensor(ids[: sequences * length]).reshape(sequences, length)
+    return _windows(ids, sequences, begin, body)
 
 
 def evaluation_tokens(tokenizer: Any, source: str, *, length: int, windows: int | None) -> Tensor:
     """Cuts a text, in order, into disjoint windows.
 
     Args:
-        tokenizer: A transformers tokenizer; no BOS is added, as in the literature's WikiText-2 numbers.
+        tokenizer: A transformers tokenizer; see ``opening``.
         source: Embedded name or file; documents are joined by blank lines.
         length: T, tokens per window.
         windows: S, how many windows from the start; None for all.
@@ -92,10 +93,26 @@ def evaluation_tokens(tokenizer: Any, source: str, *, length: int, windows: int 
     if windows is not None:
         text = text[: windows * length * 16]
     ids = tokenizer(text, add_special_tokens=False)["input_ids"]
-    count = len(ids) // length if windows is None else windows
-    if count == 0 or len(ids) < count * length:
+    begin = opening(tokenizer)
+    body = length - len(begin)
+    count = len(ids) // body if windows is None else windows
+    if count == 0 or len(ids) < count * body:
         raise _too_short([source], len(ids), max(count, 1), length)
-    return torch.tensor(ids[: count * length]).reshape(count, length)
+    return _windows(ids, count, begin, body)
+
+
+def opening(tokenizer: Any) -> list[int]:
+    """What every text must begin with: BOS for the Gemma models, which are lost without it; nothing for all others.
+
+    The literature's WikiText-2 numbers have no BOS in their windows, also where a tokenizer would add one.
+    """
+    return [tokenizer.bos_token_id] if type(tokenizer).__name__.startswith("Gemma") else []
+
+
+def _windows(ids: list[int], count: int, begin: list[int], body: int) -> Tensor:
+    """``count`` windows of ``body`` tokens each behind the opening, [count, len(begin) + body]."""
+    texts = torch.tensor(ids[: count * body]).reshape(count, body)
+    return torch.cat([torch.tensor(begin, dtype=texts.dtype).expand(count, -1), texts], dim=1)
 
 
 def _separator(tokenizer: Any) -> list[int]:

@@ -18,7 +18,7 @@ from pydantic import Field
 from torch import Tensor
 
 from duramen.assets import get_asset
-from duramen.calibrate.tokens import evaluation_tokens
+from duramen.calibrate.tokens import evaluation_tokens, opening
 from duramen.evaluate import likelihood, perplexity, speed
 from duramen.evaluate.intervals import Measured, mean_interval, paired_interval, wilson_interval
 from duramen.families.model import BlockModel
@@ -171,7 +171,7 @@ def _loaded(subjects: dict[str, Subject], settings: Settings) -> dict[str, Any]:
 
 @torch.no_grad()
 def _continue(network: Any, tokenizer: Any, prompt: str, new_tokens: int) -> str:
-    ids = tokenizer(prompt, return_tensors="pt", add_special_tokens=False)["input_ids"]
+    ids = torch.tensor([opening(tokenizer) + tokenizer(prompt, add_special_tokens=False)["input_ids"]])
     out = network.generate(
         ids, attention_mask=torch.ones_like(ids), max_new_tokens=new_tokens, do_sample=False,
         pad_token_id=tokenizer.eos_token_id or 0,

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from duramen.assets import get_asset, read_requests
+from duramen.calibrate.tokens import opening
 from duramen.evaluate.perplexity import ROWS
 from duramen.families.model import BlockModel
 
@@ -49,6 +50,7 @@ def load_requests(name: str, tokenizer: Any, documents: int) -> list[Request]:
     """Reads the first ``documents`` documents of an embedded task."""
     found: list[Request] = []
     seen: set[int] = set()
+    begin = opening(tokenizer)
     for row in read_requests(get_asset(name, "task").path()):
         if row["doc_id"] >= UNCONDITIONAL:
             continue
@@ -56,8 +58,8 @@ def load_requests(name: str, tokenizer: Any, documents: int) -> list[Request]:
             break
         seen.add(row["doc_id"])
         context, continuation = row["request"]["context"], row["request"]["continuation"]
-        ids = tokenizer(context + continuation, add_special_tokens=False)["input_ids"]
-        start = len(tokenizer(context, add_special_tokens=False)["input_ids"])
+        ids = begin + tokenizer(context + continuation, add_special_tokens=False)["input_ids"]
+        start = len(begin) + len(tokenizer(context, add_special_tokens=False)["input_ids"])
         label = row["label"] if isinstance(row["label"], int) else 0
         found.append(Request(row["doc_id"], row["idx"], ids, max(1, min(start, len(ids) - 1)), len(continuation), label))
     return found

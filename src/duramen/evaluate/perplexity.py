@@ -1,7 +1,7 @@
 """Perplexity, and divergence from the dense model on the same tokens.
 
-Both stream the model block by block, so a model larger than memory can be measured. Windows are disjoint (stride = length),
-no BOS is added, and the mean runs over the T − 1 predicted tokens of every window.
+Both stream the model block by block, so a model larger than memory can be measured. Windows are disjoint (stride = length);
+the mean runs over the T − 1 predicted tokens of every window. Only Gemma's windows begin with a BOS.
 """
 
 from __future__ import annotations
