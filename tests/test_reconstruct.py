@@ -108,7 +108,7 @@ def test_the_bound_holds_at_every_step():
         found = conjugate_gradients(
             residual, factor.hessian, factor.inverse, support, loss=loss, tolerance=0.0, max_iterations=steps
         )
-        now = start + found.change
+        now = start + found.solution
         left = (weight @ factor.hessian - now @ factor.hessian) * support
         rho = (left * (left @ factor.inverse)).sum(1)
         excess = ((now - weight) @ factor.hessian * (now - weight)).sum(1) / 2 - best
@@ -197,3 +197,11 @@ def test_a_solve_that_is_cut_short_says_how_much_may_be_left(monkeypatch):
         assert (loss - best) / loss <= found.excess <= 1
         assert found.excess <= before
         before = found.excess
+
+
+def test_no_iterations_at_all_means_a_direct_solve(monkeypatch):
+    weight, gram, pruned, _ = problem(32, 4)
+    monkeypatch.setattr(module, "DIRECT_UP_TO", 0)
+    found = reconstruct(weight, gram, pruned, max_iterations=0)
+    assert found.iterations == 0
+    torch.testing.assert_close(found.weight, dense.primal(weight, dense.damped(gram, 0.01), pruned))

@@ -90,7 +90,7 @@ def _force_iteratively(
     inverse = torch.linalg.inv(matrix.to(torch.float64)).to(matrix.dtype)
     bound = 0.5 * (((block @ inverse) * removed) * block).sum(1)
     found = conjugate_gradients(block, matrix, inverse, removed.to(block.dtype), loss=bound, tolerance=1e-6, max_iterations=200)
-    return found.change
+    return found.solution
 
 
 def compensate(

@@ -240,11 +240,10 @@ def prune(
     if (chosen.refine if refine == "auto" else refine) == "swap":
         pruned = swap(dense, factor, pruned, target)
     if compensation == "exact":
-        quick = chosen.iterations is not None and mask == "auto"
+        limit = chosen.iterations if mask == "auto" else None
         found = reconstruct(
-            weight, gram, pruned, damping=damping, tolerance=tolerance, factor=factor, complete=not quick,
-            max_iterations=chosen.iterations if quick and chosen.iterations else max_iterations,
-            start=swept.weight if quick else None,
+            weight, gram, pruned, damping=damping, tolerance=tolerance, factor=factor, complete=limit is None,
+            max_iterations=limit or max_iterations, start=swept.weight if limit else None,
         )  # fmt: skip
         return finish(
             weight, found.weight, pruned, gram,

@@ -163,10 +163,14 @@ def kth_lowest(values: Float[Tensor, "N"], count: int) -> Float[Tensor, ""]:
 
 
 def keep_existing_zeros(scores: Float[Tensor, "O I"], weight: Float[Tensor, "O I"], pattern: Pattern) -> Float[Tensor, "O I"]:
-    """Puts the weights that are zero already first in line, so that a sparse model stays sparse.
+    """Non-negative scores [O, I] with the weights that are zero already first in line; see ``existing_zeros``."""
+    return scores.masked_fill(existing_zeros(weight, pattern), -1.0)
+
+
+def existing_zeros(weight: Float[Tensor, "O I"], pattern: Pattern) -> Bool[Tensor, "O I"]:
+    """The weights that are zero already and must go first, so that a sparse model stays sparse.
 
     Args:
-        scores: Non-negative importance, [O, I].
         weight: The weights as given, [O, I].
         pattern: Target; its share must not lie below the sparsity that the weight has.
 
@@ -182,4 +186,4 @@ def keep_existing_zeros(scores: Float[Tensor, "O I"], weight: Float[Tensor, "O I
             why="pruning never brings removed weights back.",
             fix="ask for a higher sparsity, or leave this layer out with `skip`.",
         )
-    return scores.masked_fill(zeros, -1.0)
+    return zeros

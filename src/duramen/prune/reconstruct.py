@@ -11,7 +11,7 @@ not certified in time, go to a direct solve.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 import torch
 from jaxtyping import Bool, Float
@@ -65,7 +65,7 @@ def reconstruct(
         pruned: bool [O, I], True where a weight must be zero.
         damping: λ as a share of the mean diagonal of the Gram; pulls towards the dense weights.
         tolerance: Largest relative excess of the damped loss over its optimum.
-        max_iterations: Limit of the conjugate gradient iterations.
+        max_iterations: Limit of the conjugate gradient iterations; 0 solves all rows directly.
         complete: Whether rows that are not certified by then are solved directly; if not, ``excess`` tells how far they may be.
         factor: The factorised Gram, where the caller has it already.
         start: Weights to start the iteration from, [O, I]; None for the dense ones.
@@ -85,11 +85,11 @@ def reconstruct(
     dense = weight.to(dtype)
     kept = ~pruned
     side = int(torch.minimum(pruned.sum(1), kept.sum(1)).max())
-    if len(dense) * side**3 <= DIRECT_UP_TO:
+    if len(dense) * side**3 <= DIRECT_UP_TO or max_iterations < 1:
         solution, excess, iterations = solve_direct(dense, factor.hessian, pruned), 0.0, 0
     else:
         found = solve_iteratively(dense, factor, pruned, start=start, tolerance=tolerance, max_iterations=max_iterations)
-        solution, iterations = found.weight, found.iterations
+        solution, iterations = found.solution, found.iterations
         late = (found.excess > tolerance) & complete
         if bool(late.any()):
             solution[late] = solve_direct(dense[late], factor.hessian, pruned[late])
@@ -180,10 +180,10 @@ def _solve_masked(matrix: Float[Tensor, "I I"], rhs: Float[Tensor, "O I"], mask:
 
 
 @dataclass(frozen=True)
-class Solved:
-    """Rows solved by iteration: weight [O, I], damped loss ½δHδᵀ [O], the share of it at most left to gain [O], iterations."""
+class Iterated:
+    """What an iteration found: solution [O, I], loss F [O], the share of it at most left to gain [O], iterations."""
 
-    weight: Float[Tensor, "O I"]
+    solution: Float[Tensor, "O I"]
     loss: Float[Tensor, "O"]
     excess: Float[Tensor, "O"]
     iterations: int
@@ -197,7 +197,7 @@ def solve_iteratively(
     start: Float[Tensor, "O I"] | None = None,
     tolerance: float,
     max_iterations: int = 200,
-) -> Solved:
+) -> Iterated:
     """Solves all rows together by conjugate gradients.
 
     Args:
@@ -217,17 +217,7 @@ def solve_iteratively(
         gradient.mul_(support).neg_(), factor.hessian, factor.inverse, support,
         loss=loss, tolerance=tolerance, max_iterations=max_iterations,
     )  # fmt: skip
-    return Solved(first + found.change, found.loss, found.excess, found.iterations)
-
-
-@dataclass(frozen=True)
-class Iterated:
-    """What ``conjugate_gradients`` found: change [O, I], F [O], the share of it at most left to gain [O], iterations."""
-
-    change: Float[Tensor, "O I"]
-    loss: Float[Tensor, "O"]
-    excess: Float[Tensor, "O"]
-    iterations: int
+    return replace(found, solution=first + found.solution)
 
 
 def conjugate_gradients(

@@ -17,7 +17,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from duramen.prune.factor import Factor
-from duramen.prune.pattern import Pattern, keep_existing_zeros, select
+from duramen.prune.pattern import Pattern, existing_zeros, select
 from duramen.prune.reconstruct import solve_iteratively
 
 PENALTY_LIMITS = 1e-4, 1e6
@@ -43,7 +43,7 @@ def admm(
         weight: [O, I], in the dtype of the factor. Zeros go first.
         factor: Damped Gram of the inputs.
         target: What to remove; a share is ranked over the whole matrix.
-        penalty: First ρ. ALPS begins at 0.1, which takes twice as long for masks that are 0.2 to 0.5 % better.
+        penalty: First ρ; ALPS begins at 0.1, which takes about twice as long for slightly better masks.
         max_iterations: Upper limit.
 
     Returns:
@@ -54,7 +54,7 @@ def admm(
     dense = weight * scale
     wanted = dense @ matrix
 
-    zeros = keep_existing_zeros(torch.zeros_like(weight), weight, target) < 0
+    zeros = existing_zeros(weight, target)
 
     def chosen(scaled: Tensor) -> Tensor:
         return select(scaled.square().masked_fill_(zeros, -1), target)
@@ -140,14 +140,14 @@ def rounds(weight: Float[Tensor, "O I"], factor: Factor, target: Pattern, *, ste
     Returns:
         bool [O, I].
     """
-    stages = _stages(target, weight.numel(), steps)
+    stages, zeros = _stages(target, weight.numel(), steps), existing_zeros(weight, target)
     pruned = torch.zeros(weight.shape, dtype=torch.bool, device=weight.device)
     work = weight
     for number, stage in enumerate(stages):
         if number:
-            work = solve_iteratively(weight, factor, pruned, start=work, tolerance=ROUGH).weight
+            work = solve_iteratively(weight, factor, pruned, start=work, tolerance=ROUGH).solution
         losses = work.square() / curvature(factor, pruned).kept
-        pruned = select(keep_existing_zeros(losses.masked_fill(pruned, -1), weight, target).masked_fill(pruned, -2), stage)
+        pruned = select(losses.masked_fill(zeros, -1).masked_fill(pruned, -2), stage)
     return pruned
 
 
@@ -185,7 +185,7 @@ def swap(
     """
     pruned = pruned.clone()
     now = solve_iteratively(weight, factor, pruned, tolerance=ROUGH)
-    work, loss = now.weight.clone(), now.loss.clone()
+    work, loss = now.solution.clone(), now.loss.clone()
     portion = torch.full((len(weight),), share, dtype=weight.dtype, device=weight.device)
     typical = curvature(factor, pruned)
     for _ in range(sweeps):
@@ -197,7 +197,7 @@ def swap(
         trial = solve_iteratively(weight[rows], factor, changed[rows], start=work[rows], tolerance=ROUGH)
         better = trial.loss < loss[rows]
         taken, refused = rows[better], rows[~better]
-        pruned[taken], work[taken], loss[taken] = changed[taken], trial.weight[better], trial.loss[better]
+        pruned[taken], work[taken], loss[taken] = changed[taken], trial.solution[better], trial.loss[better]
         portion[refused] = torch.where(count[refused] > 1, portion[refused] / 2, 0)
         if before - float(loss.sum()) < 1e-4 * before and len(refused) < len(taken):
             break
