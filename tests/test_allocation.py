@@ -87,3 +87,9 @@ def test_an_allocation_needs_one_share(target):
 def test_a_single_layer_gets_the_whole_share():
     record = {"name": "a", "block": 0, "size": 1000, "errors": [0.1 * x for x in range(7)]}
     assert allocate([record], 0.5, "curve") == {"a": 0.5}
+
+
+def test_layers_at_their_limit_pass_the_rest_on():
+    sizes = {"a": 100, "b": 100, "c": 100}
+    assert sum(round_to_total({"a": 1.1, "b": 0.9, "c": 0.85}, sizes, 285).values()) == 285
+    assert sum(round_to_total({"a": -0.1, "b": 0.1, "c": 0.15}, sizes, 15).values()) == 15

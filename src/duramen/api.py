@@ -120,14 +120,12 @@ def _run(
 
 def _prepare(recipe: Recipe, model: str, out: Path, allow_generic: bool, progress: Progress) -> tuple[Context, list[Step]]:
     steps = recipe.resolved()
-    if ranks.leads():
-        open_model(model)
-    ranks.wait()
-    source = open_model(model)
+    source = ranks.shared(open_model(model) if ranks.leads() else None)
     Checkpoint(source)
     tokens = _tokens(recipe, source)
     directory = RunDirectory(out)
-    dtype = ranks.shared(forward_dtype(directory.recorded("recipe", "dtype") if recipe.dtype == "auto" else recipe.dtype))
+    wanted = directory.recorded("recipe", "dtype") if recipe.dtype == "auto" else recipe.dtype
+    dtype = ranks.shared(forward_dtype(wanted) if ranks.leads() else None)
     for step in steps:
         if isinstance(step.settings, EvaluateSettings):
             check_texts(step.settings, recipe.calibration.text)

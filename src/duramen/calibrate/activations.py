@@ -5,8 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterable
 from pathlib import Path
 
+import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+
+from duramen.problem import Exit, Problem
 
 
 class Budget:
@@ -60,3 +63,14 @@ class Activations:
     def _write(self, batch: int, tensor: Tensor) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
         save_file({"hidden": tensor.contiguous()}, self._file(batch))
+
+
+def check_activations(hidden: Tensor, name: str) -> None:
+    """Stops on activations [B, T, D] that are not finite, naming where they are."""
+    if not torch.isfinite(hidden).all():
+        raise Problem(
+            f"The activations at {name} are not finite.",
+            why="the model overflows in this type, or an earlier layer is damaged.",
+            fix="run in float32 (`dtype: float32`); finished blocks are kept.",
+            code=Exit.CHECK_FAILED,
+        )

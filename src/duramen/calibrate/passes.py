@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from duramen.calibrate.activations import Activations
+from duramen.calibrate.activations import Activations, check_activations
 from duramen.families.model import Call, Layer, run_block
 
 
@@ -89,10 +89,12 @@ class Passes:
         return None
 
     @torch.no_grad()
-    def advance(self) -> None:
-        """Moves the hidden states past the block; ends the passes."""
+    def advance(self, block: str) -> None:
+        """Moves the hidden states past the block, named for errors; ends the passes."""
         for batch in range(len(self.hidden)):
-            self.hidden[batch] = self._run(batch)
+            after = self._run(batch)
+            check_activations(after, block)
+            self.hidden[batch] = after
         for name in self._settled:
             del self.module.get_submodule(name).forward
         self._budget.left += sum(map(_bytes, self._outputs.values()))

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from duramen.calibrate import ranks
-from duramen.calibrate.activations import Activations, Budget
+from duramen.calibrate.activations import Activations, Budget, check_activations
 from duramen.calibrate.passes import Passes
 from duramen.calibrate.statistics import Statistics
 from duramen.families.model import BlockModel, Call, Layer, OpenBlock
@@ -128,8 +128,6 @@ def walk_blocks(
             else:
                 _advance_finished(model, index, boundary, found[0])
                 records += found[1]
-            for number in range(len(boundary.edited)):
-                _check_activations(boundary.edited[number], f"{model.family.blocks}.{index}")
         walk.final_hidden, walk.first_batch = boundary.edited[0], batches[mine[0]]
     return records
 
@@ -197,7 +195,7 @@ def _edit_block(
             walk.store.save(index, block.tensors | edited, masks, records)
         ranks.wait()
         for each in filter(None, (passes, dense)):
-            each.advance()
+            each.advance(f"{model.family.blocks}.{index}")
     return records
 
 
@@ -233,9 +231,9 @@ def _children(layers: Iterable[Layer]) -> set[str]:
 def _advance_finished(model: BlockModel, index: int, boundary: _Boundary, edited: dict[str, Tensor]) -> None:
     if boundary.dense:
         with model.opened(index) as block:
-            boundary.passes(block.module, index, dense=True).advance()
+            boundary.passes(block.module, index, dense=True).advance(f"{model.family.blocks}.{index}")
     with model.opened(index, edited=edited) as block:
-        boundary.passes(block.module, index).advance()
+        boundary.passes(block.module, index).advance(f"{model.family.blocks}.{index}")
 
 
 def _observe(layer: Layer, passes: Passes, dense: Passes | None, aside: list[bool], *, held_out: bool) -> Statistics:
@@ -246,21 +244,11 @@ def _observe(layer: Layer, passes: Passes, dense: Passes | None, aside: list[boo
         seen = passes.stage_input(layer, batch)
         if seen is None:
             raise _never_called(layer.name)
-        _check_activations(seen, layer.name)
+        check_activations(seen, layer.name)
         source = dense.stage_input(layer, batch) if dense else None
         statistics.update(seen, dense=source, held_out=kept)
     ranks.add_up(statistics)
     return statistics
-
-
-def _check_activations(hidden: Tensor, name: str) -> None:
-    if not torch.isfinite(hidden).all():
-        raise Problem(
-            f"The activations at {name} are not finite.",
-            why="the model overflows in this type, or an earlier layer is damaged.",
-            fix="run in float32 (`dtype: float32`); finished blocks are kept.",
-            code=Exit.CHECK_FAILED,
-        )
 
 
 def _never_called(name: str) -> Problem:

@@ -2,8 +2,8 @@
 
 ``owl`` is Yin et al., "Outlier Weighed Layerwise Sparsity", arXiv 2310.05175: blocks with many outlying Wanda scores keep more.
 ``curve`` is ours: the method's own error at several shares gives every layer a curve, and the share is spent where the *relative*
-error rises least. Both look at the dense model once before anything is edited, and both hit the global count exactly. For linear
-layers a kept weight is a parameter, a multiply-add per token, and its bytes, so one global share is the budget of all three.
+error rises least. Both look at the dense model once before anything is edited, and both hit the global count exactly (but for
+Wanda, whose quota is by rows and rounds in each). For linear layers a kept weight is a parameter, a multiply-add per token, and its bytes, so one global share is the budget of all three.
 """
 
 from __future__ import annotations
@@ -134,10 +134,17 @@ def _lower_hull(corners: list[tuple[float, float]]) -> list[tuple[float, float]]
 
 
 def round_to_total(shares: dict[str, float], sizes: dict[str, int], total: int) -> dict[str, int]:
-    """Whole counts that add up to ``total``, by largest remainders; none outside [0, size − 1]."""
+    """Whole counts that add up to ``total``, by largest remainders; none outside [0, size − 1].
+
+    What layers at that limit cannot give up, those with the most weights left give up in their place.
+    """
     exact = {name: min(max(shares[name], 0.0) * sizes[name], sizes[name] - 1) for name in shares}
     counts = {name: math.floor(value) for name, value in exact.items()}
     missing = total - sum(counts.values())
-    for name in sorted(exact, key=lambda name: (counts[name] - exact[name], name))[: max(missing, 0)]:
+    open_ended = [name for name in exact if counts[name] < sizes[name] - 1]
+    for name in sorted(open_ended, key=lambda name: (counts[name] - exact[name], name))[: max(missing, 0)]:
         counts[name] += 1
+    for name in sorted(counts, key=lambda name: (counts[name] - sizes[name], name)):
+        missing = total - sum(counts.values())
+        counts[name] = max(0, min(counts[name] + missing, sizes[name] - 1))
     return counts

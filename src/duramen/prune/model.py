@@ -102,7 +102,8 @@ def prune_model(
     names = filter_layers(blocks.layer_names(), settings.only, settings.skip)
     choose = getattr(settings, "damping", None) == "held-out"
     walk = walk or Walk()
-    shares = walk.memo("allocation", lambda: _shares(prune, blocks, tokens, settings, names, walk))
+    uniform = settings.allocation == "uniform"
+    shares = {} if uniform else walk.memo("allocation", lambda: _shares(prune, blocks, tokens, settings, names, walk))
 
     def edit(layers: list[Layer], statistics: Statistics) -> Callable[[Layer], dict[str, Any]]:
         target = settings.at(layers[0].block, len(blocks.blocks))
@@ -120,9 +121,8 @@ def prune_model(
 def _shares(
     prune: PruneFunction, blocks: BlockModel, tokens: Tensor, settings: PruneSettings, names: list[str], walk: Walk
 ) -> dict[str, float]:
-    """The share of every layer, from a walk through the dense model; empty if all get the same."""
-    if settings.allocation == "uniform" or not isinstance(settings.sparsity, float):
-        return {}
+    """The share of every layer, from a walk through the dense model."""
+    assert isinstance(settings.sparsity, float)
     share, kind = settings.sparsity, settings.allocation
     trial = partial(prune, **_options(settings) | settings.trial)
 
@@ -207,12 +207,11 @@ def prune_layer(
     found = replace(found, weight=found.weight.to(weight.dtype))
     bias = corrected_bias(layer, found.weight, stage.statistics, alpha) if stage.with_bias else None
     layer.write(found.weight, pruned=found.pruned, bias=bias)
-    shift = None if bias is None or layer.bias is None else bias - layer.bias
     return (
         found.report
         | stage.report
         | {
-            "relative_error": relative_error(weight, found.weight, stage.statistics, shift=shift),
+            "relative_error": relative_error(layer, found, bias, stage.statistics),
             "removed": int(found.pruned.sum()),
             "size": weight.numel(),
             "seconds": time.perf_counter() - start,
@@ -238,30 +237,28 @@ def corrected_bias(layer: Layer, weight: Tensor, statistics: Statistics, alpha: 
     return (bias + old @ wanted - new @ edited).to(layer.bias.dtype)
 
 
-def relative_error(weight: Tensor, edited: Tensor, statistics: Statistics, *, shift: Tensor | None = None) -> float:
+def relative_error(layer: Layer, found: Pruned, bias: Tensor | None, statistics: Statistics) -> float:
     """Squared output change over squared output (without the bias), on the tokens seen.
 
-    With the dense model's inputs at hand both outputs are compared as the two models compute them (method sheet, 2.12);
-    else both are taken on the edited inputs.
+    With the dense model's inputs at hand both outputs are compared as the two models compute them (method sheet, 2.12); else
+    both are taken on the edited inputs, where the method has measured its error already: about the mean, if a bias makes up for it.
 
     Args:
-        weight: Dense W, [O, I].
-        edited: Ŵ, [O, I].
-        statistics: Of the layer's inputs.
-        shift: Change of the bias, [O]; None for none.
+        layer: Has the dense W [O, I] and bias.
+        found: What the method made of it.
+        bias: Its new bias, [O]; None if it did not change.
+        statistics: Of its inputs.
     """
-    total, dense, cross = statistics.total, statistics.dense, statistics.cross
-    old, new, mean = weight.double(), edited.double(), total.mean.double()
+    total, dense, cross, weight = statistics.total, statistics.dense, statistics.cross, layer.read()
     if dense is None or cross is None:
-        whole = output_error(weight, torch.zeros_like(weight), total.second)
-        changed, drift = output_error(weight, edited, total.second), (new - old) @ mean
-    else:
-        whole = float(((old @ dense.second.double()) * old).sum())
-        mixed = float(((old @ cross.double()) * new).sum())
-        changed = float(((new @ total.second.double()) * new).sum()) - 2 * mixed + whole
-        drift = new @ mean - old @ dense.mean.double()
-    if shift is not None:
-        changed += total.count * float((shift.double() * (2 * drift + shift.double())).sum())
+        return found.error / max(output_error(weight, torch.zeros_like(weight), total.second), 1e-30)
+    old, new = weight.double(), found.weight.double()
+    whole = float(((old @ dense.second.double()) * old).sum())
+    mixed = float(((old @ cross.double()) * new).sum())
+    changed = float(((new @ total.second.double()) * new).sum()) - 2 * mixed + whole
+    if bias is not None and layer.bias is not None:
+        shift, drift = (bias - layer.bias).double(), new @ total.mean.double() - old @ dense.mean.double()
+        changed += total.count * float((shift * (2 * drift + shift)).sum())
     return changed / max(whole, 1e-30)
 
 
