@@ -3,7 +3,7 @@
 Mistral, Qwen2 and Qwen3 (their q and k norms are shared by all heads), SmolLM3 and Gemma differ in norms, biases and masks only.
 """
 
-from duramen.families.table import Family, Group, Member, Projection, one_head, query_group, unit_one
+from duramen.families.table import Family, Group, Member, attention, gated_mlp, one_head, query_group, unit_one
 
 _HEADS = tuple(
     Member(f"self_attn.{name}.{kind}", 0, size)
@@ -16,10 +16,8 @@ FAMILY = Family(
     model_types=("llama", "mistral", "qwen2", "qwen3", "smollm3", "gemma", "gemma2", "gemma3_text"),
     blocks="model.layers",
     stages=(
-        (Projection("q", "self_attn.q_proj"), Projection("k", "self_attn.k_proj"), Projection("v", "self_attn.v_proj")),
-        (Projection("o", "self_attn.o_proj"),),
-        (Projection("gate", "mlp.gate_proj"), Projection("up", "mlp.up_proj")),
-        (Projection("down", "mlp.down_proj"),),
+        *attention("self_attn"),
+        *gated_mlp("mlp"),
     ),
     groups=(
         Group(

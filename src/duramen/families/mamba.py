@@ -4,16 +4,11 @@ The mixer multiplies by ``dt_proj.weight`` without calling the layer; its input 
 The convolution, A and D stay as they are.
 """
 
-from duramen.families.table import Family, Projection
+from duramen.families.table import Family, selective_mixer
 
 FAMILY = Family(
     name="mamba",
     model_types=("mamba",),
     blocks="backbone.layers",
-    stages=(
-        (Projection("in", "mixer.in_proj"),),
-        (Projection("x", "mixer.x_proj"),),
-        (Projection("dt", "mixer.dt_proj", tap="mixer.x_proj"),),
-        (Projection("out", "mixer.out_proj"),),
-    ),
+    stages=selective_mixer("mixer", step="x_proj"),
 )

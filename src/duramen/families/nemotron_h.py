@@ -3,17 +3,15 @@
 Routed experts are stored as one three-dimensional parameter per projection and stay as they are.
 """
 
-from duramen.families.table import Family, Projection, Stacked
+from duramen.families.table import Family, Projection, Stacked, attention, dual_mixer
 
 FAMILY = Family(
     name="nemotron_h",
     model_types=("nemotron_h",),
     blocks="model.layers",
     stages=(
-        (Projection("in", "mixer.in_proj"),),
-        (Projection("out", "mixer.out_proj"),),
-        (Projection("q", "mixer.q_proj"), Projection("k", "mixer.k_proj"), Projection("v", "mixer.v_proj")),
-        (Projection("o", "mixer.o_proj"),),
+        *dual_mixer("mixer"),
+        *attention("mixer"),
         (Projection("up", "mixer.up_proj"),),
         (Projection("down", "mixer.down_proj"),),
         (Projection("up", "mixer.shared_experts.up_proj"),),

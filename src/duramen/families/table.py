@@ -33,6 +33,9 @@ class Projection:
     tap: str | None = None
 
 
+Stages = tuple[tuple[Projection, ...], ...]
+
+
 @dataclass(frozen=True)
 class Sizes:
     """Widths of a model: D residual, F ffn, H query heads, G KV groups, P head."""
@@ -123,7 +126,7 @@ class Family:
     name: str
     model_types: tuple[str, ...]
     blocks: str
-    stages: tuple[tuple[Projection, ...], ...]
+    stages: Stages
     groups: tuple[Group, ...] = ()
     ffn_key: str = "intermediate_size"
     stored_as: tuple[tuple[str, str], ...] = ()
@@ -139,6 +142,27 @@ class Family:
             groups=getattr(config, "num_key_value_heads", None) or heads,
             head=getattr(config, "head_dim", None) or width // heads,
         )
+
+
+def attention(path: str) -> Stages:
+    """q, k and v; then o."""
+    return tuple(Projection(role, f"{path}.{role}_proj") for role in "qkv"), (Projection("o", f"{path}.o_proj"),)
+
+
+def gated_mlp(path: str) -> Stages:
+    """Gate and up; then down."""
+    return tuple(Projection(role, f"{path}.{role}_proj") for role in ("gate", "up")), (Projection("down", f"{path}.down_proj"),)
+
+
+def selective_mixer(path: str, *, step: str) -> Stages:
+    """Mamba's mixer; ``step`` is its module whose output begins with the input of dt_proj."""
+    taps = {"dt": f"{path}.{step}"}
+    return tuple((Projection(role, f"{path}.{role}_proj", tap=taps.get(role)),) for role in ("in", "x", "dt", "out"))
+
+
+def dual_mixer(path: str) -> Stages:
+    """Mamba-2's mixer."""
+    return tuple((Projection(role, f"{path}.{role}_proj"),) for role in ("in", "out"))
 
 
 def unit_one(sizes: Sizes) -> int:

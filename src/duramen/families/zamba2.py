@@ -3,17 +3,15 @@
 The shared transformer stays as it is: it would have to be solved for all its places at once.
 """
 
-from duramen.families.table import Family, Projection
+from duramen.families.table import Family, Projection, dual_mixer
 
 FAMILY = Family(
     name="zamba2",
     model_types=("zamba2",),
     blocks="model.layers",
     stages=(
-        (Projection("in", "mamba.in_proj"),),
-        (Projection("out", "mamba.out_proj"),),
+        *dual_mixer("mamba"),
         (Projection("linear", "linear"),),
-        (Projection("in", "mamba_decoder.mamba.in_proj"),),
-        (Projection("out", "mamba_decoder.mamba.out_proj"),),
+        *dual_mixer("mamba_decoder.mamba"),
     ),
 )
