@@ -95,9 +95,10 @@ def main() -> None:
     windows = evaluation_tokens(tokenizer, literature(options.text), length=options.window, windows=options.windows)
     dense = BlockModel.from_folder(Path(folder))
     hidden = final_hidden(dense, windows)
-    table = []
+    table = rows.read("pruning_peer")
     for target in options.targets:
         case = f"SmolLM2-135M, {tokens.numel()} tokens, {Path(options.text).name} {options.windows}x{options.window}, {target}"
+        table = [row for row in table if row["case"] != case]
         peers: dict[str, dict[str, Measured]] = {}
         for tool, method, dtype in RUNS:
             if PEER[method] not in options.peers:

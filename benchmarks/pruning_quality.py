@@ -3,8 +3,8 @@
     python benchmarks/pruning_quality.py --text wiki.test.raw        # WikiText-2-raw test; any text file works
 
 Prunes SmolLM2-135M by every method at every pattern from the same calibration tokens, and measures perplexity, KL from the
-dense model and the summed relative layer error. Multi-weight takes the paper's masks here, from one sweep, and solves them exactly. Writes benchmarks/results/pruning_quality.csv after every run. About 60 minutes
-on 2 cores.
+dense model and the summed relative layer error. Multi-weight takes the paper's masks and target here, from one sweep, and solves them exactly. Writes
+benchmarks/results/pruning_quality.csv after every run. About 60 minutes on 2 cores.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ def main() -> None:
         for subject in options.subjects:
             settings = TARGETS[label] | ({"damping": damping} if subject in ("sparsegpt", "multiweight") else {})
             if subject == "multiweight":
-                settings["mask"] = "joint" if "pattern" in settings else "single"
+                settings |= {"mask": "joint" if "pattern" in settings else "single", "dense_target": 0.0}
             figures = bench.measure(subject, settings)
             del figures["seconds"]
             if subject == "sparsegpt":

@@ -167,3 +167,17 @@ def test_joint_mask_needs_a_pattern():
     weight, gram = layer()
     with pytest.raises(Problem, match="needs an N:M pattern"):
         multiweight.prune(weight, gram, sparsity=0.5, mask="joint")
+
+
+@pytest.mark.parametrize("alpha", [0.0, 0.5])
+def test_a_sparse_model_stays_sparse(alpha):
+    """Half of the weights go, then six tenths: what was gone stays gone, also where the target is the dense model's output."""
+    model, tokens = tiny.model("llama"), tiny.ids(8, 24)
+    options = {"damping": 0.01, "dense_target": alpha}
+    multiweight.apply(model, tokens, sparsity=0.5, **options)
+    gone = {name: tensor == 0 for name, tensor in model.state_dict().items() if "_proj" in name}
+    multiweight.apply(model, tokens, sparsity=0.6, **options)
+    for name, zeros in gone.items():
+        after = model.state_dict()[name] == 0
+        assert bool((after | ~zeros).all()), f"{name} brought weights back"
+        assert float(after.float().mean()) == pytest.approx(0.6, abs=0.01)

@@ -154,7 +154,8 @@ def test_asymmetric_target_is_stacked_least_squares(alpha):
     )
     gram, cross = edited @ edited.T, dense_inputs @ edited.T
     lam = 0.02 * gram.diagonal().mean()
-    shifted = target_weight(weight, gram, cross, alpha=alpha, damping=0.02)
+    factor = factorise(gram, 0.02, dtype=torch.float64)
+    shifted = target_weight(weight, gram, cross, alpha=alpha, factor=factor)
     ours = reconstruct(shifted, gram, pruned, damping=0.02).weight
     if alpha == 0:
         torch.testing.assert_close(shifted, weight)

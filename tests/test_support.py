@@ -6,9 +6,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import tiny
+from duramen.hardware import machine
 from duramen.prune import multiweight, sparsegpt
 from duramen.prune.factor import factorise
-from duramen.prune.pattern import parse_pattern
+from duramen.prune.pattern import Sparse, parse_pattern
 from duramen.prune.reconstruct import reconstruct
 from duramen.prune.support import admm, curvature, rounds, swap
 from oracles import dense
@@ -99,8 +100,8 @@ def test_pruning_again_changes_nothing(outputs, inputs, seed, where, effort):
 def test_exchanges_only_lower_the_loss(where, seed):
     weight, gram = layer(24, 48, seed)
     factor, target = factorise(gram, 0.01, dtype=torch.float64), parse_pattern(**where)
-    for mask in (admm(weight, factor, target), rounds(weight, factor, target), sparsegpt.prune(weight, gram, **where).pruned):
-        better = swap(weight, factor, mask, target)
+    for found in (admm(weight, factor, target), rounds(weight, factor, target), sparsegpt.prune(weight, gram, **where)):
+        mask, better = found.pruned, swap(weight, factor, Sparse(found.weight, found.pruned), target).pruned
         assert torch.equal(better.sum(1), mask.sum(1))
         assert not target.grouped or conforms(better, target)
         before, after = (
@@ -122,7 +123,7 @@ def test_near_the_enumerated_optimum():
     factor, target = factorise(gram, 0.01, dtype=torch.float64), parse_pattern(0.5)
     best = sum(dense.best_mask(row, hessian, masks)[1] for row in weight)
     poor = torch.arange(12).remainder(2).bool().expand(20, 12)
-    found = swap(weight, factor, poor, target)
+    found = swap(weight, factor, Sparse(weight.masked_fill(poor, 0), poor), target).pruned
     assert best <= damped_loss(weight, dense.primal(weight, hessian, found), gram) <= 1.1 * best
     assert damped_loss(weight, dense.primal(weight, hessian, poor), gram) > 2 * best
 
@@ -156,3 +157,24 @@ def test_mean_error_order_of_the_efforts():
         for effort in EFFORTS:
             totals[effort] += multiweight.prune(weight, gram, sparsity=0.6, effort=effort).error
     assert totals["sparsegpt"] > totals["fast"] > totals["good"] > totals["best"]
+
+
+@pytest.mark.parametrize("where", TARGETS)
+@pytest.mark.parametrize("effort", ["fast", "good"])
+def test_rounded_products_cost_next_to_nothing(where, effort, monkeypatch):
+    """bfloat16 where only a direction is needed: the same loss to 1 %, and exact zeros and counts as ever."""
+    monkeypatch.setattr("duramen.prune.reconstruct.DIRECT_UP_TO", 0)
+    weight, gram = (part.float() for part in layer(32, 192, 0))
+    losses = []
+    for native in (False, True):
+        monkeypatch.setattr(machine, "_has_native_bfloat16", lambda native=native: native)
+        found = multiweight.prune(weight, gram, effort=effort, **where)
+        assert int(found.pruned.sum()) == parse_pattern(**where).total(32, 192, "layer")
+        losses.append(float(damped_loss(weight.double(), found.weight.double(), gram.double())))
+    assert losses[1] != losses[0], "the two ways must differ, or nothing was tested"
+    assert losses[1] <= 1.01 * losses[0]
+
+
+def test_rounding_spares_float64():
+    left, right = (torch.randn(5, 5, dtype=torch.float64) for _ in range(2))
+    assert torch.equal(machine.rough_product(left, right), left @ right)

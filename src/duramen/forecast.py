@@ -131,7 +131,7 @@ def _memory(model: BlockModel, shapes: dict[str, tuple[int, int]], settings: Pru
     outside = sum(
         parameter.numel() for name, parameter in model.network.named_parameters() if not name.startswith(model.family.blocks)
     )
-    grams = 1 + (getattr(settings, "damping", None) == "held-out") + 2 * (getattr(settings, "dense_target", 0) > 0)
+    grams = 1 + (getattr(settings, "damping", None) == "held-out") + 2 * (settings.alpha > 0)
     solve = max(8 * inputs**2 * (grams + 4) + 4 * 8 * outputs * inputs for outputs, inputs in shapes.values())
-    boundary = 4 * tokens * width * (1 + (getattr(settings, "dense_target", 0) > 0))
+    boundary = 4 * tokens * width * (1 + (settings.alpha > 0))
     return BASE_MEMORY + 4 * outside + 2 * 4 * block + 2 * boundary + solve

@@ -15,6 +15,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from duramen.prune.factor import Factor
+from duramen.prune.pattern import Sparse
 from duramen.prune.reconstruct import conjugate_gradients
 
 Choose = Callable[[Tensor, int, int], Tensor]
@@ -27,11 +28,9 @@ DIRECT_UP_TO = 2e7
 
 
 @dataclass(frozen=True)
-class Swept:
-    """Weights after one left-to-right pass [O, I], what it removed [O, I], and ½‖δ‖²_H per row [O]."""
+class Swept(Sparse):
+    """Weights after one left-to-right pass, and ½‖δ‖²_H per row [O]."""
 
-    weight: Float[Tensor, "O I"]
-    pruned: Bool[Tensor, "O I"]
     loss: Float[Tensor, "O"]
 
 

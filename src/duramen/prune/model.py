@@ -19,9 +19,9 @@ from duramen.families.select import filter_layers
 from duramen.problem import Problem
 from duramen.prune.allocation import Allocation, allocate, survey
 from duramen.prune.factor import factorise
-from duramen.prune.pattern import parse_pattern
+from duramen.prune.pattern import SPARSE_FROM, parse_pattern
 from duramen.prune.pruned import Pruned
-from duramen.prune.reconstruct import compute_dtype, output_error, target_weight
+from duramen.prune.reconstruct import compute_dtype, output_error, reconstruct, target_weight
 from duramen.registry import Settings
 
 Model = BlockModel | nn.Module
@@ -47,6 +47,11 @@ class PruneSettings(Settings):
     """Share of the calibration sequences that are held out where `damping: held-out` needs them."""
     damping_grid: tuple[float, ...] = (0.001, 0.01, 0.03, 0.1, 0.3)
     """Candidates for `damping: held-out`."""
+
+    @property
+    def alpha(self) -> float:
+        """Share of the dense model's output in the target; 0 where a method has no such target."""
+        return 0.0
 
     @property
     def trial(self) -> dict[str, Any]:
@@ -114,7 +119,7 @@ def prune_model(
 
     return walk_blocks(
         blocks, tokens, edit, names, walk=walk,
-        held_out_every=round(1 / settings.held_out) if choose else 0, dense_target=_alpha(settings) > 0,
+        held_out_every=round(1 / settings.held_out) if choose else 0, dense_target=settings.alpha > 0,
     )  # fmt: skip
 
 
@@ -136,10 +141,6 @@ def _shares(
 def _options(settings: PruneSettings) -> dict[str, Any]:
     """The settings that go to the pruning function as they are."""
     return {name: getattr(settings, name) for name in type(settings).model_fields if name not in OWN}
-
-
-def _alpha(settings: PruneSettings) -> float:
-    return float(getattr(settings, "dense_target", 0.0))
 
 
 @dataclass(frozen=True)
@@ -198,14 +199,17 @@ def prune_layer(
     prune: PruneFunction, layer: Layer, stage: Stage, settings: PruneSettings, target: dict[str, Any]
 ) -> dict[str, Any]:
     """Prunes one layer of a stage to its target (``sparsity``, ``pattern``) and returns its record."""
-    start, weight, alpha = time.perf_counter(), layer.read(), _alpha(settings)
+    start, weight = time.perf_counter(), layer.read()
     wanted = weight
-    if alpha and stage.cross is not None:
-        damping = stage.options.get("damping", 0.01)
-        wanted = target_weight(weight.float(), stage.gram, stage.cross, alpha=alpha, damping=damping)
+    if settings.alpha and stage.cross is not None:
+        factor = stage.options["factor"]
+        wanted = target_weight(weight, stage.gram, stage.cross, alpha=settings.alpha, factor=factor)
+        zeros = weight == 0
+        if float(zeros.float().mean()) > SPARSE_FROM:  # among weights that are zero there, the same problem
+            wanted = reconstruct(wanted, stage.gram, zeros, factor=factor).weight
     found = prune(wanted, stage.gram, **_options(settings), **target, **stage.options)
     found = replace(found, weight=found.weight.to(weight.dtype))
-    bias = corrected_bias(layer, found.weight, stage.statistics, alpha) if stage.with_bias else None
+    bias = corrected_bias(layer, found.weight, stage.statistics, settings.alpha) if stage.with_bias else None
     layer.write(found.weight, pruned=found.pruned, bias=bias)
     return (
         found.report

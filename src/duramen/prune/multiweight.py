@@ -28,7 +28,7 @@ from duramen.prune import magnitude, wanda
 from duramen.prune.compensate import Swept, compensate, sweep
 from duramen.prune.factor import Factor, factorise
 from duramen.prune.model import Model, PruneSettings, prune_model
-from duramen.prune.pattern import Pattern, keep_existing_zeros, parse_pattern, select
+from duramen.prune.pattern import Pattern, Sparse, keep_existing_zeros, parse_pattern, select
 from duramen.prune.pruned import Pruned, finish
 from duramen.prune.reconstruct import check_shapes, compute_dtype, reconstruct
 from duramen.prune.sparsegpt import block_mask, sweep_mask
@@ -48,17 +48,19 @@ class Effort:
         mask: Source of the mask; None for one sweep, ``joint`` for N:M and ``single`` otherwise.
         refine: What betters the mask.
         penalty: Where ADMM begins.
-        iterations: Conjugate gradient iterations of the exact solve, which starts from the sweep; None for as many as it takes.
+        iterations: Conjugate gradient iterations of the exact solve; None for as many as it takes.
+        dense_target: α; above 0 the dense model runs in step, which about doubles the forward passes.
     """
 
     mask: Mask | None
     refine: Refine
     penalty: float = 0.3
     iterations: int | None = None
+    dense_target: float = 0.5
 
 
 EFFORTS = {
-    "fast": Effort(None, "none", iterations=5),
+    "fast": Effort(None, "none", iterations=3, dense_target=0.0),
     "good": Effort("admm", "none"),
     "best": Effort("admm", "swap", penalty=0.1),
 }
@@ -68,7 +70,7 @@ class Settings(PruneSettings):
     """Settings of multi-weight pruning."""
 
     effort: Literal["fast", "good", "best"] = "good"
-    """`fast`: one sweep chooses, and five iterations solve; `good`: a mask searched for as a whole, solved exactly; `best`: then bettered by exchanges."""
+    """`fast`: one sweep chooses, and three iterations solve; `good`: a mask searched for as a whole, solved exactly; `best`: then bettered by exchanges."""
     mask: Mask = "auto"
     """How weights are chosen: `admm` or `rounds` (searched), `single` (Eq. 14), `joint` (whole N:M groups, Eq. 12), or another method's mask. `auto`: by `effort`."""
     refine: Refine = "auto"
@@ -79,8 +81,8 @@ class Settings(PruneSettings):
     """Columns that share one quota and are compensated together while a sweep chooses the mask."""
     damping: float | Literal["held-out"] = "held-out"
     """λ as a share of the mean diagonal of the Gram; `held-out` chooses it on held-out sequences."""
-    dense_target: float = 0.0
-    """0 fits the dense layer on the inputs that the edited model sees; 1 fits the output of the dense model."""
+    dense_target: float | Literal["auto"] = "auto"
+    """0 fits the dense layer on the inputs that the edited model sees; 1 fits the output of the dense model. `auto`: by `effort`."""
     bias: Literal["auto", "off"] = "auto"
     """`auto` corrects the bias of layers that have one for the mean change of their outputs."""
     tolerance: float = 1e-4
@@ -89,14 +91,19 @@ class Settings(PruneSettings):
     """Conjugate gradient iterations before a row is solved directly."""
 
     @property
+    def alpha(self) -> float:
+        """α of the target."""
+        return EFFORTS[self.effort].dense_target if self.dense_target == "auto" else self.dense_target
+
+    @property
     def trial(self) -> dict[str, Any]:
         """Dampings are compared with one sweep each."""
         return {"effort": "fast"} if self.mask == "auto" else {}
 
     @property
     def products(self) -> int:
-        """A sweep and five iterations of two products each; 18 of ADMM and the exact solve; 33, exchanges and the solve."""
-        return {"fast": 14, "good": 60, "best": 160}[self.effort]
+        """A sweep and three rough iterations of two products each; 18 of ADMM and the exact solve; 33, exchanges and the solve."""
+        return {"fast": 8, "good": 35, "best": 130}[self.effort]
 
 
 def joint_update(
@@ -176,7 +183,7 @@ def choose_mask(
     *,
     block: int,
     penalty: float,
-) -> Swept:
+) -> Sparse:
     """Runs one mask source; those without a compensation of their own return the dense weights, masked."""
     if mask == "single":
         return single_mask(weight, factor, target, block)
@@ -184,13 +191,14 @@ def choose_mask(
         return joint_mask(weight, factor, target)
     if mask == "sparsegpt":
         return sweep_mask(weight, factor, target, block)
-    if mask in ("admm", "rounds"):
-        pruned = admm(weight, factor, target, penalty=penalty) if mask == "admm" else rounds(weight, factor, target)
-    else:
-        scores = wanda.score(weight, gram.diagonal()) if mask == "wanda" else magnitude.score(weight)
-        scope: Literal["row", "layer"] = "row" if mask == "wanda" else "layer"
-        pruned = select(keep_existing_zeros(scores, weight, target), target, scope=scope)
-    return Swept(weight.masked_fill(pruned, 0), pruned, torch.zeros(len(weight)))
+    if mask == "admm":
+        return admm(weight, factor, target, penalty=penalty)
+    if mask == "rounds":
+        return rounds(weight, factor, target)
+    scores = wanda.score(weight, gram.diagonal()) if mask == "wanda" else magnitude.score(weight)
+    scope: Literal["row", "layer"] = "row" if mask == "wanda" else "layer"
+    pruned = select(keep_existing_zeros(scores, weight, target), target, scope=scope)
+    return Sparse(weight.masked_fill(pruned, 0), pruned)
 
 
 def prune(
@@ -235,25 +243,26 @@ def prune(
     width = _width(block, target, weight.shape[1], source)
     dtype = compute_dtype(weight)
     factor, dense = factor or factorise(gram, damping, dtype=dtype), weight.to(dtype)
-    swept = choose_mask(dense, gram, factor, target, source, block=width, penalty=chosen.penalty)
-    pruned = swept.pruned
+    found = choose_mask(dense, gram, factor, target, source, block=width, penalty=chosen.penalty)
     if (chosen.refine if refine == "auto" else refine) == "swap":
-        pruned = swap(dense, factor, pruned, target)
+        found = swap(dense, factor, found, target)
     if compensation == "exact":
         limit = chosen.iterations if mask == "auto" else None
-        found = reconstruct(
-            weight, gram, pruned, damping=damping, tolerance=tolerance, factor=factor, complete=limit is None,
-            max_iterations=limit or max_iterations, start=swept.weight if limit else None,
+        solved = reconstruct(
+            weight, gram, found.pruned, damping=damping, tolerance=tolerance, factor=factor, complete=limit is None,
+            max_iterations=limit or max_iterations, start=found.weight,
         )  # fmt: skip
         return finish(
-            weight, found.weight, pruned, gram,
-            error=found.error, damping=factor.damping, excess=found.excess, iterations=found.iterations,
+            weight, solved.weight, found.pruned, gram,
+            error=solved.error, damping=factor.damping, excess=solved.excess, iterations=solved.iterations,
         )  # fmt: skip
     widths = {"block": width, "sequential": 1}
     edited = (
-        dense.masked_fill(pruned, 0) if compensation == "none" else compensate(dense, pruned, factor, widths[compensation])[0]
+        dense.masked_fill(found.pruned, 0)
+        if compensation == "none"
+        else compensate(dense, found.pruned, factor, widths[compensation])[0]
     )
-    return finish(weight, edited, pruned, gram, damping=factor.damping)
+    return finish(weight, edited, found.pruned, gram, damping=factor.damping)
 
 
 def _width(block: int | Literal["all"], target: Pattern, inputs: int, mask: Mask) -> int:

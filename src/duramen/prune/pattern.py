@@ -19,6 +19,8 @@ from duramen.problem import Problem
 
 SAMPLE = 8191
 """Values that bracket a rank among many more."""
+SPARSE_FROM = 0.05
+"""Share of zeros from which a weight counts as sparse already; dequantized weights have some by chance."""
 Scope = Literal["row", "layer"]
 SCOPES: tuple[Scope, ...] = ("row", "layer")
 
@@ -102,6 +104,14 @@ def _groups(pattern: str) -> Pattern:
     return Pattern(kept=kept, group=group)
 
 
+@dataclass(frozen=True)
+class Sparse:
+    """Weights [O, I] that are zero on a mask, and the mask, bool [O, I], True where a weight goes."""
+
+    weight: Float[Tensor, "O I"]
+    pruned: Bool[Tensor, "O I"]
+
+
 def select(scores: Float[Tensor, "O I"], pattern: Pattern, *, scope: Scope = "layer") -> Bool[Tensor, "O I"]:
     """Marks the entries with the lowest scores.
 
@@ -180,7 +190,7 @@ def existing_zeros(weight: Float[Tensor, "O I"], pattern: Pattern) -> Bool[Tenso
     zeros = weight == 0
     outputs, inputs = weight.shape
     count, share = int(zeros.sum()), float(zeros.float().mean())
-    if share > 0.05 and count > max(pattern.total(outputs, inputs, scope) for scope in SCOPES):
+    if share > SPARSE_FROM and count > max(pattern.total(outputs, inputs, scope) for scope in SCOPES):
         raise Problem(
             f"The weight is {share:.2%} zero already, the target is {pattern.share:.2%}.",
             why="pruning never brings removed weights back.",

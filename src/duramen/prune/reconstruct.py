@@ -17,6 +17,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from duramen.hardware.machine import rough_product
 from duramen.problem import Problem
 from duramen.prune.factor import Factor, factorise
 
@@ -66,7 +67,8 @@ def reconstruct(
         damping: λ as a share of the mean diagonal of the Gram; pulls towards the dense weights.
         tolerance: Largest relative excess of the damped loss over its optimum.
         max_iterations: Limit of the conjugate gradient iterations; 0 solves all rows directly.
-        complete: Whether rows that are not certified by then are solved directly; if not, ``excess`` tells how far they may be.
+        complete: Whether rows that are not certified by then are solved directly; if not, the products are rounded to bfloat16
+            where that is faster, and ``excess`` tells, up to that rounding, how far the rows may be.
         factor: The factorised Gram, where the caller has it already.
         start: Weights to start the iteration from, [O, I]; None for the dense ones.
 
@@ -88,7 +90,9 @@ def reconstruct(
     if len(dense) * side**3 <= DIRECT_UP_TO or max_iterations < 1:
         solution, excess, iterations = solve_direct(dense, factor.hessian, pruned), 0.0, 0
     else:
-        found = solve_iteratively(dense, factor, pruned, start=start, tolerance=tolerance, max_iterations=max_iterations)
+        found = solve_iteratively(
+            dense, factor, pruned, start=start, tolerance=tolerance, max_iterations=max_iterations, rough=not complete
+        )
         solution, iterations = found.solution, found.iterations
         late = (found.excess > tolerance) & complete
         if bool(late.any()):
@@ -197,6 +201,7 @@ def solve_iteratively(
     start: Float[Tensor, "O I"] | None = None,
     tolerance: float,
     max_iterations: int = 200,
+    rough: bool = False,
 ) -> Iterated:
     """Solves all rows together by conjugate gradients.
 
@@ -207,6 +212,7 @@ def solve_iteratively(
         start: Weights to start from, [O, I]; None for the dense ones, masked.
         tolerance: Relative excess of the loss to certify.
         max_iterations: Upper limit.
+        rough: Whether the products of the iteration may be rounded; good for the first few.
     """
     support = (~pruned).to(dense.dtype)
     first = (dense if start is None else start) * support
@@ -215,7 +221,7 @@ def solve_iteratively(
     loss = 0.5 * change.mul_(gradient).sum(1)
     found = conjugate_gradients(
         gradient.mul_(support).neg_(), factor.hessian, factor.inverse, support,
-        loss=loss, tolerance=tolerance, max_iterations=max_iterations,
+        loss=loss, tolerance=tolerance, max_iterations=max_iterations, rough=rough,
     )  # fmt: skip
     return replace(found, solution=first + found.solution)
 
@@ -229,6 +235,7 @@ def conjugate_gradients(
     loss: Float[Tensor, "O"],
     tolerance: float,
     max_iterations: int,
+    rough: bool = False,
 ) -> Iterated:
     """Solves (X·matrix)∘support = residual for X on the support, all rows at once.
 
@@ -244,7 +251,9 @@ def conjugate_gradients(
         loss: F at X = 0, per row, [O].
         tolerance: Relative excess to certify.
         max_iterations: Upper limit, at least 1.
+        rough: Whether products may be rounded; see ``rough_product``.
     """
+    product = rough_product if rough else torch.matmul
     tiny = torch.finfo(residual.dtype).tiny
     floor = torch.finfo(residual.dtype).eps ** 2 * loss
     change = torch.zeros_like(residual)
@@ -252,7 +261,7 @@ def conjugate_gradients(
     rows = torch.arange(len(residual), device=residual.device)
     state = _State(torch.zeros_like(residual), residual.clone(), residual, support, loss.clone(), torch.zeros_like(loss))
     for iterations in range(max_iterations):
-        preconditioned = (state.residual @ inverse).mul_(state.support)
+        preconditioned = product(state.residual, inverse).mul_(state.support)
         rho = (state.residual * preconditioned).sum(1)
         left = (state.loss - 0.5 * rho).clamp_min(tiny)
         done = 0.5 * rho <= torch.maximum(tolerance * left, floor[rows])
@@ -266,10 +275,10 @@ def conjugate_gradients(
             change[rows], final[rows] = state.change, state.loss
             rows, state = rows[~done], state.take(~done)
             done = done[~done]
-        product = (state.direction @ matrix).mul_(state.support)
-        step = torch.where(done, 0, state.rho / (state.direction * product).sum(1).clamp_min(tiny))
+        image = product(state.direction, matrix).mul_(state.support)
+        step = torch.where(done, 0, state.rho / (state.direction * image).sum(1).clamp_min(tiny))
         state.change.addcmul_(step[:, None], state.direction)
-        state.residual.addcmul_(step[:, None], product, value=-1)
+        state.residual.addcmul_(step[:, None], image, value=-1)
         state.loss -= 0.5 * step * state.rho
     else:
         iterations, rest = max_iterations, 0.5 * (1 - step) * state.rho
@@ -295,7 +304,7 @@ class _State:
 
 
 def target_weight(
-    weight: Float[Tensor, "O I"], gram: Float[Tensor, "I I"], cross: Float[Tensor, "I I"], *, alpha: float, damping: float
+    weight: Float[Tensor, "O I"], gram: Float[Tensor, "I I"], cross: Float[Tensor, "I I"], *, alpha: float, factor: Factor
 ) -> Float[Tensor, "O I"]:
     """The weights that the asymmetric problem reconstructs instead of the dense ones (method sheet, 2.10).
 
@@ -307,9 +316,11 @@ def target_weight(
         gram: Ĝ of the edited inputs, [I, I].
         cross: C = X X̂ᵀ, dense inputs by edited inputs, at the scale of ``gram``, [I, I].
         alpha: 0 fits the dense layer on the edited inputs, 1 the output of the dense model.
-        damping: λ as a share of the mean diagonal of ``gram``.
+        factor: ``gram`` with its damping, factorised.
+
+    Returns:
+        [O, I], in the dtype of the factor.
     """
-    factor = factorise(gram, damping, dtype=torch.float64)
-    dense = weight.to(torch.float64)
-    shift = alpha * (cross.to(torch.float64) - gram.to(torch.float64))
-    return (dense + dense @ shift @ factor.inverse).to(weight.dtype)
+    dense = weight.to(factor.hessian.dtype)
+    shift = alpha * (cross - gram).to(dense.dtype)
+    return dense + dense @ shift @ factor.inverse

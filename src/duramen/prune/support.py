@@ -16,8 +16,9 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from duramen.hardware.machine import rough_product
 from duramen.prune.factor import Factor
-from duramen.prune.pattern import Pattern, existing_zeros, select
+from duramen.prune.pattern import Pattern, Sparse, existing_zeros, select
 from duramen.prune.reconstruct import solve_iteratively
 
 PENALTY_LIMITS = 1e-4, 1e6
@@ -32,7 +33,7 @@ ROUGH = 1e-3
 
 def admm(
     weight: Float[Tensor, "O I"], factor: Factor, target: Pattern, *, penalty: float = 0.3, max_iterations: int = 300
-) -> Bool[Tensor, "O I"]:
+) -> Sparse:
     """Finds a mask by the alternating direction method of multipliers (ALPS, Algorithm 1).
 
     In columns scaled to unit curvature, A = W·diag(H)^½ and G̃ = diag(H)^−½ H diag(H)^−½: the dense copy
@@ -47,7 +48,7 @@ def admm(
         max_iterations: Upper limit.
 
     Returns:
-        bool [O, I], True where a weight goes.
+        The mask with the sparse copy, which is near to the exact solution.
     """
     scale = factor.hessian.diagonal().sqrt()
     matrix = factor.hessian / scale[:, None] / scale
@@ -64,7 +65,7 @@ def admm(
     pruned = settled = chosen(dense)
     sparse, dual = dense.masked_fill(pruned, 0), torch.zeros_like(dense)
     for iteration in range(1, max_iterations + 1):
-        free = (wanted - dual).add_(sparse, alpha=rho) @ solver
+        free = rough_product((wanted - dual).add_(sparse, alpha=rho), solver)
         both = free.add(dual, alpha=1 / rho)
         pruned = chosen(both)
         sparse = both.masked_fill(pruned, 0)
@@ -80,7 +81,7 @@ def admm(
             rho, pruned = rho / 5, chosen(dense)
             sparse, dual = dense.masked_fill(pruned, 0), torch.zeros_like(dense)
         solver = _shifted_inverse(matrix, rho)
-    return pruned
+    return Sparse(sparse.div_(scale), pruned)
 
 
 def _shifted_inverse(matrix: Float[Tensor, "I I"], shift: float) -> Float[Tensor, "I I"]:
@@ -126,7 +127,7 @@ def curvature(factor: Factor, pruned: Bool[Tensor, "O I"], *, rows: int = SAMPLE
     return Curvature(mean[0], mean[1])
 
 
-def rounds(weight: Float[Tensor, "O I"], factor: Factor, target: Pattern, *, steps: int = 8) -> Bool[Tensor, "O I"]:
+def rounds(weight: Float[Tensor, "O I"], factor: Factor, target: Pattern, *, steps: int = 8) -> Sparse:
     """Removes the share in equal steps, each by the losses ŵ_j²/[(H_SS)⁻¹]_jj at the exact solution so far.
 
     With as many steps as weights this is greedy OBS. For N:M the groups lose one weight after another.
@@ -136,9 +137,6 @@ def rounds(weight: Float[Tensor, "O I"], factor: Factor, target: Pattern, *, ste
         factor: Damped Gram of the inputs.
         target: What to remove; a share is ranked over the whole matrix.
         steps: Number of rounds for a share.
-
-    Returns:
-        bool [O, I].
     """
     stages, zeros = _stages(target, weight.numel(), steps), existing_zeros(weight, target)
     pruned = torch.zeros(weight.shape, dtype=torch.bool, device=weight.device)
@@ -148,7 +146,7 @@ def rounds(weight: Float[Tensor, "O I"], factor: Factor, target: Pattern, *, ste
             work = solve_iteratively(weight, factor, pruned, start=work, tolerance=ROUGH).solution
         losses = work.square() / curvature(factor, pruned).kept
         pruned = select(losses.masked_fill(zeros, -1).masked_fill(pruned, -2), stage)
-    return pruned
+    return Sparse(work.masked_fill(pruned, 0), pruned)
 
 
 def _stages(target: Pattern, size: int, steps: int) -> list[Pattern]:
@@ -161,12 +159,12 @@ def _stages(target: Pattern, size: int, steps: int) -> list[Pattern]:
 def swap(
     weight: Float[Tensor, "O I"],
     factor: Factor,
-    pruned: Bool[Tensor, "O I"],
+    found: Sparse,
     target: Pattern,
     *,
     sweeps: int = 20,
     share: float = 0.25,
-) -> Bool[Tensor, "O I"]:
+) -> Sparse:
     """Exchanges kept for removed weights, within rows or within N:M groups, as long as the exact loss falls.
 
     In every sweep each row makes a share of the exchanges that promise a gain, the best ones first, and is solved again. A row
@@ -175,16 +173,16 @@ def swap(
     Args:
         weight: Dense, [O, I], in the dtype of the factor.
         factor: Damped Gram of the inputs.
-        pruned: The mask to better, bool [O, I].
+        found: The mask to better, and weights on it to start from.
         target: Its pattern.
         sweeps: Upper limit; ends when a sweep gains less than 1e-4 of the loss.
         share: Share of a row's promising exchanges that it makes at first.
 
     Returns:
-        bool [O, I], with as many removed in every row (in every group) as before.
+        A mask with as many removed in every row (in every group) as before, and weights within 1e-3 of its least loss.
     """
-    pruned = pruned.clone()
-    now = solve_iteratively(weight, factor, pruned, tolerance=ROUGH)
+    pruned = found.pruned.clone()
+    now = solve_iteratively(weight, factor, pruned, start=found.weight, tolerance=ROUGH)
     work, loss = now.solution.clone(), now.loss.clone()
     portion = torch.full((len(weight),), share, dtype=weight.dtype, device=weight.device)
     typical = curvature(factor, pruned)
@@ -201,7 +199,7 @@ def swap(
         portion[refused] = torch.where(count[refused] > 1, portion[refused] / 2, 0)
         if before - float(loss.sum()) < 1e-4 * before and len(refused) < len(taken):
             break
-    return pruned
+    return Sparse(work, pruned)
 
 
 def _exchange(
