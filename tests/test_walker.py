@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import nn
 
 import tiny
@@ -199,3 +200,21 @@ def test_what_no_longer_changes_is_not_run_again(llama):
         handle.remove()
     assert len(calls) == 2 * len(model.blocks), "once for o's input, once for the rest; never again for down or the boundary"
     assert not any("forward" in vars(child) for block in model.blocks for child in block.children())
+
+
+def test_the_next_block_is_read_ahead(tmp_path, monkeypatch):
+    """While a block is open, exactly the bytes of the next one's tensors are asked for."""
+    folder, asked = tiny.save("llama", tmp_path / "model"), []
+    data = next(folder.glob("*.safetensors")).read_bytes()
+    monkeypatch.setattr(
+        "os.posix_fadvise", lambda _, start, length, advice: asked.append(data[start : start + length]), raising=False
+    )
+    model = BlockModel.from_folder(folder)
+    with model.opened(0):
+        pass
+    stored = load_file(next(folder.glob("*.safetensors")))
+    expected = [tensor.numpy().tobytes() for name, tensor in stored.items() if ".layers.1." in name]
+    assert sorted(asked) == sorted(expected)
+    asked.clear()
+    with model.opened(len(model.blocks) - 1):
+        assert not asked

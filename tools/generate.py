@@ -72,18 +72,22 @@ def families() -> str:
     return _markdown(("family", "`model_type`", "roles, by shared input", "coupled groups"), rows)
 
 
-def table(file: str, *metric: str) -> str:
-    """One metric of a benchmark: a row per subject, a column per case (its words after the last comma)."""
+def table(file: str, *words: str) -> str:
+    """One metric of a benchmark: a row per subject, a column per case (its words after the last comma).
+
+    A colon and the start of a case may follow, to take only those cases.
+    """
+    metric, _, start = " ".join(words).partition(" : ")
     results = ROOT / "benchmarks" / "results" / f"{file}.csv"
     if not results.is_file():
         return f"*Not measured yet; `benchmarks/{file}.py` does it.*"
     with results.open(encoding="utf-8") as stream:
-        rows = [row for row in csv.DictReader(stream) if row["metric"] == " ".join(metric)]
+        rows = [row for row in csv.DictReader(stream) if row["metric"] == metric and row["case"].startswith(start)]
     cases = list(dict.fromkeys(row["case"].rpartition(", ")[2] for row in rows))
     cells = {(row["subject"], row["case"].rpartition(", ")[2]): _cell(row) for row in rows}
     subjects = list(dict.fromkeys(row["subject"] for row in rows))
     body = [(subject, *(cells.get((subject, case), "") for case in cases)) for subject in subjects]
-    return _markdown((f"{' '.join(metric)}", *cases), body)
+    return _markdown((metric, *cases), body)
 
 
 def _cell(row: dict[str, str]) -> str:

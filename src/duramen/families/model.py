@@ -173,6 +173,7 @@ class BlockModel:
         else:
             tensors = {name: edited[name] if edited and name in edited else self._read(name) for name in names}
             _assign(block, {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}, self.dtype)
+            self.checkpoint.prefetch(f"{self.family.blocks.rpartition('.')[2]}.{index + 1}.")
         for name, tensor in tensors.items():
             check_finite(name, tensor)
         own = {name: tensor for name, tensor in tensors.items() if self.checkpoint is None or self._stored_alone(name)}
