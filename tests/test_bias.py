@@ -62,7 +62,9 @@ def test_weight_and_bias_are_least_squares_with_an_intercept(alpha):
         torch.testing.assert_close(target.edited["layer.weight"][row, kept], solution[:-1], rtol=1e-4, atol=1e-4)
         assert float(target.edited["layer.bias"][row]) == pytest.approx(float(solution[-1]), rel=1e-4, abs=1e-4)
     change = target.edited["layer.weight"] @ edited + target.edited["layer.bias"][:, None] - weight @ dense - bias[:, None]
-    assert record["relative_error"] == pytest.approx(float(change.square().sum() / (weight @ dense).square().sum()), rel=1e-3)
+    assert record["dense_error"] == pytest.approx(float(change.square().sum() / (weight @ dense).square().sum()), rel=1e-3)
+    own = (target.edited["layer.weight"] - weight) @ centred
+    assert record["relative_error"] == pytest.approx(float(own.square().sum() / (weight @ edited).square().sum()), rel=1e-3)
 
 
 def test_a_bias_that_is_corrected_never_hurts():

@@ -214,8 +214,8 @@ def prune_layer(
     return (
         found.report
         | stage.report
+        | errors(layer, found, bias, stage, shifted=wanted is not weight)
         | {
-            "relative_error": relative_error(layer, found, bias, stage.statistics),
             "removed": int(found.pruned.sum()),
             "size": weight.numel(),
             "seconds": time.perf_counter() - start,
@@ -241,29 +241,34 @@ def corrected_bias(layer: Layer, weight: Tensor, statistics: Statistics, alpha: 
     return (bias + old @ wanted - new @ edited).to(layer.bias.dtype)
 
 
-def relative_error(layer: Layer, found: Pruned, bias: Tensor | None, statistics: Statistics) -> float:
-    """Squared output change over squared output (without the bias), on the tokens seen.
-
-    With the dense model's inputs at hand both outputs are compared as the two models compute them (method sheet, 2.12); else
-    both are taken on the edited inputs, where the method has measured its error already: about the mean, if a bias makes up for it.
+def errors(layer: Layer, found: Pruned, bias: Tensor | None, stage: Stage, *, shifted: bool) -> dict[str, float]:
+    """How far a layer's outputs moved on the tokens seen, as shares of the squared output without the bias.
 
     Args:
         layer: Has the dense W [O, I] and bias.
         found: What the method made of it.
         bias: Its new bias, [O]; None if it did not change.
-        statistics: Of its inputs.
+        stage: Statistics of its inputs, and the Gram that the method solved on.
+        shifted: Whether the method was given other weights than W to come near to.
+
+    Returns:
+        ``relative_error``: what this layer alone changes, old and new weights on the inputs that the edited model feeds it; about
+        the mean, if only a bias makes up for it. With the dense model's inputs at hand also ``dense_error``: the distance from
+        the output of the dense model, to which the layers before it have added theirs (method sheet, 2.12).
     """
-    total, dense, cross, weight = statistics.total, statistics.dense, statistics.cross, layer.read()
+    statistics, weight = stage.statistics, layer.read()
+    total, dense, cross = statistics.total, statistics.dense, statistics.cross
+    own = output_error(weight, found.weight, stage.gram) if shifted else found.error
+    report = {"relative_error": own / max(output_error(weight, torch.zeros_like(weight), total.second), 1e-30)}
     if dense is None or cross is None:
-        return found.error / max(output_error(weight, torch.zeros_like(weight), total.second), 1e-30)
+        return report
     old, new = weight.double(), found.weight.double()
     whole = float(((old @ dense.second.double()) * old).sum())
-    mixed = float(((old @ cross.double()) * new).sum())
-    changed = float(((new @ total.second.double()) * new).sum()) - 2 * mixed + whole
+    changed = float(((new @ total.second.double() - 2 * (old @ cross.double())) * new).sum()) + whole
     if bias is not None and layer.bias is not None:
         shift, drift = (bias - layer.bias).double(), new @ total.mean.double() - old @ dense.mean.double()
         changed += total.count * float((shift * (2 * drift + shift)).sum())
-    return changed / max(whole, 1e-30)
+    return report | {"dense_error": changed / max(whole, 1e-30)}
 
 
 def choose_damping(
