@@ -16,6 +16,8 @@ from torch import Tensor
 
 from duramen.problem import Exit, Problem
 
+BLOCK = 512
+"""Columns of K that are computed at a time."""
 DOUBLE_UP_TO = 4096
 """Widest Gram matrix that is factorised in float64; wider ones in float32."""
 
@@ -38,8 +40,14 @@ class Factor:
 
     @cached_property
     def inverse(self) -> Float[Tensor, "I I"]:
-        """K = H⁻¹, [I, I]."""
-        return self.upper.T @ self.upper
+        """K = H⁻¹, [I, I]; a third of a whole product, since U is triangular and K symmetric."""
+        inverse = torch.empty_like(self.upper)
+        for start in range(0, len(self.upper), BLOCK):
+            stop = start + BLOCK
+            part = self.upper[:stop, start:stop].T @ self.upper[:stop, start:]
+            inverse[start:stop, start:] = part
+            inverse[start:, start:stop] = part.T
+        return inverse
 
     def trailing(self, start: int, stop: int) -> Float[Tensor, "f f"]:
         """Block [start:stop] of the inverse with all columns before ``start`` frozen, [f, f]."""
