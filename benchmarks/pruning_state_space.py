@@ -44,6 +44,7 @@ def main() -> None:
             for subject in options.subjects:
                 method, settings = SUBJECTS[subject]
                 found = bench.measure(method, TARGETS[label] | settings)
+                del found["seconds"]
                 if subject == "sparsegpt":
                     peer = {metric: figure.value for metric, figure in found.items()}
                 for metric, figure in found.items():
