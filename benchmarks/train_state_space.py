@@ -21,6 +21,7 @@ from transformers import Mamba2Config, Mamba2ForCausalLM, MambaConfig, MambaForC
 from transformers.models.mamba import modeling_mamba
 
 from duramen.assets import read_text
+from duramen.calibrate.tokens import byte_tokenizer
 
 TEXTS, HELD_OUT = ("squad", "drop", "coqa", "sciriff"), "boolq"
 SHARED = {"vocab_size": 259, "bos_token_id": 257, "eos_token_id": 258, "pad_token_id": 256}
@@ -74,18 +75,6 @@ def selective_scan(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, **
     states = Recurrence.apply(torch.exp(step[..., None] * A), drive)
     scanned = torch.einsum("bten,bnt->bet", states, C) + more["D"][:, None] * u
     return scanned * functional.silu(more["z"])
-
-
-def byte_tokenizer() -> PreTrainedTokenizerFast:
-    """One token per byte."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-
-    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocabulary = {letter: number for number, letter in enumerate(letters)} | {"<pad>": 256, "<s>": 257, "</s>": 258}
-    inner = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
-    inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    inner.decoder = decoders.ByteLevel()
-    return PreTrainedTokenizerFast(tokenizer_object=inner, pad_token="<pad>", bos_token="<s>", eos_token="</s>")
 
 
 def stream(names: tuple[str, ...], tokenizer: PreTrainedTokenizerFast, *, limit: int) -> Tensor:

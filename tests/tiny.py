@@ -21,12 +21,13 @@ from transformers import (
     NemotronHConfig,
     OPTConfig,
     Phi3Config,
-    PreTrainedTokenizerFast,
     Qwen2Config,
     Qwen3Config,
     SmolLM3Config,
     Zamba2Config,
 )
+
+from duramen.calibrate.tokens import byte_tokenizer as tokenizer
 
 VOCAB = 259
 _SHARED = {"vocab_size": VOCAB, "bos_token_id": 257, "eos_token_id": 258, "pad_token_id": 256}
@@ -109,18 +110,6 @@ def model(name, seed=0):
             else:
                 parameter.add_(0.1 * torch.randn_like(parameter))
     return network
-
-
-def tokenizer():
-    """One token per byte."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-
-    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocabulary = {letter: number for number, letter in enumerate(letters)} | {"<pad>": 256, "<s>": 257, "</s>": 258}
-    inner = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
-    inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    inner.decoder = decoders.ByteLevel()
-    return PreTrainedTokenizerFast(tokenizer_object=inner, pad_token="<pad>", bos_token="<s>", eos_token="</s>")
 
 
 def save(name, folder, seed=0):

@@ -122,6 +122,8 @@ def type_words(annotation: Any) -> str:
         return " | ".join(f'"{part}"' for part in parts)
     if typing.get_origin(annotation) in (types.UnionType, typing.Union):
         return " | ".join(type_words(part) for part in parts)
+    if typing.get_origin(annotation) is typing.Annotated:
+        return type_words(parts[0])
     if typing.get_origin(annotation) is tuple:
         return f"list of {type_words(parts[0])}"
     return "null" if annotation is type(None) else str(annotation.__name__)

@@ -125,3 +125,17 @@ def _too_short(sources: Sequence[str], found: int, sequences: int, length: int) 
         why="the text is too short for the number and length of the windows.",
         fix=f"fewer or shorter windows (`length: {max(found // max(sequences, 1), 1)}`), or more text.",
     )
+
+
+def byte_tokenizer() -> Any:
+    """A transformers tokenizer with one token per byte and three special ones, for models that are trained from scratch."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {letter: number for number, letter in enumerate(letters)} | {"<pad>": 256, "<s>": 257, "</s>": 258}
+    inner = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    inner.decoder = decoders.ByteLevel()
+    special = {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>"}
+    return PreTrainedTokenizerFast(tokenizer_object=inner, **special)

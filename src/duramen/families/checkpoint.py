@@ -31,8 +31,7 @@ class Checkpoint:
     def __init__(self, folder: Path) -> None:
         self.folder = Path(folder)
         self.files = self._find_files()
-        for file in sorted(set(self.files.values())):
-            read_header(self.folder / file)
+        self._headers = {file: read_header(self.folder / file) for file in sorted(set(self.files.values()))}
         self._refuse_quantized()
 
     @cached_property
@@ -55,26 +54,14 @@ class Checkpoint:
         """Asks the system to read ahead all tensors with ``part`` in their names, into its own cache, and does not wait."""
         for name, file in self.files.items() if hasattr(os, "posix_fadvise") else ():
             if part in name:
-                start, stop = self._places[file][name]
+                start, stop = self._headers[file][name]["data_offsets"]
                 with (self.folder / file).open("rb") as stream:
                     os.posix_fadvise(stream.fileno(), start, stop - start, os.POSIX_FADV_WILLNEED)
-
-    @cached_property
-    def _places(self) -> dict[str, dict[str, tuple[int, int]]]:
-        """First and last byte of every tensor of every file."""
-        places = {}
-        for file in set(self.files.values()):
-            with (self.folder / file).open("rb") as stream:
-                base = 8 + struct.unpack("<Q", stream.read(8))[0]
-            header = read_header(self.folder / file)
-            places[file] = {name: tuple(base + offset for offset in entry["data_offsets"]) for name, entry in header.items()}
-        return places
 
     def describe(self) -> dict[str, tuple[str, tuple[int, ...]]]:
         """Stored type and shape of every tensor, from the headers alone."""
         found: dict[str, tuple[str, tuple[int, ...]]] = {}
-        for file in sorted(set(self.files.values())):
-            header = read_header(self.folder / file)
+        for header in self._headers.values():
             found |= {name: (entry["dtype"], tuple(entry["shape"])) for name, entry in header.items()}
         return found
 
@@ -109,7 +96,7 @@ class Checkpoint:
 
 
 def read_header(file: Path) -> dict[str, dict[str, Any]]:
-    """The header of a safetensors file without its metadata: name -> dtype, shape, data_offsets.
+    """The header of a safetensors file without its metadata: name -> dtype, shape, data_offsets from the start of the file.
 
     Raises:
         Problem: If the file is shorter than its header says.
@@ -124,7 +111,9 @@ def read_header(file: Path) -> dict[str, dict[str, Any]]:
     if header is None:
         raise _truncated(file, size, "its header is incomplete")
     header.pop("__metadata__", None)
-    expected = 8 + length + max((entry["data_offsets"][1] for entry in header.values()), default=0)
+    for entry in header.values():
+        entry["data_offsets"] = [8 + length + offset for offset in entry["data_offsets"]]
+    expected = max((entry["data_offsets"][1] for entry in header.values()), default=8 + length)
     if size < expected:
         raise _truncated(file, size, f"its header promises {expected:,}")
     return dict(header)

@@ -43,11 +43,12 @@ def sweep(weight: Float[Tensor, "O I"], factor: Factor, choose: Choose, *, width
         choose: Says which entries of the next columns go; it sees the weights as compensated so far, which are up to date
             from ``start`` to the next multiple of ``lazy``.
         width: Freeze width f.
-        lazy: A multiple of ``width``; later columns see the updates this many columns at a time.
+        lazy: Later columns see the updates this many columns at a time, in whole widths.
     """
     work, inputs = weight.clone(), weight.shape[1]
     pruned = torch.zeros(weight.shape, dtype=torch.bool, device=weight.device)
     loss = torch.zeros(len(weight), dtype=weight.dtype, device=weight.device)
+    lazy = width * max(1, lazy // width)
     for first in range(0, inputs, lazy):
         last = min(first + lazy, inputs)
         pending = torch.zeros(len(weight), last - first, dtype=weight.dtype, device=weight.device)
@@ -106,6 +107,5 @@ def compensate(
     Returns:
         The weights [O, I] and ½‖δ‖²_H per row [O].
     """
-    lazy = width * max(1, LAZY // width)
-    swept = sweep(weight, factor, lambda _, start, stop: pruned[:, start:stop], width=width, lazy=lazy)
+    swept = sweep(weight, factor, lambda _, start, stop: pruned[:, start:stop], width=width)
     return swept.weight, swept.loss

@@ -16,10 +16,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from itertools import combinations
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from jaxtyping import Bool, Float
+from pydantic import Field
 from torch import Tensor
 
 from duramen.calibrate.walker import Records, Walk
@@ -81,7 +82,7 @@ class Settings(PruneSettings):
     """Columns that share one quota and are compensated together while a sweep chooses the mask."""
     damping: float | Literal["held-out"] = "held-out"
     """λ as a share of the mean diagonal of the Gram; `held-out` chooses it on held-out sequences."""
-    dense_target: float | Literal["auto"] = "auto"
+    dense_target: Annotated[float, Field(ge=0, le=1)] | Literal["auto"] = "auto"
     """0 fits the dense layer on the inputs that the edited model sees; 1 fits the output of the dense model. `auto`: by `effort`."""
     bias: Literal["auto", "off"] = "auto"
     """`auto` corrects the bias of layers that have one for the mean change of their outputs."""
@@ -139,7 +140,7 @@ def single_mask(weight: Float[Tensor, "O I"], factor: Factor, target: Pattern, b
         scores = work[:, start:stop].square() / factor.trailing(start, stop).diagonal()
         return block_mask(scores.masked_fill(zeros[:, start:stop], -1), target, start)
 
-    return sweep(weight, factor, choose, width=block, lazy=block * max(1, 512 // block))
+    return sweep(weight, factor, choose, width=block, lazy=512)
 
 
 def joint_mask(weight: Float[Tensor, "O I"], factor: Factor, target: Pattern) -> Swept:
@@ -148,8 +149,7 @@ def joint_mask(weight: Float[Tensor, "O I"], factor: Factor, target: Pattern) ->
     def choose(work: Tensor, start: int, stop: int) -> Tensor:
         return group_mask(work[:, start:stop], factor.trailing(start, stop), target)
 
-    lazy = target.group * max(1, 128 // target.group)
-    return sweep(weight, factor, choose, width=target.group, lazy=lazy)
+    return sweep(weight, factor, choose, width=target.group)
 
 
 def group_mask(weight: Float[Tensor, "O f"], inverse_block: Float[Tensor, "f f"], target: Pattern) -> Bool[Tensor, "O f"]:
