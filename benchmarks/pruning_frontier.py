@@ -12,10 +12,12 @@ model on 2 cores.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import rows
 from duramen.evaluate.perplexity import perplexity
+from duramen.problem import Problem
 from pruning_quality import Bench, arguments
 
 TARGETS = {
@@ -33,26 +35,42 @@ SUBJECTS = {
 
 def main() -> None:
     """Runs the table."""
-    options = arguments(TARGETS, SUBJECTS).parse_args()
-    table = rows.read("pruning_frontier")
+    fill("pruning_frontier", TARGETS, SUBJECTS, peer="sparsegpt")
+
+
+def fill(
+    name: str,
+    targets: Mapping[str, Mapping[str, object]],
+    subjects: Mapping[str, tuple[str, Mapping[str, object]]],
+    *,
+    peer: str,
+) -> None:
+    """Measures every subject at every target, leaving out what stands in the results file; the peer comes before those compared with it."""
+    options = arguments(targets, subjects).parse_args()
+    table = rows.read(name)
     bench = Bench.open(options)
     case = f"{options.model}, {bench.tokens.numel()} tokens, {Path(options.text).name} {options.windows}x{options.window}"
     if not any(row["case"] == f"{case}, dense" for row in table):
         table.append(bench.row(f"{case}, dense", "perplexity", "dense", perplexity(bench.reference.loss)))
     for label in options.targets:
+        here = f"{case}, {label}"
         for subject in options.subjects:
-            if any((row["case"], row["subject"]) == (f"{case}, {label}", subject) for row in table):
+            if any((row["case"], row["subject"]) == (here, subject) for row in table):
                 continue
-            method, settings = SUBJECTS[subject]
-            for metric, figure in bench.measure(method, TARGETS[label] | settings).items():
-                found = [
-                    row
-                    for row in table
-                    if (row["case"], row["metric"], row["subject"]) == (f"{case}, {label}", metric, "sparsegpt")
-                ]
-                peer = ("sparsegpt", float(found[0]["value"])) if found and subject != "sparsegpt" else None
-                table.append(bench.row(f"{case}, {label}", metric, subject, figure, peer))
-            rows.write("pruning_frontier", table)
+            method, settings = subjects[subject]
+            peers = {
+                row["metric"]: (peer, float(row["value"]))
+                for row in table
+                if (row["case"], row["subject"]) == (here, peer) and subject != peer
+            }
+            try:
+                figures = bench.measure(method, {**targets[label], **settings})
+            except Problem as problem:  # such as an allocation of N:M
+                print(label, subject, problem, flush=True)
+                continue
+            for metric, figure in figures.items():
+                table.append(bench.row(here, metric, subject, figure, peers.get(metric)))
+            rows.write(name, table)
 
 
 if __name__ == "__main__":

@@ -221,9 +221,14 @@ def explain(error: ValidationError, where: str, model: type[BaseModel]) -> Probl
             why=f"its keys are: {', '.join(known)}.",
             fix=suggestion(key.rsplit(".", 1)[-1], known) or "`duramen methods NAME` explains each of them.",
         )
+    branches = [
+        other for other in error.errors() if other["loc"][:-1] == first["loc"][:-1] and other["input"] is first["input"]
+    ]
+    if len(branches) > 1:  # of a union: pydantic names each as if it were a key
+        key = key.rpartition(".")[0]
     return Problem(
         f"{where}: `{key}` is {first.get('input')!r}.",
-        why=f"{first['msg']}.",
+        why=f"{'; or '.join(branch['msg'] for branch in branches)}.",
         fix="`duramen methods NAME` lists types and defaults.",
     )
 

@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import Field, model_validator
@@ -26,6 +26,7 @@ from duramen.registry import Settings
 
 Model = BlockModel | nn.Module
 PruneFunction = Callable[..., Pruned]
+Damping = Annotated[float, Field(ge=0)] | Literal["held-out"]
 OWN = {"sparsity", "pattern", "allocation", "only", "skip", "damping", "damping_grid", "held_out", "dense_target", "bias"}
 """Settings that this file handles; all others go to the pruning function as they are."""
 
@@ -45,7 +46,7 @@ class PruneSettings(Settings):
     """Layers to leave alone, in the same words."""
     held_out: float = Field(default=0.125, gt=0, le=0.5)
     """Share of the calibration sequences that are held out where `damping: held-out` needs them."""
-    damping_grid: tuple[float, ...] = (0.001, 0.01, 0.03, 0.1, 0.3)
+    damping_grid: tuple[Annotated[float, Field(ge=0)], ...] = Field(default=(0.001, 0.01, 0.03, 0.1, 0.3), min_length=1)
     """Candidates for `damping: held-out`."""
 
     @property

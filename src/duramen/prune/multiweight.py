@@ -28,7 +28,7 @@ from duramen.problem import Problem
 from duramen.prune import magnitude, wanda
 from duramen.prune.compensate import Swept, compensate, sweep
 from duramen.prune.factor import Factor, factorise
-from duramen.prune.model import Model, PruneSettings, prune_model
+from duramen.prune.model import Damping, Model, PruneSettings, prune_model
 from duramen.prune.pattern import Pattern, Sparse, keep_existing_zeros, parse_pattern, select
 from duramen.prune.pruned import Pruned, finish
 from duramen.prune.reconstruct import check_shapes, compute_dtype, reconstruct
@@ -78,17 +78,17 @@ class Settings(PruneSettings):
     """`swap` exchanges kept for removed weights while the exact loss falls. `auto`: by `effort`."""
     compensation: Compensation = "exact"
     """How the kept weights move: `exact` joint solve from the dense weights, `block` (M), `sequential` (S), or `none`."""
-    block: int | Literal["all"] = 128
+    block: Annotated[int, Field(ge=1)] | Literal["all"] = 128
     """Columns that share one quota and are compensated together while a sweep chooses the mask."""
-    damping: float | Literal["held-out"] = "held-out"
+    damping: Damping = "held-out"
     """λ as a share of the mean diagonal of the Gram; `held-out` chooses it on held-out sequences."""
     dense_target: Annotated[float, Field(ge=0, le=1)] | Literal["auto"] = "auto"
     """0 fits the dense layer on the inputs that the edited model sees; 1 fits the output of the dense model. `auto`: by `effort`."""
     bias: Literal["auto", "off"] = "auto"
     """`auto` corrects the bias of layers that have one for the mean change of their outputs."""
-    tolerance: float = 1e-4
+    tolerance: float = Field(default=1e-4, gt=0)
     """Proven bound on the relative excess of the loss at which the exact solve stops."""
-    max_iterations: int = 200
+    max_iterations: int = Field(default=200, ge=0)
     """Conjugate gradient iterations before a row is solved directly."""
 
     @property

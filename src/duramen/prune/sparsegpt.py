@@ -8,16 +8,15 @@ columns is chosen when its own first column is reached.
 
 from __future__ import annotations
 
-from typing import Literal
-
 import torch
 from jaxtyping import Bool, Float
+from pydantic import Field
 from torch import Tensor
 
 from duramen.calibrate.walker import Records, Walk
 from duramen.prune.compensate import Swept, sweep
 from duramen.prune.factor import Factor, factorise
-from duramen.prune.model import Model, PruneSettings, prune_model
+from duramen.prune.model import Damping, Model, PruneSettings, prune_model
 from duramen.prune.pattern import Pattern, lowest, parse_pattern, select
 from duramen.prune.pruned import Pruned, finish
 from duramen.prune.reconstruct import check_shapes, compute_dtype
@@ -27,9 +26,9 @@ from duramen.registry import method
 class Settings(PruneSettings):
     """Settings of SparseGPT."""
 
-    block: int = 128
+    block: int = Field(default=128, ge=1)
     """Columns that share one quota and one choice of mask."""
-    damping: float | Literal["held-out"] = 0.01
+    damping: Damping = 0.01
     """λ as a share of the mean diagonal of the Gram; `held-out` chooses it on held-out sequences."""
 
     @property
