@@ -9,7 +9,7 @@ from duramen.calibrate.statistics import Moments, Statistics
 from duramen.families.model import Layer
 from duramen.families.table import Projection
 from duramen.prune import multiweight
-from duramen.prune.model import prepare, prune_layer
+from duramen.prune.layer import prepare, prune_layer
 from duramen.prune.pruned import finish
 from duramen.prune.reconstruct import reconstruct
 

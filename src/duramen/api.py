@@ -246,7 +246,7 @@ def _assemble(
     context: Context, opened: BlockModel, store: BlockStore, step: Step, walk: Walk, records: Records, target: Path
 ) -> dict[str, Any]:
     assert opened.checkpoint is not None
-    copied = assemble(opened.checkpoint, store, len(opened.blocks), target)
+    copied = assemble(opened.checkpoint, store, len(opened.blocks), target, walk.reshape)
     assert walk.final_hidden is not None
     assert walk.first_batch is not None
     check = verify_logits(target, opened, walk.final_hidden, walk.first_batch, whole_up_to=peak_memory())

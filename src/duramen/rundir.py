@@ -213,6 +213,10 @@ class BlockStore:
         """Masks of a block."""
         return self.folder / f"block-{index:04d}.masks.safetensors"
 
+    def names(self, index: int) -> dict[str, str]:
+        """Stored name of every tensor of a finished block -> the model's own."""
+        return dict(json.loads(self._record(index).read_text(encoding="utf-8"))["names"])
+
     def save(self, index: int, tensors: dict[str, Tensor], pruned: dict[str, Tensor], records: list[dict[str, Any]]) -> None:
         """Keeps a finished block with its masks by layer; its record, written last, makes it count."""
         names = {self.stored_name(name): name for name in tensors}

@@ -9,7 +9,7 @@ model's activations as well), whatever the number of blocks.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
@@ -47,6 +47,28 @@ class Store(Protocol):
         """Keeps a finished block and the masks of its layers, durably."""
 
 
+class Reshape(Protocol):
+    """Gives finished blocks other shapes when the model is put together; see ``duramen.shrink.surgery``."""
+
+    @property
+    def blocks(self) -> list[int]:
+        """The blocks that stay, in order."""
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """The config of what stays."""
+
+    @property
+    def files(self) -> dict[str, str]:
+        """Further files: name -> content."""
+
+    def block(self, index: int, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """What stays of one block's tensors, by their paths inside it."""
+
+    def masks(self, masks: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """What stays of bit-packed masks, by the names that the layers have afterwards."""
+
+
 @dataclass
 class Walk:
     """How to walk.
@@ -60,6 +82,7 @@ class Walk:
         progress: Called with each layer's record as it is finished.
         final_hidden: Hidden states of the first batch after the last block that was walked, [B, T, D], set by the walk.
         first_batch: Its token ids, [B, T].
+        reshape: What else becomes of the finished blocks, set by methods that change shapes.
     """
 
     batch_size: int = 8
@@ -70,6 +93,7 @@ class Walk:
     progress: Callable[[dict[str, Any]], None] = lambda record: None
     final_hidden: Tensor | None = field(default=None, repr=False)
     first_batch: Tensor | None = field(default=None, repr=False)
+    reshape: Reshape | None = field(default=None, repr=False)
 
 
 @dataclass

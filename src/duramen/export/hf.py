@@ -7,8 +7,8 @@ with those of the model that was edited.
 
 from __future__ import annotations
 
-import json
 import os
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -17,10 +17,11 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from duramen.calibrate.walker import Reshape
 from duramen.families.checkpoint import INDEX, Checkpoint
 from duramen.families.model import BlockModel
 from duramen.problem import Exit, Problem
-from duramen.rundir import BlockStore, unpack_mask, write_json, write_tensors
+from duramen.rundir import BlockStore, unpack_mask, write_json, write_tensors, write_text
 
 MASKS = "masks.safetensors"
 TOLERANCE = 1e-3
@@ -38,7 +39,7 @@ _OWN = {
 }
 
 
-def assemble(source: Checkpoint, store: BlockStore, num_blocks: int, folder: Path) -> list[str]:
+def assemble(source: Checkpoint, store: BlockStore, num_blocks: int, folder: Path, reshape: Reshape | None = None) -> list[str]:
     """Writes the model folder of one finished step.
 
     Args:
@@ -46,32 +47,53 @@ def assemble(source: Checkpoint, store: BlockStore, num_blocks: int, folder: Pat
         store: Finished blocks.
         num_blocks: Number of blocks.
         folder: Where to write; whole files are left as they are.
+        reshape: What else becomes of the blocks.
 
     Returns:
         Names of the tensors outside the blocks, copied as they were.
     """
-    count = num_blocks + 1
+    kept = reshape.blocks if reshape else list(range(num_blocks))
+    count = len(kept) + 1
     shards = [f"model-{number + 1:05d}-of-{count:05d}.safetensors" for number in range(count)]
     places: dict[str, str] = {}
-    for index in range(num_blocks):
-        found = json.loads((store.folder / f"block-{index:04d}.json").read_text(encoding="utf-8"))
-        places |= dict.fromkeys(found["names"], shards[index + 1])
-        _link(store.shard(index), folder / shards[index + 1])
-    outside = [name for name in source.names if name not in places]
+    for number, index in enumerate(kept):
+        if reshape is None:
+            names = list(store.names(index))
+            _link(store.shard(index), folder / shards[number + 1])
+        else:
+            tensors = _reshaped(store, reshape, index, number)
+            names = list(tensors)
+            write_tensors(folder / shards[number + 1], tensors)
+        places |= dict.fromkeys(names, shards[number + 1])
+    inside = {name for index in range(num_blocks) for name in store.names(index)}
+    outside = [name for name in source.names if name not in inside]
     write_tensors(folder / shards[0], {name: source.read(name) for name in outside})
     places |= dict.fromkeys(outside, shards[0])
     size = sum((folder / shard).stat().st_size for shard in shards)
     write_json(folder / INDEX, {"metadata": {"total_size": size}, "weight_map": dict(sorted(places.items()))})
-    _write_masks(source.folder, store, num_blocks, folder)
+    _write_masks(source.folder, store, num_blocks, folder, reshape)
     copy_other_files(source.folder, folder)
+    if reshape:
+        write_json(folder / "config.json", reshape.config)
+        for name, content in reshape.files.items():
+            write_text(folder / name, content)
     return outside
 
 
-def _write_masks(source: Path, store: BlockStore, num_blocks: int, folder: Path) -> None:
+def _reshaped(store: BlockStore, reshape: Reshape, index: int, number: int) -> dict[str, Tensor]:
+    """What stays of block ``index``, by the stored names that it has as block ``number``."""
+    tensors, names = load_file(store.shard(index)), store.names(index)
+    paths = {own.partition(f".{index}.")[2]: stored for stored, own in names.items()}
+    kept = reshape.block(index, {path: tensors[stored] for path, stored in paths.items()})
+    return {re.sub(rf"(^|\.){index}\.", rf"\g<1>{number}.", paths[path], count=1): tensor for path, tensor in kept.items()}
+
+
+def _write_masks(source: Path, store: BlockStore, num_blocks: int, folder: Path, reshape: Reshape | None) -> None:
     """All masks in one file, bit-packed; masks of earlier steps stay unless this step replaced them."""
     masks: dict[str, Tensor] = load_file(source / MASKS) if (source / MASKS).is_file() else {}
     for index in range(num_blocks):
         masks |= load_file(store.masks(index))
+    masks = reshape.masks(masks) if reshape else masks
     if masks:
         layout = "uint8 [O, ceil(I/8)], little-endian bits, 1 where a weight was removed"
         write_tensors(folder / MASKS, masks, ("layout", layout))

@@ -22,13 +22,30 @@ def known_families() -> dict[str, Family]:
     return found
 
 
+OWN = "duramen_"
+"""How the model types of ``modeling_duramen.py`` begin; the rest is the stock type whose layers they are built from."""
+
+
+def register_own(model_type: str) -> None:
+    """Makes transformers know a model type of ``modeling_duramen.py``, so that no code beside the weights is run."""
+    if not model_type.startswith(OWN):
+        return
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    from duramen.families.modeling_duramen import classes
+
+    config, model = classes(model_type.removeprefix(OWN))
+    AutoConfig.register(model_type, config, exist_ok=True)
+    AutoModelForCausalLM.register(config, model, exist_ok=True)
+
+
 def find_family(model_type: str) -> Family:
-    """The table of a model type.
+    """The table of a model type, or of the stock type that one of our own is built from.
 
     Raises:
         Problem: If no table lists it.
     """
-    family = known_families().get(model_type)
+    family = known_families().get(model_type.removeprefix(OWN))
     if family is None:
         raise Problem(
             f"There is no family table for the architecture {model_type!r}.",

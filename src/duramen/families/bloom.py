@@ -23,7 +23,7 @@ FAMILY = Family(
     ),
     groups=(
         Group(
-            "query_head",
+            "kv_group",
             lambda s: s.heads,
             "n_head",
             (
@@ -34,7 +34,7 @@ FAMILY = Family(
         Group(
             "ffn_channel",
             lambda s: s.ffn,
-            "",
+            "intermediate_size",
             (
                 *(Member(f"mlp.dense_h_to_4h.{kind}", 0, unit_one) for kind in _KINDS),
                 Member("mlp.dense_4h_to_h.weight", 1, unit_one, reads=True),
@@ -57,5 +57,5 @@ FAMILY = Family(
             ),
         ),
     ),
-    ffn_key="",
+    slopes_key="alibi_heads",
 )

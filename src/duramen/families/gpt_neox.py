@@ -23,7 +23,7 @@ FAMILY = Family(
     ),
     groups=(
         Group(
-            "query_head",
+            "kv_group",
             lambda s: s.heads,
             "num_attention_heads",
             (

@@ -17,10 +17,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from duramen.families import find_family
+from duramen.families import find_family, register_own
 from duramen.families.checkpoint import Checkpoint, check_finite
 from duramen.families.generic import infer_family
-from duramen.families.table import Family, Projection
+from duramen.families.table import Family, Projection, Sizes
 from duramen.problem import Exit, Problem
 
 
@@ -116,6 +116,7 @@ class BlockModel:
         from transformers import AutoConfig, AutoModelForCausalLM
 
         checkpoint = Checkpoint(folder)
+        register_own(checkpoint.config.get("model_type", "?"))
         known = None if allow_generic else find_family(checkpoint.config.get("model_type", "?"))
         config = AutoConfig.from_pretrained(folder)
         with init_empty_weights(include_buffers=False):
@@ -135,6 +136,10 @@ class BlockModel:
     def config(self) -> Any:
         """The transformers config."""
         return self.network.config
+
+    def sizes(self, block: int) -> Sizes:
+        """Widths of one block; those of all blocks agree unless units were removed."""
+        return self.family.sizes(self.config.per_layer_config[block])
 
     @cached_property
     def blocks(self) -> nn.ModuleList:

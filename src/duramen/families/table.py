@@ -7,7 +7,7 @@ of the residual stream), so that a unit can be removed from all tensors at once.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -72,10 +72,11 @@ class Member:
     reads: bool = False
     outside: bool = False
 
-    def indices(self, sizes: Sizes, unit: int) -> Tensor:
-        """Entries of the axis that belong to ``unit``, [n]."""
-        size, offset = self.size(sizes), self.offset(sizes)
-        return torch.arange(offset + unit * size, offset + (unit + 1) * size)
+    def indices(self, sizes: Sizes, units: int | Sequence[int]) -> Tensor:
+        """Entries of the axis that belong to these units, one unit after another, [n]."""
+        size = self.size(sizes)
+        chosen = torch.tensor([units] if isinstance(units, int) else list(units), dtype=torch.long)
+        return (self.offset(sizes) + size * chosen[:, None] + torch.arange(size)).flatten()
 
 
 @dataclass(frozen=True)
@@ -83,7 +84,7 @@ class Group:
     """A coupled group.
 
     Attributes:
-        kind: query_head, kv_group, ffn_channel or width.
+        kind: kv_group (a key and value head with its query heads), query_head (where several share a KV group), ffn_channel or width.
         count: Number of units.
         config_key: Config attribute that holds this number.
         members: Every tensor axis that carries the unit. Paths that a config leaves out (biases) may be absent.
@@ -119,6 +120,7 @@ class Family:
         stages: Projections in running order, those with the same input together.
         groups: Coupled axes.
         ffn_key: Config attribute of the FFN width; four times the width where it is absent or None.
+        slopes_key: Config attribute for the heads whose ALiBi slopes a block keeps, where the architecture has such slopes.
         stored_as: (start of a parameter's name, its start in checkpoints), where transformers renames on loading.
         stacked: Parameters that checkpoints hold in parts.
     """
@@ -129,8 +131,14 @@ class Family:
     stages: Stages
     groups: tuple[Group, ...] = ()
     ffn_key: str = "intermediate_size"
+    slopes_key: str = ""
     stored_as: tuple[tuple[str, str], ...] = ()
     stacked: tuple[Stacked, ...] = ()
+
+    def writer(self, part: str) -> str:
+        """Path inside the block of the projection by which a part (``attention``, ``mlp``) writes to the residual stream."""
+        role = {"attention": "o", "mlp": "down"}[part]
+        return next(item.path for stage in self.stages for item in stage if item.role == role)
 
     def sizes(self, config: Any) -> Sizes:
         """Reads the widths from a transformers config."""

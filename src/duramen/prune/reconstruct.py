@@ -87,7 +87,8 @@ def reconstruct(
     dense = weight.to(dtype)
     kept = ~pruned
     side = int(torch.minimum(pruned.sum(1), kept.sum(1)).max())
-    if len(dense) * side**3 <= DIRECT_UP_TO or max_iterations < 1:
+    systems = 1 if same_for_all_rows(pruned) else len(dense)
+    if systems == 1 or systems * side**3 <= DIRECT_UP_TO or max_iterations < 1:
         solution, excess, iterations = solve_direct(dense, factor.hessian, pruned), 0.0, 0
     else:
         found = solve_iteratively(
@@ -130,10 +131,15 @@ def check_shapes(weight: Tensor, gram: Tensor) -> None:
         )
 
 
+def same_for_all_rows(pruned: Bool[Tensor, "O I"]) -> bool:
+    """Whether a mask consists of whole columns."""
+    return bool((pruned == pruned[:1]).all())
+
+
 def solve_direct(
     dense: Float[Tensor, "O I"], hessian: Float[Tensor, "I I"], pruned: Bool[Tensor, "O I"]
 ) -> Float[Tensor, "O I"]:
-    """Solves every row by one Cholesky factorisation of its own, in float64.
+    """Solves every row by one Cholesky factorisation of its own, or all by one where they share a mask, in float64.
 
     A row takes the primal form if it keeps at most as many entries as it loses, else the dual form: the smaller system.
 
@@ -147,6 +153,11 @@ def solve_direct(
     """
     target, matrix = dense.to(torch.float64), hessian.to(torch.float64)
     solution = target.masked_fill(pruned, 0)
+    if same_for_all_rows(pruned):
+        kept, lost = ~pruned[0], pruned[0]
+        lower = torch.linalg.cholesky(matrix[kept][:, kept])
+        solution[:, kept] += torch.cholesky_solve(matrix[kept][:, lost] @ target[:, lost].T, lower).T
+        return solution.to(dense.dtype)
     primal = (~pruned).sum(1) <= pruned.sum(1)
     if bool(primal.any()):
         lost = target[primal].masked_fill(~pruned[primal], 0)

@@ -16,7 +16,8 @@ from torch import Tensor
 from duramen.calibrate.walker import Records, Walk
 from duramen.prune.compensate import Swept, sweep
 from duramen.prune.factor import Factor, factorise
-from duramen.prune.model import Damping, Model, PruneSettings, prune_model
+from duramen.prune.layer import Damping
+from duramen.prune.model import Model, PruneSettings, prune_model
 from duramen.prune.pattern import Pattern, lowest, parse_pattern, select
 from duramen.prune.pruned import Pruned, finish
 from duramen.prune.reconstruct import check_shapes, compute_dtype

@@ -1,0 +1,96 @@
+"""The units of a model that can be removed as a whole, as the family tables have them.
+
+A unit is one FFN channel, one KV group with its query heads, or one query head in every KV group of a block (a query slot).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+from torch import Tensor
+
+from duramen.families.model import BlockModel
+from duramen.families.table import Group, Member, Sizes
+from duramen.problem import Exit, Problem
+
+Kind = Literal["ffn_channel", "kv_group", "query_head"]
+KINDS: tuple[Kind, ...] = get_args(Kind)
+
+
+@dataclass(frozen=True)
+class Units:
+    """The units of one kind in one block.
+
+    Attributes:
+        block: Index of the block.
+        group: Entry of the family's table.
+        sizes: Widths of the block.
+        members: Those of the table's tensors that the block has.
+        parameters: Of one unit, in all its tensors.
+        reader: Full name of the projection that reads the units.
+    """
+
+    block: int
+    group: Group
+    sizes: Sizes
+    members: tuple[Member, ...]
+    parameters: int
+    reader: str
+
+    @property
+    def kind(self) -> str:
+        """Kind of the units."""
+        return self.group.kind
+
+    @property
+    def count(self) -> int:
+        """How many there are, U."""
+        return self.group.count(self.sizes)
+
+    def columns(self, units: Sequence[int]) -> Tensor:
+        """The reader's input columns that belong to these units, [n]."""
+        return next(member.indices(self.sizes, units) for member in self.members if member.reads)
+
+    def describe(self) -> dict[str, Any]:
+        """For ``inspect --groups``."""
+        return {
+            "block": self.block, "kind": self.kind, "units": self.count, "parameters": self.parameters,
+            "members": [f"{member.path}[{member.axis}] x{member.size(self.sizes)}" for member in self.members],
+        }  # fmt: skip
+
+
+def find_units(model: BlockModel, kinds: Sequence[str]) -> list[Units]:
+    """All units of some kinds, block by block.
+
+    Raises:
+        Problem: If the family's table has no such group.
+    """
+    groups = {group.kind: group for group in model.family.groups}
+    for kind in kinds:
+        if kind not in groups:
+            known = [name for name in KINDS if name in groups]
+            raise Problem(
+                f"The family {model.family.name} has no table of {kind} units.",
+                why=f"it has {', '.join(known)}." if known else "its table says which layers there are, not what is coupled.",
+                fix=f"`families: [{', '.join(known)}]`." if known else "prune weights instead (`multiweight`), which needs no coupled groups.",
+                code=Exit.INCOMPATIBLE,
+            )  # fmt: skip
+    return [
+        units
+        for block in range(len(model.blocks))
+        for kind in kinds
+        if (units := _units(model, block, groups[kind])) is not None
+    ]
+
+
+def _units(model: BlockModel, block: int, group: Group) -> Units | None:
+    shapes = {name: tensor.shape for name, tensor in model.blocks[block].state_dict().items()}
+    members = tuple(member for member in group.members if member.path in shapes)
+    reader = next((member.path.rpartition(".")[0] for member in members if member.reads), None)
+    if reader is None:
+        return None
+    sizes = model.sizes(block)
+    parameters = sum(shapes[member.path].numel() // shapes[member.path][member.axis] * member.size(sizes) for member in members)
+    return Units(block, group, sizes, members, parameters, f"{model.family.blocks}.{block}.{reader}")

@@ -1,0 +1,283 @@
+"""Carries a plan out: what stays of every tensor, and the config that goes with it.
+
+Removing a unit equals zeroing the columns that read it, in every family with coupled groups (method sheet, 2.2); ``masked`` is
+that other side.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from duramen.families import OWN, register_own
+from duramen.families.model import BlockModel
+from duramen.families.modeling_duramen import STOCK, classes
+from duramen.problem import Problem
+from duramen.rundir import pack_mask, unpack_mask
+from duramen.shrink.groups import Units, find_units
+from duramen.shrink.plan import PLAN, Kept, Plan
+
+OLDEST_TRANSFORMERS = "5.15.0"
+"""The first version that reads ``per_layer_config``."""
+MODELING = Path(__file__).parents[1] / "families" / "modeling_duramen.py"
+
+
+class Surgery:
+    """A plan for a model, ready to be carried out block by block.
+
+    Attributes:
+        model: The model as it is; nothing of it is changed.
+        plan: What stays.
+        units: For every block, the units of the kinds that the plan touches.
+    """
+
+    def __init__(self, model: BlockModel, plan: Plan) -> None:
+        self.model, self.plan = model, plan
+        self.units: list[list[Units]] = [[] for _ in model.blocks]
+        for each in find_units(model, tuple(plan.kept)):
+            self.units[each.block].append(each)
+
+    @property
+    def base_type(self) -> str:
+        """The stock model type."""
+        return str(self.model.config.model_type).removeprefix(OWN)
+
+    @property
+    def blocks(self) -> list[int]:
+        """The blocks that stay, in order."""
+        return [index for index in range(len(self.model.blocks)) if index not in self.plan.dropped]
+
+    @property
+    def files(self) -> dict[str, str]:
+        """What lies beside the weights: the plan, and the modelling file where the config needs it."""
+        before = self.model.checkpoint and self.model.checkpoint.folder / PLAN
+        plan = Plan.load(before).then(self.plan) if before and before.is_file() else self.plan
+        needs = "auto_map" in self.config
+        return {PLAN: plan.to_json()} | ({MODELING.name: MODELING.read_text(encoding="utf-8")} if needs else {})
+
+    def block(self, index: int, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """What stays of one block's tensors, which are given by their paths inside the block."""
+        gone = self._gone(index)
+        return {path: self._cut(index, path, tensor) for path, tensor in tensors.items() if path.split(".")[0] not in gone}
+
+    def masks(self, masks: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """What stays of bit-packed masks of layers, where anything of them is left."""
+        found = {}
+        for name, packed in masks.items():
+            block, _, path = name.removeprefix(f"{self.model.family.blocks}.").partition(".")
+            weight = self.model.network.get_parameter(f"{name}.weight")
+            turned = self.model.transposed(name)
+            mask = unpack_mask(packed, weight.shape[0] if turned else weight.shape[1])
+            kept = self.block(int(block), {f"{path}.weight": mask.T if turned else mask}) if int(block) in self.blocks else {}
+            for cut in kept.values():
+                if cut.any():
+                    new = f"{self.model.family.blocks}.{self.blocks.index(int(block))}.{path}"
+                    found[new] = pack_mask(cut.T if turned else cut)
+        return found
+
+    def _gone(self, index: int) -> set[str]:
+        """The children of a block that its skipped parts consist of."""
+        stock = STOCK[self.base_type]
+        parts = {"attention": (stock.attention,), "mlp": stock.mlp}
+        return {child for part in self.plan.skipped.get(index, ()) for child in parts[part]}
+
+    def _cut(self, index: int, path: str, tensor: Tensor) -> Tensor:
+        for axis in range(tensor.ndim):
+            kept = torch.ones(tensor.shape[axis], dtype=torch.bool)
+            for units in self.units[index]:
+                stay, places = set(self.plan.stay(units)), set(self.plan.places(units))
+                for member in units.members:
+                    if (member.path, member.axis) == (path, axis):
+                        kept[member.indices(units.sizes, sorted(set(range(units.count)) - places))] = False
+                        zeros = member.indices(units.sizes, sorted(places - stay)).to(tensor.device)
+                        tensor = tensor.index_fill(axis, zeros, 0)
+            if not kept.all():
+                tensor = tensor.index_select(axis, kept.nonzero().flatten().to(tensor.device))
+        return tensor.contiguous()
+
+    def widths(self, index: int) -> dict[str, Any]:
+        """The config entries of one block that the plan decides."""
+        keys = {group.kind: group.config_key for group in self.model.family.groups}
+        here, sizes = {units.kind: units for units in self.units[index]}, self.model.sizes(index)
+        entries: dict[str, Any] = {}
+        if "ffn_channel" in here:
+            entries[keys["ffn_channel"]] = len(self.plan.places(here["ffn_channel"]))
+        groups, heads = sizes.groups, sizes.heads
+        if "query_head" in here:
+            heads = len(self.plan.places(here["query_head"]))
+        if "kv_group" in here:
+            places = self.plan.places(here["kv_group"])
+            heads, groups = heads // groups * len(places), len(places)
+            entries[keys["kv_group"]] = groups
+            if self.model.family.slopes_key:
+                slopes = getattr(self.model.config.per_layer_config[index], self.model.family.slopes_key, range(sizes.heads))
+                entries[self.model.family.slopes_key] = [slopes[head] for head in places]
+        if heads != sizes.heads and "query_head" in keys:
+            entries[keys["query_head"]] = heads
+        return entries
+
+    @cached_property
+    def config(self) -> dict[str, Any]:
+        """The config of what stays: the stock one where its class builds these shapes, else that of ``modeling_duramen.py``."""
+        checkpoint = self.model.checkpoint
+        source: dict[str, Any] = checkpoint.config if checkpoint else self.model.config.to_dict()
+        whole: dict[str, Any] = {key: value for key, value in source.items() if key not in ("per_layer_config", "auto_map")}
+        whole |= self._fewer_blocks() | self._head_width()
+        before = {int(index): entry for index, entry in (source.get("per_layer_config") or {}).items()}
+        layers = [before.get(index, {}) | self.widths(index) | self._skips(index, before) for index in self.blocks]
+        same = all(entry == layers[0] and "skip" not in entry for entry in layers)
+        stock = whole | {"model_type": self.base_type, "architectures": [classes(self.base_type)[1].__mro__[1].__name__]}
+        if same and self._builds(stock | layers[0]):
+            return {**stock, **layers[0]}
+        own = [made.__name__ for made in classes(self.base_type)]
+        return whole | {
+            "model_type": f"{OWN}{self.base_type}",
+            "architectures": [own[1]],
+            "auto_map": {"AutoConfig": f"{MODELING.stem}.{own[0]}", "AutoModelForCausalLM": f"{MODELING.stem}.{own[1]}"},
+            "oldest_transformers": OLDEST_TRANSFORMERS,
+            "per_layer_config": {str(number): entry for number, entry in enumerate(layers)},
+        }  # fmt: skip
+
+    def _skips(self, index: int, before: Mapping[int, dict[str, Any]]) -> dict[str, list[str]]:
+        parts = sorted({*self.plan.skipped.get(index, ()), *before.get(index, {}).get("skip", ())})
+        return {"skip": parts} if parts else {}
+
+    def _fewer_blocks(self) -> dict[str, Any]:
+        """The number of blocks, and every list of the config that has an entry per block."""
+        if not self.plan.dropped:
+            return {}
+        count, found = len(self.model.blocks), self.model.config.to_dict()
+        key = getattr(self.model.config, "attribute_map", {}).get("num_hidden_layers", "num_hidden_layers")
+        lists = {
+            name: [value[index] for index in self.blocks]
+            for name, value in found.items()
+            if isinstance(value, list) and len(value) == count
+        }
+        return {key: len(self.blocks)} | lists
+
+    def _head_width(self) -> dict[str, int]:
+        """The head's width, said outright, where it no longer follows from the number of heads."""
+        touched = {"kv_group", "query_head"} & set(self.plan.kept)
+        return {"head_dim": self.model.sizes(0).head} if touched else {}
+
+    def _builds(self, config: dict[str, Any]) -> bool:
+        """Whether the stock class accepts this config and has the shapes of what stays."""
+        from accelerate import init_empty_weights
+        from transformers import AutoConfig, AutoModelForCausalLM
+
+        try:
+            made = AutoConfig.for_model(**config)
+            with init_empty_weights():
+                network = AutoModelForCausalLM.from_config(made)
+        except ValueError:
+            return False
+        built = network.get_submodule(self.model.family.blocks)
+        return all(self._shapes(old) == _shapes(built[new]) for new, old in enumerate(self.blocks))
+
+    def _shapes(self, index: int) -> dict[str, torch.Size]:
+        state = self.model.blocks[index].state_dict()
+        return {path: cut.shape for path, cut in self.block(index, {p: t.to("meta") for p, t in state.items()}).items()}
+
+
+def _shapes(block: nn.Module) -> dict[str, torch.Size]:
+    return {path: tensor.shape for path, tensor in block.state_dict().items()}
+
+
+def shrunk(model: BlockModel, plan: Plan) -> nn.Module:
+    """A model in memory, cut to what stays, as a new transformers model."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    surgery = Surgery(model, plan)
+    config = dict(surgery.config)
+    register_own(config["model_type"])
+    network = AutoModelForCausalLM.from_config(AutoConfig.for_model(**config), dtype=model.dtype).eval()
+    inside = f"{model.family.blocks}."
+    state = {name: tensor for name, tensor in model.network.state_dict().items() if not name.startswith(inside)}
+    for new, old in enumerate(surgery.blocks):
+        kept = surgery.block(old, model.blocks[old].state_dict())
+        state |= {f"{inside}{new}.{path}": tensor for path, tensor in kept.items()}
+    network.load_state_dict(state)
+    assert isinstance(network, nn.Module)
+    return network
+
+
+@contextmanager
+def masked(model: BlockModel, plan: Plan) -> Iterator[None]:
+    """The same model with everything zeroed that the plan removes; its tensors stay as they are."""
+    surgery = Surgery(model, plan)
+    with ExitStack() as hooks:
+        for index, block in enumerate(model.blocks):
+            if index in plan.dropped:
+                hooks.callback(block.register_forward_hook(_pass_through).remove)
+            for units in surgery.units[index]:
+                reader = model.network.get_submodule(units.reader)
+                hooks.callback(reader.register_forward_pre_hook(partial(_zero_inputs, units.columns(plan.stay(units)))).remove)
+            for part in plan.skipped.get(index, ()):
+                writer = block.get_submodule(model.family.writer(part))
+                hooks.callback(writer.register_forward_hook(_zero_output).remove)
+        yield
+
+
+def _pass_through(block: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+    return (args[0], *output[1:]) if isinstance(output, tuple) else args[0]
+
+
+def _zero_inputs(kept: Tensor, reader: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    mask = torch.zeros(args[0].shape[-1], dtype=args[0].dtype, device=args[0].device)
+    mask[kept.to(mask.device)] = 1
+    return (args[0] * mask, *args[1:])
+
+
+def _zero_output(writer: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
+    return torch.zeros_like(output)
+
+
+def homogenised(model: BlockModel, plan: Plan) -> Plan:
+    """A plan with the same function whose blocks all have one shape that the stock class builds; zeros fill what is too narrow.
+
+    Raises:
+        Problem: If a part is skipped whose output has a bias, which zeros cannot stand for.
+    """
+    kept = dict(plan.kept)
+    for part, kind in (("attention", "kv_group"), ("mlp", "ffn_channel")):
+        blocks = [block for block, parts in plan.skipped.items() if part in parts]
+        if not blocks:
+            continue
+        if model.network.get_submodule(f"{model.family.blocks}.{blocks[0]}.{model.family.writer(part)}").bias is not None:
+            raise Problem(
+                f"The {part} of block {blocks[0]} cannot be filled with zeros.",
+                why="its output has a bias, which stays when all of its units are gone.",
+                fix="`homogenise: false`, which leaves the part out altogether.",
+            )  # fmt: skip
+        whole = {units.block: tuple(range(units.count)) for units in find_units(model, (kind,))}
+        here = kept.get(kind, tuple(whole[block] for block in sorted(whole)))
+        kept[kind] = tuple(() if block in blocks else units for block, units in enumerate(here))
+    widths = {kind: max(map(len, blocks)) for kind, blocks in kept.items()}
+    counts = {units.kind: units.count for units in find_units(model, tuple(kept))}
+    while True:
+        filled = replace(plan, kept=kept, fill=_fill(kept, widths, counts), skipped={})
+        if OWN not in Surgery(model, filled).config["model_type"]:
+            return filled
+        heads = [kind for kind in ("query_head", "kv_group") if widths.get(kind, 0) < counts.get(kind, 0)]
+        grown = heads[0] if heads else "ffn_channel"
+        if widths.get(grown, 0) >= counts.get(grown, 0):
+            return filled
+        widths[grown] = widths[grown] + 1 if heads else counts[grown]
+
+
+def _fill(kept: Kept, widths: Mapping[str, int], counts: Mapping[str, int]) -> dict[str, tuple[tuple[int, ...], ...]]:
+    """The first removed units of every block, as many as it lacks."""
+    return {
+        kind: tuple(
+            tuple([unit for unit in range(counts[kind]) if unit not in set(stay)][: widths[kind] - len(stay)])
+            for stay in blocks
+        )
+        for kind, blocks in kept.items()
+    }
