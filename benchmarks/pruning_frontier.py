@@ -5,8 +5,8 @@
 
 Prunes a model by every method at every target from the same calibration tokens, each with its published damping (0.01) or, for
 the three efforts of multi-weight pruning, the default that is chosen on held-out sequences. ALPS-style is ADMM's mask at the
-published damping, fitted to the dense layer as ALPS does, and solved exactly where ALPS takes ten iterations. Measures the summed relative layer error, perplexity, KL from dense, and the seconds
-of pruning. Adds to benchmarks/results/pruning_frontier.csv after every run; runs that stand there are left out. About two hours a
+published damping, fitted to the dense layer as ALPS does, and solved exactly where ALPS takes ten iterations. Measures the summed relative layer error, perplexity, KL from dense, and the
+processor seconds of pruning, which other work on the machine hardly changes. Adds to benchmarks/results/pruning_frontier.csv after every run; runs that stand there are left out. About two hours a
 model on 2 cores.
 """
 

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from typing import TypeVar
 
 import torch
-from torch import distributed
+from torch import Tensor, distributed
 
 from duramen.calibrate.statistics import Moments, Statistics
 
@@ -73,11 +73,17 @@ def add_up(statistics: Statistics) -> None:
         if moments is not None:
             _add_up_moments(moments)
     if statistics.cross is not None:
-        distributed.all_reduce(statistics.cross)
+        add(statistics.cross)
+
+
+def add(tensor: Tensor) -> None:
+    """Adds the tensors of all ranks, in place."""
+    if count() > 1:
+        distributed.all_reduce(tensor)
 
 
 def _add_up_moments(moments: Moments) -> None:
     number = torch.tensor(moments.count)
     for tensor in (number, moments.first, moments.second):
-        distributed.all_reduce(tensor)
+        add(tensor)
     moments.count = int(number)

@@ -6,7 +6,7 @@ A unit is one FFN channel, one KV group with its query heads, or one query head 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
 
 from torch import Tensor
@@ -30,6 +30,7 @@ class Units:
         members: Those of the table's tensors that the block has.
         parameters: Of one unit, in all its tensors.
         reader: Full name of the projection that reads the units.
+        count: How many there are, U.
     """
 
     block: int
@@ -38,6 +39,7 @@ class Units:
     members: tuple[Member, ...]
     parameters: int
     reader: str
+    count: int
 
     @property
     def kind(self) -> str:
@@ -45,9 +47,11 @@ class Units:
         return self.group.kind
 
     @property
-    def count(self) -> int:
-        """How many there are, U."""
-        return self.group.count(self.sizes)
+    def slots(self) -> Units:
+        """The same for a choice by block: query heads leave one from every KV group at a time."""
+        if self.kind != "query_head":
+            return self
+        return replace(self, count=self.count // self.sizes.groups, parameters=self.parameters * self.sizes.groups)
 
     def columns(self, units: Sequence[int]) -> Tensor:
         """The reader's input columns that belong to these units, [n]."""
@@ -93,4 +97,4 @@ def _units(model: BlockModel, block: int, group: Group) -> Units | None:
         return None
     sizes = model.sizes(block)
     parameters = sum(shapes[member.path].numel() // shapes[member.path][member.axis] * member.size(sizes) for member in members)
-    return Units(block, group, sizes, members, parameters, f"{model.family.blocks}.{block}.{reader}")
+    return Units(block, group, sizes, members, parameters, f"{model.family.blocks}.{block}.{reader}", group.count(sizes))

@@ -5,12 +5,14 @@ It is all that is needed beside the dense weights, and is saved as ``pruning_pla
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from duramen.families.model import BlockModel
 from duramen.problem import Problem
 from duramen.shrink.groups import Units
 
@@ -107,3 +109,9 @@ class Plan:
     def load(cls, file: Path) -> Plan:
         """Reads ``pruning_plan.json``."""
         return cls.from_json(file.read_text(encoding="utf-8"))
+
+
+def digest(model: BlockModel) -> str:
+    """Of the names and shapes of a model's tensors: a plan fits every model that has the same, such as a tuned sibling."""
+    shapes = sorted((name, tuple(tensor.shape)) for name, tensor in model.network.state_dict().items())
+    return hashlib.sha256(json.dumps(shapes).encode()).hexdigest()[:16]

@@ -6,7 +6,7 @@ that other side.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from functools import cached_property, partial
@@ -217,12 +217,22 @@ def masked(model: BlockModel, plan: Plan) -> Iterator[None]:
             if index in plan.dropped:
                 hooks.callback(block.register_forward_hook(_pass_through).remove)
             for units in surgery.units[index]:
-                reader = model.network.get_submodule(units.reader)
-                hooks.callback(reader.register_forward_pre_hook(partial(_zero_inputs, units.columns(plan.stay(units)))).remove)
+                hooks.enter_context(zeroed(model, units, plan.stay(units)))
             for part in plan.skipped.get(index, ()):
                 writer = block.get_submodule(model.family.writer(part))
                 hooks.callback(writer.register_forward_hook(_zero_output).remove)
         yield
+
+
+@contextmanager
+def zeroed(model: BlockModel, units: Units, stay: Sequence[int]) -> Iterator[None]:
+    """The same model with all of these units zeroed but those that stay."""
+    reader = model.network.get_submodule(units.reader)
+    handle = reader.register_forward_pre_hook(partial(_zero_inputs, units.columns(stay)))
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 def _pass_through(block: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
