@@ -65,6 +65,9 @@ class Reshape(Protocol):
     def block(self, index: int, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """What stays of one block's tensors, by their paths inside it."""
 
+    def stored_name(self, name: str) -> str:
+        """Under which name a tensor of the source goes into the new checkpoint."""
+
     def masks(self, masks: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """What stays of bit-packed masks, by the names that the layers have afterwards."""
 

@@ -67,8 +67,9 @@ def assemble(source: Checkpoint, store: BlockStore, num_blocks: int, folder: Pat
         places |= dict.fromkeys(names, shards[number + 1])
     inside = {name for index in range(num_blocks) for name in store.names(index)}
     outside = [name for name in source.names if name not in inside]
-    write_tensors(folder / shards[0], {name: source.read(name) for name in outside})
-    places |= dict.fromkeys(outside, shards[0])
+    renamed = {name: reshape.stored_name(name) if reshape else name for name in outside}
+    write_tensors(folder / shards[0], {renamed[name]: source.read(name) for name in outside})
+    places |= dict.fromkeys(renamed.values(), shards[0])
     size = sum((folder / shard).stat().st_size for shard in shards)
     write_json(folder / INDEX, {"metadata": {"total_size": size}, "weight_map": dict(sorted(places.items()))})
     _write_masks(source.folder, store, num_blocks, folder, reshape)
@@ -85,7 +86,8 @@ def _reshaped(store: BlockStore, reshape: Reshape, index: int, number: int) -> d
     tensors, names = load_file(store.shard(index)), store.names(index)
     paths = {own.partition(f".{index}.")[2]: stored for stored, own in names.items()}
     kept = reshape.block(index, {path: tensors[stored] for path, stored in paths.items()})
-    return {re.sub(rf"(^|\.){index}\.", rf"\g<1>{number}.", paths[path], count=1): tensor for path, tensor in kept.items()}
+    moved = {path: re.sub(rf"(^|\.){index}\.", rf"\g<1>{number}.", stored, count=1) for path, stored in paths.items()}
+    return {reshape.stored_name(moved[path]): tensor for path, tensor in kept.items()}
 
 
 def _write_masks(source: Path, store: BlockStore, num_blocks: int, folder: Path, reshape: Reshape | None) -> None:
@@ -145,6 +147,7 @@ def verify_logits(folder: Path, model: BlockModel, hidden: Tensor, tokens: Tenso
     if size <= whole_up_to:
         from transformers import AutoModelForCausalLM
 
+        Checkpoint(folder)
         reopened = AutoModelForCausalLM.from_pretrained(folder, dtype=model.dtype).eval()
         how, found = "plain transformers, whole", reopened(tokens[:1], use_cache=False).logits[:, -256:]
     else:

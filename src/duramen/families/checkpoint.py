@@ -13,6 +13,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
+from duramen.families import register_own
 from duramen.problem import Exit, Problem
 
 INDEX = "model.safetensors.index.json"
@@ -20,6 +21,8 @@ INDEX = "model.safetensors.index.json"
 
 class Checkpoint:
     """The tensors of one model folder; nothing is read before it is asked for.
+
+    From here on transformers opens the folder too, if its layers differ in shape: by our own classes, not by code beside the weights.
 
     Args:
         folder: A folder with ``config.json`` and ``*.safetensors``.
@@ -33,6 +36,7 @@ class Checkpoint:
         self.files = self._find_files()
         self._headers = {file: read_header(self.folder / file) for file in sorted(set(self.files.values()))}
         self._refuse_quantized()
+        register_own(self.config.get("model_type", "?"))
 
     @cached_property
     def config(self) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from duramen.families import find_family, register_own
+from duramen.families import find_family
 from duramen.families.checkpoint import Checkpoint, check_finite
 from duramen.families.generic import infer_family
 from duramen.families.table import Family, Projection, Sizes
@@ -116,7 +116,6 @@ class BlockModel:
         from transformers import AutoConfig, AutoModelForCausalLM
 
         checkpoint = Checkpoint(folder)
-        register_own(checkpoint.config.get("model_type", "?"))
         known = None if allow_generic else find_family(checkpoint.config.get("model_type", "?"))
         config = AutoConfig.from_pretrained(folder)
         with init_empty_weights(include_buffers=False):

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from duramen.families import OWN, register_own
 from duramen.families.model import BlockModel
 from duramen.families.modeling_duramen import STOCK, classes
+from duramen.families.table import Family
 from duramen.problem import Problem
 from duramen.rundir import pack_mask, unpack_mask
 from duramen.shrink.groups import Units, find_units
@@ -66,6 +67,14 @@ class Surgery:
         """What stays of one block's tensors, which are given by their paths inside the block."""
         gone = self._gone(index)
         return {path: self._cut(index, path, tensor) for path, tensor in tensors.items() if path.split(".")[0] not in gone}
+
+    def stored_name(self, name: str) -> str:
+        """The model's own name where the checkpoint has another, which transformers only knows to translate for the stock type."""
+        if "auto_map" in self.config:
+            for own, stored in self.model.family.stored_as:
+                if name.startswith(stored):
+                    return own + name.removeprefix(stored)
+        return name
 
     def masks(self, masks: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """What stays of bit-packed masks of layers, where anything of them is left."""
@@ -134,8 +143,9 @@ class Surgery:
         layers = [before.get(index, {}) | self.widths(index) | self._skips(index, before) for index in self.blocks]
         same = all(entry == layers[0] and "skip" not in entry for entry in layers)
         stock = whole | {"model_type": self.base_type, "architectures": [classes(self.base_type)[1].__mro__[1].__name__]}
-        if same and self._builds(stock | layers[0]):
-            return {**stock, **layers[0]}
+        stock = {key: value for key, value in {**stock, **layers[0]}.items() if key in source or key in self._stock_keys}
+        if same and self._builds(stock):
+            return stock
         own = [made.__name__ for made in classes(self.base_type)]
         return whole | {
             "model_type": f"{OWN}{self.base_type}",
@@ -144,6 +154,11 @@ class Surgery:
             "oldest_transformers": OLDEST_TRANSFORMERS,
             "per_layer_config": {str(number): entry for number, entry in enumerate(layers)},
         }  # fmt: skip
+
+    @cached_property
+    def _stock_keys(self) -> set[str]:
+        """What the stock config has entries for."""
+        return set(classes(self.base_type)[0].__mro__[1]().to_dict())
 
     def _skips(self, index: int, before: Mapping[int, dict[str, Any]]) -> dict[str, list[str]]:
         parts = sorted({*self.plan.skipped.get(index, ()), *before.get(index, {}).get("skip", ())})
@@ -170,13 +185,14 @@ class Surgery:
     def _builds(self, config: dict[str, Any]) -> bool:
         """Whether the stock class accepts this config and has the shapes of what stays."""
         from accelerate import init_empty_weights
+        from huggingface_hub.errors import StrictDataclassError
         from transformers import AutoConfig, AutoModelForCausalLM
 
         try:
             made = AutoConfig.for_model(**config)
             with init_empty_weights():
                 network = AutoModelForCausalLM.from_config(made)
-        except ValueError:
+        except (ValueError, StrictDataclassError):
             return False
         built = network.get_submodule(self.model.family.blocks)
         return all(self._shapes(old) == _shapes(built[new]) for new, old in enumerate(self.blocks))
@@ -219,8 +235,7 @@ def masked(model: BlockModel, plan: Plan) -> Iterator[None]:
             for units in surgery.units[index]:
                 hooks.enter_context(zeroed(model, units, plan.stay(units)))
             for part in plan.skipped.get(index, ()):
-                writer = block.get_submodule(model.family.writer(part))
-                hooks.callback(writer.register_forward_hook(_zero_output).remove)
+                hooks.enter_context(silenced(block, model.family, part))
         yield
 
 
@@ -229,6 +244,16 @@ def zeroed(model: BlockModel, units: Units, stay: Sequence[int]) -> Iterator[Non
     """The same model with all of these units zeroed but those that stay."""
     reader = model.network.get_submodule(units.reader)
     handle = reader.register_forward_pre_hook(partial(_zero_inputs, units.columns(stay)))
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+@contextmanager
+def silenced(block: nn.Module, family: Family, part: str) -> Iterator[None]:
+    """The same block without its attention or its MLP."""
+    handle = block.get_submodule(family.writer(part)).register_forward_hook(_zero_output)
     try:
         yield
     finally:
