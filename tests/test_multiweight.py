@@ -9,7 +9,7 @@ from duramen.problem import Problem
 from duramen.prune import multiweight, sparsegpt, wanda
 from duramen.prune.compensate import compensate
 from duramen.prune.factor import factorise
-from duramen.prune.model import choose_damping
+from duramen.prune.layer import choose_damping
 from duramen.prune.pattern import parse_pattern
 from duramen.prune.reconstruct import output_error, reconstruct
 from oracles import dense
