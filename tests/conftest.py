@@ -10,7 +10,7 @@ import pytest
 import torch
 from jaxtyping import install_import_hook
 
-install_import_hook("duramen.prune", "typecheck.checked")
+install_import_hook(["duramen.prune", "duramen.shrink"], "typecheck.checked")
 
 import tiny  # noqa: E402
 

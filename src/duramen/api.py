@@ -32,6 +32,7 @@ from duramen.recipe import Recipe, Step, dump_yaml, load_recipe, parse_settings
 from duramen.registry import get_method
 from duramen.report.page import write_report
 from duramen.rundir import BlockStore, RunDirectory, hash_file, hash_tokens, write_json, write_text
+from duramen.shrink.groups import find_units, known_kinds
 
 Progress = Callable[[str, dict[str, Any]], None]
 """(event, fields); events are step, layer, evaluated, saved and done."""
@@ -255,6 +256,7 @@ def _assemble(
     return {
         "id": step.id, "method": step.method, "settings": step.lock(), "reopened": check, "layers": records,
         "skipped": [name for name in opened.layer_names() if name not in edited], "copied_unchanged": copied,
+        "shape": walk.reshape.summary if walk.reshape else None,
     }  # fmt: skip
 
 
@@ -294,7 +296,8 @@ def plan(
 def inspect(model: str, *, allow_generic: bool = False) -> dict[str, Any]:
     """What a model holds, and whether its masks are kept; see ``duramen.families.inventory``."""
     opened = BlockModel.from_folder(open_model(model), allow_generic=allow_generic)
-    return {"model": model} | inventory(opened) | {"masks": check_masks(opened)}
+    groups = [units.describe() for units in find_units(opened, known_kinds(opened))]
+    return {"model": model} | inventory(opened) | {"masks": check_masks(opened), "groups": groups}
 
 
 def evaluate(model: str, *, allow_generic: bool = False, dtype: str = "auto", **settings: Any) -> dict[str, Any]:

@@ -62,13 +62,16 @@ def inspect(
     model: Model,
     allow_generic: Generic = False,
     layers: Annotated[bool, typer.Option("--layers", help="One row per layer instead of one per role.")] = False,
+    groups: Annotated[
+        bool, typer.Option("--groups", help="Also every coupled group: the units that can be cut as a whole.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Shows blocks, roles, widths, formats and sparsity; fails on damaged tensors and broken masks."""
     from duramen import api, tables
 
     found = api.inspect(model, allow_generic=allow_generic)
-    _show(found, partial(tables.inspect_tables, layers=layers), as_json)
+    _show(found, partial(tables.inspect_tables, layers=layers, groups=groups), as_json)
     if found["damaged"] or (found["masks"] or {}).get("broken"):
         raise typer.Exit(Exit.CHECK_FAILED)
 

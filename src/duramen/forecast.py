@@ -15,6 +15,10 @@ from duramen.families.select import filter_layers
 from duramen.prune.model import PruneSettings
 from duramen.prune.pattern import Scope, parse_pattern
 from duramen.recipe import Recipe, Step
+from duramen.registry import Settings
+from duramen.shrink import cut, depth
+from duramen.shrink.model import ShrinkSettings, predicted
+from duramen.shrink.surgery import Surgery
 
 EFFICIENCY = 0.6
 """Share of the speed of a large matrix product that whole runs reached on the machines we measured."""
@@ -36,30 +40,82 @@ def forecast(model: BlockModel, recipe: Recipe, steps: list[Step], *, gigaflops:
     """
     shapes = _shapes(model)
     tokens = recipe.calibration.sequences * recipe.calibration.length
-    width = model.family.sizes(model.config).width if model.family.groups else max(shape[1] for shape in shapes.values())
-    entries, edited = [], False
+    width = model.sizes(0).width if model.family.groups else max(shape[1] for shape in shapes.values())
+    macs = {"before": sum(map(prod, shapes.values())) + _head(model)}
+    opens, entries, edited = ORDINARY, [], False
     for step in steps:
+        entry: dict[str, Any]
         if isinstance(step.settings, EvaluateSettings):
-            flops, memory, coverage = _evaluation_flops(step.settings, model, shapes, 2 if edited else 1), 0, {}
-        else:
+            entry = {"flops": _evaluation_flops(step.settings, model, shapes, 2 if edited else 1), "memory_bytes": 0}
+        elif isinstance(step.settings, PruneSettings):
             names = filter_layers(model.layer_names(), step.settings.only, step.settings.skip)
             flops = _walk_flops(model, shapes, names, tokens) + sum(_solve_flops(step.settings, shapes[name]) for name in names)
-            memory, coverage, edited = (
-                _memory(model, shapes, step.settings, tokens, width),
-                _coverage(model, shapes, names, step.settings),
-                True,
-            )
-        entries.append({
-            "id": step.id, "method": step.method, "seconds": flops / gigaflops / 1e9 / EFFICIENCY, "memory_bytes": memory, **coverage,
-        })  # fmt: skip
+            memory = _memory(model, shapes, step.settings, tokens, width)
+            entry = {"flops": flops, "memory_bytes": memory} | _coverage(model, shapes, names, step.settings)
+        else:
+            surgery = _surgery(model, step.settings)
+            entry = _shrunk(model, shapes, step, surgery, tokens, width)
+            macs["after"], opens = surgery.summary["macs_per_token"]["after"], surgery.summary["opens_in"]
+        edited = edited or not isinstance(step.settings, EvaluateSettings)
+        entries.append(
+            {"id": step.id, "method": step.method, "seconds": entry.pop("flops") / gigaflops / 1e9 / EFFICIENCY, **entry}
+        )
     return {
         "steps": entries,
         "seconds": sum(entry["seconds"] for entry in entries),
         "memory_bytes": max(entry["memory_bytes"] for entry in entries),
         "calibration_tokens": tokens,
-        "macs_per_token": sum(map(prod, shapes.values())) + _head(model),
-        "loads_in": "transformers, vLLM and every tool that opens the source folder; the result is an ordinary dense checkpoint",
+        "macs_per_token": {"after": macs["before"]} | macs,
+        "loads_in": opens,
     }
+
+
+ORDINARY = "transformers, vLLM and every tool that opens the source folder; the result is an ordinary dense checkpoint"
+
+
+def _surgery(model: BlockModel, settings: Settings) -> Surgery:
+    """What a step that changes shapes comes to."""
+    if isinstance(settings, ShrinkSettings):
+        return predicted(model, settings)
+    if isinstance(settings, depth.Settings):
+        return depth.predicted(model, settings)
+    assert isinstance(settings, cut.Settings)
+    return Surgery(model, cut.fitting(model, settings))
+
+
+def _shrunk(
+    model: BlockModel, shapes: dict[str, tuple[int, int]], step: Step, surgery: Surgery, tokens: int, width: int
+) -> dict[str, Any]:
+    """A step that cuts units: widths of ``local``, gradients, repair of the projections that read units."""
+    settings, summary = step.settings, surgery.summary
+    readers = list(dict.fromkeys(units.reader for here in surgery.units for units in here))
+    seen = getattr(settings, "gradient_sequences", 0) * getattr(settings, "gradient_length", 0)
+    passes = 2 if getattr(settings, "alpha", 0) else 1
+    solves = sum(4 * shapes[name][1] ** 3 + 2 * shapes[name][0] * shapes[name][1] ** 2 for name in readers)
+    flops = (
+        8.0 * seen * summary["macs_per_token"]["before"]
+        + passes * _walk_flops(model, shapes, readers or list(shapes), tokens)
+        + solves
+    )
+    block = max(
+        sum(prod(shapes[name]) for name, (_, at) in model.layer_names().items() if at == index)
+        for index in range(len(model.blocks))
+    )
+    outside = sum(p.numel() for name, p in model.network.named_parameters() if not name.startswith(model.family.blocks))
+    widest = max((shapes[name][1] for name in readers), default=0)
+    kept = 4 * seen * width * (len(model.blocks) + 1)
+    memory = BASE_MEMORY + 4 * outside + 12 * block + 8 * tokens * width * passes + min(kept, 2 * 2**30) + 48 * widest**2
+    scored = getattr(settings, "allocation", "local") != "local"
+    before, after = summary["parameters"]["before"], summary["parameters"]["after"]
+    note = f"{after:,} parameters instead of {before:,} ({after / before - 1:+.1%})"
+    return {
+        "flops": flops, "memory_bytes": memory, "parameters": summary["parameters"],
+        "units": [
+            {"kind": kind, "units": found["units"], "stay": found["kept"][0], "parameters": next(u.parameters for u in surgery.units[0] if u.kind == kind)}
+            for kind, found in summary["kinds"].items()
+        ],
+        "note": f"{note}; widths will follow the scores, block by block" if scored else note,
+    }  # fmt: skip
 
 
 def _shapes(model: BlockModel) -> dict[str, tuple[int, int]]:

@@ -41,17 +41,22 @@ def plan_tables(found: dict[str, Any]) -> list[Printable]:
                 + (", ".join(step["skipped"]) or "no layer of the blocks")
                 + "; embeddings, head and norms always"
             )
+        if "units" in step:
+            kinds = [(item["kind"], f"{item['units']:,}", item["stay"], f"{item['parameters']:,}") for item in step["units"]]
+            title = f"step {step['id']} ({step['method']})"
+            parts.append(_table(title, "kind", "units in a block", "stay", "parameters of one unit", rows=kinds))
+            parts.append(f"step {step['id']}: {step['note']}")
         parts.append(f"step {step['id']}: predicted {step['seconds'] / 60:.1f} min, {step['memory_bytes'] / 2**30:.1f} GiB")
     parts.append(f"in all: predicted {found['seconds'] / 60:.1f} min, peak {found['memory_bytes'] / 2**30:.1f} GiB")
-    parts.append(
-        f"multiply-adds per token: {found['macs_per_token'] / 1e6:,.1f} million, before and after (zeros are stored and multiplied)"
-    )
+    before, after = (found["macs_per_token"][when] / 1e6 for when in ("before", "after"))
+    note = "before and after (zeros are stored and multiplied)" if before == after else f"before, {after:,.1f} million after"
+    parts.append(f"multiply-adds per token: {before:,.1f} million {note}")
     parts.append(f"loads in: {found['loads_in']}")
     return parts
 
 
-def inspect_tables(found: dict[str, Any], *, layers: bool = False) -> list[Printable]:
-    """Output of ``duramen inspect``: one row per role and shape, or per layer."""
+def inspect_tables(found: dict[str, Any], *, layers: bool = False, groups: bool = False) -> list[Printable]:
+    """Output of ``duramen inspect``: one row per role and shape, or per layer; and the coupled groups of every block."""
     formats = ", ".join(f"{kind} {count / 1e6:,.1f} M" for kind, count in found["formats"].items())
     rows = [
         (
@@ -66,6 +71,13 @@ def inspect_tables(found: dict[str, Any], *, layers: bool = False) -> list[Print
         _table("layers", "layer" if layers else "role", "layers", "shape", "zeros", "share", "N:M", rows=rows),
         f"outside the blocks: {', '.join(found['outside'])}",
     ]  # fmt: skip
+    if groups:
+        members = [
+            (item["block"], item["kind"], f"{item['units']:,}", f"{item['parameters']:,}", ", ".join(item["members"]))
+            for item in found["groups"]
+        ]
+        head = ("block", "kind", "units", "parameters of one", "tensor, axis and entries of one")
+        parts.append(_table("coupled groups", *head, rows=members) if members else "no coupled groups are known of this family")
     if found["masks"]:
         masks = found["masks"]
         kept = f"BROKEN in {', '.join(masks['broken'])}" if masks["broken"] else "every removed weight is zero"

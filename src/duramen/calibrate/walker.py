@@ -62,6 +62,10 @@ class Reshape(Protocol):
     def files(self) -> dict[str, str]:
         """Further files: name -> content."""
 
+    @property
+    def summary(self) -> dict[str, Any]:
+        """What changed, for the report: sizes before and after, units that stay, and what opens the result."""
+
     def block(self, index: int, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """What stays of one block's tensors, by their paths inside it."""
 

@@ -9,6 +9,11 @@ import yaml
 
 from duramen.rundir import write_text
 
+MASKED = (
+    "Removed weights are stored as zeros in ordinary tensors: they make the file no smaller, and no speed-up is claimed for them. "
+    "`masks.safetensors` says which they are. "
+)
+
 
 def write_card(folder: Path, results: dict[str, Any]) -> Path:
     """Writes ``README.md`` beside the weights.
@@ -31,14 +36,16 @@ def _metadata(results: dict[str, Any]) -> dict[str, Any]:
 
 
 def _body(results: dict[str, Any]) -> str:
-    parts = [f"# {results['model']}, {results['recipe']}", "Made with Duramen. Opens in plain transformers."]
+    shapes = [step["shape"] for step in results["steps"] if step.get("shape")]
+    masked = any(not step.get("shape") for step in results["steps"])
+    opens = shapes[-1]["opens_in"] if shapes else "plain transformers"
+    parts = [f"# {results['model']}, {results['recipe']}", f"Made with Duramen. Opens in {opens}."]
     parts += [_step(step) for step in results["steps"]]
     if results["evaluations"]:
         parts.append(_measurements(results["evaluations"][-1]))
     parts += [
         "## Limits",
-        "Removed weights are stored as zeros in ordinary tensors: the file is not smaller, and no speed-up is claimed. "
-        "`masks.safetensors` says which weights were removed. Quality was measured only on what the table names.",
+        (MASKED if masked else "") + "Quality was measured only on what the table names.",
         "## How to repeat it",
         f"```\n{results['command']}\n```",
         "Licence and intended use are those of the base model.",
@@ -47,12 +54,17 @@ def _body(results: dict[str, Any]) -> str:
 
 
 def _step(step: dict[str, Any]) -> str:
+    if step.get("shape"):
+        before, after = (step["shape"]["parameters"][when] for when in ("before", "after"))
+        sizes = f"{after:,} parameters instead of {before:,}; `pruning_plan.json` lists what stayed."
+        return f"## {step['method']}\n\n{sizes} Settings: {_settings(step)}."
     removed = sum(layer["removed"] for layer in step["layers"])
     size = sum(layer["size"] for layer in step["layers"])
-    settings = ", ".join(f"{key}: {value}" for key, value in step["settings"].items() if key not in ("id", "method"))
-    return (
-        f"## {step['method']}\n\n{removed:,} of {size:,} weights removed in {len(step['layers'])} layers. Settings: {settings}."
-    )
+    return f"## {step['method']}\n\n{removed:,} of {size:,} weights removed in {len(step['layers'])} layers. Settings: {_settings(step)}."
+
+
+def _settings(step: dict[str, Any]) -> str:
+    return ", ".join(f"{key}: {value}" for key, value in step["settings"].items() if key not in ("id", "method"))
 
 
 def _measurements(evaluation: dict[str, Any]) -> str:

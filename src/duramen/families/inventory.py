@@ -45,7 +45,7 @@ def inventory(model: BlockModel) -> dict[str, Any]:
         "model_type": model.checkpoint.config.get("model_type", "?"),
         "family": model.family.name,
         "blocks": len(model.blocks),
-        "sizes": asdict(model.family.sizes(model.config)) if model.family.groups else {},
+        "sizes": asdict(model.sizes(0)) if model.family.groups else {},
         "parameters": sum(formats.values()),
         "bytes": sum(file.stat().st_size for file in model.checkpoint.folder.glob("model*.safetensors")),
         "formats": dict(formats),

@@ -31,6 +31,32 @@ def range_chart(found: dict[str, dict[str, float]]) -> str:
     return "".join([*parts, "</svg>"])
 
 
+def width_chart(blocks: list[int], kept: list[int], units: int) -> str:
+    """One bar per block: how many units stay, of how many.
+
+    Args:
+        blocks: Their numbers.
+        kept: Units that stay, for each.
+        units: How many each had.
+
+    Returns:
+        An ``<svg>`` element.
+    """
+    row, left, right = 16, 40, 56
+    scale = (WIDTH - left - right) / units
+    words = "; ".join(f"block {block} {count} of {units}" for block, count in zip(blocks, kept, strict=True))
+    parts = [f'<svg viewBox="0 0 {WIDTH} {row * len(blocks)}" role="img" aria-label="{escape(words)}">']
+    for number, (block, count) in enumerate(zip(blocks, kept, strict=True)):
+        top = row * number
+        parts += [
+            f'<text x="{left - 8}" y="{top + 12}" text-anchor="end" class="small">{block}</text>',
+            f'<rect x="{left}" y="{top + 2}" width="{units * scale:.1f}" height="{row - 4}" class="bar before"/>',
+            f'<rect x="{left}" y="{top + 2}" width="{count * scale:.1f}" height="{row - 4}" class="bar after"/>',
+            f'<text x="{WIDTH - right + 8}" y="{top + 12}" class="small">{count:,}</text>',
+        ]
+    return "".join([*parts, "</svg>"])
+
+
 def _words(found: dict[str, dict[str, float]]) -> str:
     return "; ".join(
         f"{label} {value['median']:.3g} ({value['low']:.3g} to {value['high']:.3g})" for label, value in found.items()

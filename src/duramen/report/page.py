@@ -10,7 +10,7 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
-from duramen.report.charts import range_chart
+from duramen.report.charts import range_chart, width_chart
 from duramen.rundir import write_text
 
 Row = dict[str, str]
@@ -48,15 +48,22 @@ def write_report(folder: Path, results: dict[str, Any]) -> Path:
 
 def verdict(results: dict[str, Any]) -> str:
     """What happened, in one or two sentences, with the interval."""
-    layers = [layer for step in results["steps"] for layer in step["layers"]]
+    layers = [layer for step in results["steps"] if not step.get("shape") for layer in step["layers"]]
+    shapes = [step["shape"] for step in results["steps"] if step.get("shape")]
     removed, size = sum(layer["removed"] for layer in layers), sum(layer["size"] for layer in layers)
     parts = (
         [f"{removed / size:.1%} of the {size / 1e6:,.1f} million weights in {len(layers)} layers are gone"] if layers else []
     )
+    if shapes:
+        before, after = shapes[0]["parameters"]["before"], shapes[-1]["parameters"]["after"]
+        parts.append(
+            f"the model has {after / 1e6:,.1f} million parameters instead of {before / 1e6:,.1f} ({after / before - 1:+.1%})"
+        )
     for evaluation in results["evaluations"][-1:]:
         for text, found in evaluation["perplexity"].items():
             parts.append(_perplexity_verdict(text, found))
-    return ("; ".join(parts) or "Nothing was changed or measured") + "."
+    words = "; ".join(parts) or "nothing was changed or measured"
+    return words[0].upper() + words[1:] + "."
 
 
 def _perplexity_verdict(text: str, found: dict[str, Any]) -> str:
@@ -130,9 +137,32 @@ def _step(step: dict[str, Any]) -> dict[str, Any]:
         "map": [
             (block, [(errors[block].get(role), shade(errors[block].get(role))) for role in roles]) for block in sorted(errors)
         ],
+        "shape": _shape(step["shape"]) if step.get("shape") else None,
+        "treated": len(layers),
         "skipped": step["skipped"],
         "copied": step["copied_unchanged"],
     }
+
+
+def _shape(shape: dict[str, Any]) -> dict[str, Any]:
+    """What the page shows of a step that changed shapes: sizes, the coupled groups, and the kept widths of every block."""
+    kinds = [
+        {
+            "name": KINDS[kind], "units": found["units"], "least": min(found["kept"]), "most": max(found["kept"]),
+            "members": found["members"], "chart": width_chart(shape["blocks"], found["kept"], found["units"]),
+        }
+        for kind, found in shape["kinds"].items()
+    ]  # fmt: skip
+    sizes = [
+        (label, *(f"{shape[key][when] / 1e6:,.1f} million" for when in ("before", "after")), f"{shape[key]['after'] / shape[key]['before'] - 1:+.1%}")
+        for label, key in (("Parameters", "parameters"), ("Multiply-adds per token", "macs_per_token"))
+    ]  # fmt: skip
+    skipped = [f"{' and '.join(parts)} of block {block}" for block, parts in shape["skipped"].items()]
+    dropped = [f"block {block}" for block in shape["dropped"]]
+    return {"sizes": sizes, "kinds": kinds, "left_out": dropped + skipped, "opens_in": shape["opens_in"]}
+
+
+KINDS = {"ffn_channel": "FFN channels", "kv_group": "KV groups", "query_head": "query heads"}
 
 
 def _role_totals(role: str, layers: list[dict[str, Any]]) -> dict[str, Any]:

@@ -82,6 +82,11 @@ def choose(model: BlockModel, scores: list[float], settings: Settings) -> Plan:
     return Plan(digest(model), len(scores), skipped=dict.fromkeys(leave, (settings.parts,)), made_by=made_by)
 
 
+def predicted(model: BlockModel, settings: Settings) -> Surgery:
+    """What the settings come to, whichever blocks it will be."""
+    return Surgery(model, choose(model, [-float(index) for index in range(len(model.blocks))], settings))
+
+
 @method("depth", title="Depth pruning", paper="arXiv 2403.03853", kind="shrink", needs=("tokens",), settings=Settings)
 def apply(model: Model, tokens: Tensor, *, walk: Walk | None = None, **settings: object) -> Records:
     """Lets the blocks or parts of least influence leave; a model in memory stays as it is, and ``walk.reshape`` has the plan."""

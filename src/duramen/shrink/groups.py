@@ -74,7 +74,7 @@ def find_units(model: BlockModel, kinds: Sequence[str]) -> list[Units]:
     groups = {group.kind: group for group in model.family.groups}
     for kind in kinds:
         if kind not in groups:
-            known = [name for name in KINDS if name in groups]
+            known = known_kinds(model)
             raise Problem(
                 f"The family {model.family.name} has no table of {kind} units.",
                 why=f"it has {', '.join(known)}." if known else "its table says which layers there are, not what is coupled.",
@@ -87,6 +87,11 @@ def find_units(model: BlockModel, kinds: Sequence[str]) -> list[Units]:
         for kind in kinds
         if (units := _units(model, block, groups[kind])) is not None
     ]
+
+
+def known_kinds(model: BlockModel) -> list[str]:
+    """The kinds of units that the family's table knows."""
+    return [kind for kind in KINDS if any(group.kind == kind for group in model.family.groups)]
 
 
 def _units(model: BlockModel, block: int, group: Group) -> Units | None:

@@ -27,8 +27,8 @@ from duramen.shrink.surgery import Surgery, homogenised
 Model = BlockModel | nn.Module
 
 
-class ShrinkSettings(Settings):
-    """What every method takes that cuts units."""
+class ChoiceSettings(Settings):
+    """What and how much may go."""
 
     ratio: float = Field(ge=0, lt=1)
     """Share to remove."""
@@ -46,6 +46,21 @@ class ShrinkSettings(Settings):
     """FFN widths become multiples of it."""
     minimum: int = Field(default=32, ge=1)
     """Least FFN width; one KV group always stays."""
+
+    @model_validator(mode="after")
+    def _one_kind_of_heads(self) -> ChoiceSettings:
+        if {"kv_group", "query_head"} <= set(self.families):
+            raise Problem(
+                "`families` has both kv_group and query_head.",
+                why="a query head that goes with its KV group cannot be counted again.",
+                fix="two steps, one with each.",
+            )
+        return self
+
+
+class RepairSettings(Settings):
+    """What makes up for a cut."""
+
     repair: Repair = "affine"
     """What makes up for the cut in the projections that read it: their bias, their other columns (`reform`), both, or nothing."""
     damping: Damping = "held-out"
@@ -58,16 +73,6 @@ class ShrinkSettings(Settings):
     """Candidates for `damping: held-out`."""
     homogenise: bool = False
     """Whether to fill narrow blocks with zeros, so that the stock class opens the result."""
-
-    @model_validator(mode="after")
-    def _one_kind_of_heads(self) -> ShrinkSettings:
-        if {"kv_group", "query_head"} <= set(self.families):
-            raise Problem(
-                "`families` has both kv_group and query_head.",
-                why="a query head that goes with its KV group cannot be counted again.",
-                fix="two steps, one with each.",
-            )
-        return self
 
     @property
     def alpha(self) -> float:
@@ -95,6 +100,10 @@ class ShrinkSettings(Settings):
         return {}
 
 
+class ShrinkSettings(RepairSettings, ChoiceSettings):
+    """What every method takes that cuts units."""
+
+
 Score = Callable[[BlockModel, list[Units], Tensor, Walk], tuple[Scores, dict[str, Any]]]
 """(model, units, tokens, walk) -> importance by (block, kind), and what to say of it in the plan."""
 
@@ -102,10 +111,7 @@ Score = Callable[[BlockModel, list[Units], Tensor, Walk], tuple[Scores, dict[str
 def shrink_model(
     score: Score, name: str, model: Model, tokens: Tensor, settings: ShrinkSettings, *, walk: Walk | None = None
 ) -> Records:
-    """Cuts units out of a model.
-
-    The blocks are edited in full width, zeros standing where units go; ``walk.reshape`` then gives them their new shapes. A model in
-    memory keeps its shapes; ``surgery.shrunk`` with ``walk.reshape.plan`` makes the smaller one.
+    """Scores the units of a model, chooses, and carries the plan out; see ``carry_out``.
 
     Args:
         score: The method's importance.
@@ -125,6 +131,29 @@ def shrink_model(
     walk = walk or Walk()
     units = _chosen(blocks, settings)
     plan = Plan.from_json(walk.memo("plan", lambda: _plan(score, name, blocks, units, tokens, settings, walk).to_json()))
+    return carry_out(plan, blocks, tokens, settings, walk, units)
+
+
+def carry_out(
+    plan: Plan, blocks: BlockModel, tokens: Tensor, settings: RepairSettings, walk: Walk, units: list[Units] | None = None
+) -> Records:
+    """Cuts what a plan says, and repairs what reads it.
+
+    The blocks are edited in full width, zeros standing where units go; ``walk.reshape`` then gives them their new shapes. A model in
+    memory keeps its shapes; ``surgery.shrunk`` with ``walk.reshape.plan`` makes the smaller one.
+
+    Args:
+        plan: What stays.
+        blocks: The model.
+        tokens: Calibration token ids, [S, T].
+        settings: How to repair.
+        walk: How to walk.
+        units: The units whose readers are repaired; None for all of the kinds in the plan.
+
+    Returns:
+        One record per projection that was repaired.
+    """
+    units = find_units(blocks, tuple(plan.kept)) if units is None else units
     walk.reshape = Surgery(blocks, homogenised(blocks, plan) if settings.homogenise else plan)
     readers: dict[str, list[Units]] = {}
     for each in units:
@@ -214,3 +243,13 @@ def kept_units(model: BlockModel, units: list[Units], gone: Gone) -> dict[str, t
         left = set(range(each.count)) - set(gone.get((each.block, each.kind), ()))
         kept[each.kind][each.block] = tuple(sorted(left))
     return {kind: tuple(blocks) for kind, blocks in kept.items()}
+
+
+def predicted(model: BlockModel, settings: ShrinkSettings) -> Surgery:
+    """What the ratio comes to, before any score is known: counts are those of ``local``, which units they are is open."""
+    units = _chosen(model, settings)
+    _, wanted = budget(model, units, settings)
+    equal = {(each.block, each.kind): torch.zeros(each.count) for each in units}
+    local = settings.model_copy(update={"allocation": "local"})
+    plan = Plan(digest(model), len(model.blocks), kept_units(model, units, choose(units, equal, wanted, local)))
+    return Surgery(model, homogenised(model, plan) if settings.homogenise else plan)

@@ -92,7 +92,10 @@ class Plan:
         Raises:
             Problem: If the text is no plan.
         """
-        found = json.loads(text)
+        try:
+            found = json.loads(text)
+        except ValueError:
+            found = {}
         if found.pop("format", None) != FORMAT:
             raise Problem(
                 "This is no pruning plan.",
@@ -107,7 +110,15 @@ class Plan:
 
     @classmethod
     def load(cls, file: Path) -> Plan:
-        """Reads ``pruning_plan.json``."""
+        """Reads ``pruning_plan.json``.
+
+        Raises:
+            Problem: If there is none.
+        """
+        if not file.is_file():
+            raise Problem(
+                f"There is no plan {file}.", why="the path leads nowhere.", fix=f"`OUT/{PLAN}` of a run that cut units."
+            )
         return cls.from_json(file.read_text(encoding="utf-8"))
 
 

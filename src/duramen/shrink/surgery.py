@@ -97,6 +97,37 @@ class Surgery:
         parts = {"attention": (stock.attention,), "mlp": stock.mlp}
         return {child for part in self.plan.skipped.get(index, ()) for child in parts[part]}
 
+    @property
+    def summary(self) -> dict[str, Any]:
+        """What changed: parameters and multiply-adds per token before and after, units that stay, and what opens the result."""
+        outside = {
+            name: p for name, p in self.model.network.named_parameters() if not name.startswith(f"{self.model.family.blocks}.")
+        }
+        before = [_shapes(block) for block in self.model.blocks]
+        after = [self._shapes(index) for index in self.blocks]
+        around = sum(parameter.numel() for parameter in outside.values())
+        head = self.model.network.get_output_embeddings()  # type: ignore[operator]
+        read = 0 if head is None else head.weight.numel()
+        kinds = {
+            units.kind: {"units": units.count, "members": units.describe()["members"], "kept": [], "places": []}
+            for here in self.units for units in here
+        }  # fmt: skip
+        for index in self.blocks:
+            for units in self.units[index]:
+                kinds[units.kind]["kept"].append(len(self.plan.stay(units)))
+                kinds[units.kind]["places"].append(len(self.plan.places(units)))
+        own = "auto_map" in self.config
+        return {
+            "parameters": {"before": around + _parameters(before), "after": around + _parameters(after)},
+            "macs_per_token": {"before": read + _parameters(before, 2), "after": read + _parameters(after, 2)},
+            "blocks": self.blocks,
+            "kinds": kinds,
+            "skipped": {str(index): list(parts) for index, parts in self.plan.skipped.items()},
+            "dropped": list(self.plan.dropped),
+            "made_by": dict(self.plan.made_by),
+            "opens_in": f"transformers {OLDEST_TRANSFORMERS} or later with trust_remote_code" if own else "plain transformers",
+        }
+
     def _cut(self, index: int, path: str, tensor: Tensor) -> Tensor:
         for axis in range(tensor.ndim):
             kept = torch.ones(tensor.shape[axis], dtype=torch.bool)
@@ -200,6 +231,11 @@ class Surgery:
     def _shapes(self, index: int) -> dict[str, torch.Size]:
         state = self.model.blocks[index].state_dict()
         return {path: cut.shape for path, cut in self.block(index, {p: t.to("meta") for p, t in state.items()}).items()}
+
+
+def _parameters(blocks: list[dict[str, torch.Size]], axes: int = 0) -> int:
+    """Entries of all tensors, or of those with so many axes."""
+    return sum(shape.numel() for block in blocks for shape in block.values() if not axes or len(shape) == axes)
 
 
 def _shapes(block: nn.Module) -> dict[str, torch.Size]:

@@ -1,0 +1,423 @@
+"""Cutting units: repair, budgets, whole runs, what is saved, and every mistake that a user makes."""
+
+import json
+import os
+import subprocess
+import sys
+from itertools import combinations, pairwise
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import duramen
+import tiny
+from duramen.calibrate.walker import Walk
+from duramen.export.hf import MASKS
+from duramen.families.model import BlockModel
+from duramen.problem import Problem
+from duramen.prune.reconstruct import reconstruct, solve_direct
+from duramen.registry import get_method
+from duramen.rundir import unpack_mask
+from duramen.shrink.allocate import allocate
+from duramen.shrink.groups import find_units
+from duramen.shrink.plan import Plan, digest
+from duramen.shrink.reform import reform
+from duramen.shrink.surgery import masked, shrunk
+from test_golden import GRAM, HESSIAN, WEIGHT, X, relative
+from test_surgery import random_plan
+
+FREE = {"round_to": 1, "minimum": 2}
+
+
+@pytest.mark.parametrize(
+    ("kept", "before", "after"),
+    [
+        ([0, 3, 4, 5, 8, 11], 0.2882825647, 0.1411027679),
+        ([1, 2, 4, 5, 8, 11], 0.1167265726, 0.0417811939),
+        ([0, 1, 2, 3, 5, 11], 0.2670860554, 0.1207737942),
+    ],
+)
+def test_golden_repair(kept, before, after):
+    columns = torch.tensor([column for column in range(12) if column not in kept])
+    assert relative(reform(WEIGHT, GRAM, columns=columns, solve=False).weight) == pytest.approx(before, abs=1e-9)
+    assert relative(reform(WEIGHT, GRAM, columns=columns).weight) == pytest.approx(after, abs=1e-9)
+
+
+def test_whole_columns_are_solved_like_any_mask():
+    weight, pruned = torch.randn(5, 12, dtype=torch.float64), torch.zeros(5, 12, dtype=torch.bool)
+    for columns in ([0], [1, 5, 7], list(range(11)), list(range(12))):
+        pruned = torch.zeros(5, 12, dtype=torch.bool)
+        pruned[:, columns] = True
+        together = reconstruct(weight, GRAM, pruned).weight
+        one_by_one = torch.cat([solve_direct(weight[row : row + 1], HESSIAN, pruned[row : row + 1]) for row in range(5)])
+        torch.testing.assert_close(together, one_by_one, rtol=0, atol=1e-12)
+    assert torch.equal(reconstruct(weight, GRAM, pruned & False).weight, weight)
+
+
+def test_repairs_are_ordered_for_every_subset():
+    """On the same moments and without damping: bias ≤ none, and affine ≤ bias and ≤ linear, for all 924 sets of six columns."""
+    mean = X.mean(1)
+    about = GRAM - torch.outer(mean, mean)
+
+    def error(weight, *, bias):
+        shift = (WEIGHT - weight) @ mean if bias else torch.zeros(4, dtype=torch.float64)
+        return float(((weight - WEIGHT) @ X + shift[:, None]).square().sum()) / X.shape[1]
+
+    for gone in combinations(range(12), 6):
+        columns = torch.tensor(gone)
+        cut = reform(WEIGHT, GRAM, columns=columns, solve=False).weight
+        linear = reform(WEIGHT, GRAM, columns=columns, damping=1e-12).weight
+        affine = reform(WEIGHT, about, columns=columns, damping=1e-12).weight
+        assert error(cut, bias=True) <= error(cut, bias=False) + 1e-12
+        assert error(affine, bias=True) <= min(error(linear, bias=False), error(cut, bias=True)) + 1e-9
+        assert error(linear, bias=False) <= error(cut, bias=False) + 1e-9
+
+
+def test_a_sparse_layer_keeps_its_zeros():
+    weight = WEIGHT.clone()
+    weight[:, ::2] = 0
+    found = reform(weight, GRAM, columns=torch.tensor([1]))
+    assert bool((found.weight[:, ::2] == 0).all())
+    assert bool((found.weight[:, 1] == 0).all())
+    assert bool((found.weight[:, 3::2] != 0).all())
+
+
+def units_of(name="llama", kinds=("ffn_channel", "kv_group")):
+    return find_units(BlockModel.from_module(tiny.model(name)), kinds)
+
+
+def counts(units, wanted, **options):
+    scores = {(each.block, each.kind): torch.arange(each.count, 0, -1, dtype=torch.float32) for each in units}
+    settings = {"allocation": "local", "round_to": 1, "minimum": 2} | options
+    return allocate([each.slots for each in units], scores, wanted, **settings)
+
+
+def test_budgets():
+    units = units_of()
+    size = sum(each.count * each.parameters for each in units)
+    for share in (0.1, 0.2, 0.33, 0.5, 0.7):
+        gone = counts(units, share * size)
+        removed = sum(len(gone[each.block, each.kind]) * each.parameters for each in units)
+        assert removed == pytest.approx(share * size, abs=3 * 97)
+        for block in range(3):
+            assert gone[block, "ffn_channel"] == gone[0, "ffn_channel"], "the same share everywhere"
+            assert len(gone[block, "kv_group"]) < 2
+    assert counts(units, 0) == {(each.block, each.kind): [] for each in units}
+    gone = counts(units_of(kinds=("ffn_channel",)), 0.5 * 3 * 48 * 96, round_to=16)
+    assert all(len(units) in (16, 32) for units in gone.values()), "widths are multiples of 16"
+
+
+def test_ties_go_by_index_and_the_least_goes_first():
+    (each, *_) = units_of(kinds=("ffn_channel",))
+    equal = allocate([each], {(0, "ffn_channel"): torch.ones(48)}, 5 * 96, allocation="local", round_to=1, minimum=1)
+    assert equal == {(0, "ffn_channel"): [0, 1, 2, 3, 4]}
+    dead = torch.ones(48)
+    dead[[7, 30]] = 0
+    first = allocate([each], {(0, "ffn_channel"): dead}, 2 * 96, allocation="local", round_to=1, minimum=1)
+    assert first == {(0, "ffn_channel"): [7, 30]}
+
+
+def test_global_takes_the_least_per_parameter():
+    units = units_of()
+    scores = {(each.block, each.kind): torch.full((each.count,), 1.0 + each.block) * each.parameters for each in units}
+    gone = allocate(units, scores, 40 * 96, allocation="global", round_to=1, minimum=2)
+    assert sum(len(found) for (block, _), found in gone.items() if block) == 0
+    standardised = allocate(units, scores, 40 * 96, allocation="flap", round_to=1, minimum=2)
+    assert sum(len(found) for found in standardised.values()) > 0
+
+
+def test_too_much_is_refused():
+    units = units_of()
+    size = sum(each.count * each.parameters for each in units)
+    with pytest.raises(Problem, match="are to go, and at most") as caught:
+        counts(units, 0.99 * size)
+    assert "smaller `ratio`" in caught.value.fix
+
+
+METHODS = [
+    ("fusion", {"gradient_sequences": 4, "gradient_length": 16}),
+    ("fusion", {"gradient_sequences": 4, "gradient_length": 16, "fusion": "search", "allocation": "global"}),
+    ("fusion", {"gradient_sequences": 4, "gradient_length": 16, "fusion": "ablation"}),
+    ("fusion", {"gradient_sequences": 4, "gradient_length": 16, "fusion": "per_group", "coarse": "mask_fisher"}),
+    ("llm_pruner", {"gradient_sequences": 4, "gradient_length": 16, "grain": "vector", "order": "mix"}),
+    ("wanda_sp", {"families": ["ffn_channel"]}),
+    ("wanda_sp", {"families": ["query_head"], "ratio": 0.12}),
+    ("flap", {}),
+]
+
+
+@pytest.mark.parametrize(("method", "settings"), METHODS)
+@torch.no_grad()
+def test_every_method_cuts_and_repairs(method, settings):
+    network, tokens, walk = tiny.model("llama"), tiny.ids(16, 32), Walk()
+    whole = {"ratio": 0.2, "ratio_of": "block_parameters"} | FREE | settings
+    records = get_method(method).apply(network, tokens, walk=walk, **whole)
+    plan = walk.reshape.plan
+    assert plan.made_by["method"] == method
+    assert plan.made_by["ratio"] == pytest.approx(whole["ratio"], abs=0.03)
+    assert records
+    assert all(0 <= record["relative_error"] < 1 for record in records)
+    model = BlockModel.from_module(network)
+    small = shrunk(model, plan)
+    torch.testing.assert_close(small(tokens).logits, network(tokens).logits, rtol=1e-4, atol=1e-4)
+    assert Plan.from_json(plan.to_json()) == plan
+
+
+@torch.no_grad()
+def test_repair_helps_and_aims_at_the_dense_model():
+    """Mean error of the cut projections: with repair below without, from the same plan."""
+    errors = {}
+    for repair in ("none", "reform"):
+        network, tokens = tiny.model("llama"), tiny.ids(16, 64)
+        settings = {"ratio": 0.3, "ratio_of": "block_parameters", "repair": repair, "dense_target": 0.0, **FREE}
+        errors[repair] = sum(record["relative_error"] for record in get_method("wanda_sp").apply(network, tokens, **settings))
+    assert errors["reform"] < 0.8 * errors["none"]
+
+
+def write_recipe(folder, steps):
+    (folder / "text.txt").write_text(tiny.prose(0, 3000))
+    return {
+        "name": "tiny",
+        "dtype": "float32",
+        "calibration": {"text": [str(folder / "text.txt")], "sequences": 16, "length": 64},
+        "steps": [{"id": f"s{number}", **step} for number, step in enumerate(steps)],
+    }
+
+
+OUTSIDE = """
+import sys, torch
+sys.modules["duramen"] = None
+from transformers import AutoModelForCausalLM
+folder, remote, file = sys.argv[1:]
+model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=remote == "remote", dtype="float32").eval()
+tokens = torch.load(file)
+with torch.no_grad():
+    logits = model(tokens).logits
+    kept, again = (model.generate(tokens[:1], max_new_tokens=6, do_sample=False, use_cache=cache) for cache in (True, False))
+assert kept.tolist() == again.tolist()
+model.save_pretrained(folder + "-again")
+twin = AutoModelForCausalLM.from_pretrained(folder + "-again", trust_remote_code=remote == "remote", dtype="float32").eval()
+with torch.no_grad():
+    assert torch.equal(twin(tokens).logits, logits)
+torch.save(logits, file)
+"""
+
+
+def outside(folder, remote, tokens, tmp_path):
+    """Logits from a process that cannot import Duramen, which also saves the model again and opens that."""
+    file = tmp_path / "tokens.pt"
+    torch.save(tokens, file)
+    place = {"HF_MODULES_CACHE": str(tmp_path / "modules"), "PYTHONWARNINGS": "ignore"}
+    words = [sys.executable, "-c", OUTSIDE, str(folder), "remote" if remote else "stock", str(file)]
+    subprocess.run(words, check=True, env=os.environ | place, capture_output=True)
+    return torch.load(file)
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma3_text", "phi3", "opt", "bloom", "gpt_neox", "gpt2"])
+@pytest.mark.parametrize("ratio", [0.2, 0.5])
+def test_saved_and_opened_without_duramen(name, ratio, tmp_path):
+    source, tokens = tiny.save(name, tmp_path / "model"), tiny.ids(2, 20)
+    cut = {"method": "wanda_sp", "ratio": ratio, "ratio_of": "block_parameters", "allocation": "global", **FREE}
+    out = tmp_path / "out"
+    results = duramen.run(write_recipe(tmp_path, [cut]), str(source), out)
+    config = json.loads((out / "config.json").read_text())
+    assert config["model_type"] == f"duramen_{name}"
+    assert results["steps"][0]["reopened"]["largest_difference"] < 1e-4
+    here = BlockModel.from_folder(out)
+    (hidden,) = here.last_hidden([tokens])
+    assert torch.equal(outside(out, True, tokens, tmp_path), here.logits(hidden).detach())
+    plan = Plan.load(out / "pruning_plan.json")
+    assert plan.base == digest(BlockModel.from_folder(source))
+    for units in find_units(here, tuple(plan.kept)):
+        assert units.count == len(plan.kept[units.kind][units.block])
+
+
+@pytest.mark.parametrize("name", ["llama", "opt"])
+def test_homogenised_opens_in_the_stock_class(name, tmp_path):
+    source, tokens = tiny.save(name, tmp_path / "model"), tiny.ids(2, 20)
+    cut = {"method": "wanda_sp", "ratio": 0.3, "ratio_of": "block_parameters", "allocation": "global", **FREE}
+    duramen.run(write_recipe(tmp_path, [cut | {"homogenise": True}]), str(source), tmp_path / "wide")
+    duramen.run(write_recipe(tmp_path, [cut]), str(source), tmp_path / "narrow")
+    assert json.loads((tmp_path / "wide" / "config.json").read_text())["model_type"] == name
+    assert not (tmp_path / "wide" / "modeling_duramen.py").exists()
+    narrow = outside(tmp_path / "narrow", True, tokens, tmp_path)
+    torch.testing.assert_close(outside(tmp_path / "wide", False, tokens, tmp_path), narrow, rtol=1e-5, atol=1e-5)
+
+
+def test_uniform_widths_are_a_stock_model(tmp_path):
+    source, tokens = tiny.save("llama", tmp_path / "model"), tiny.ids(2, 20)
+    cut = {"method": "fusion", "ratio": 0.2, "gradient_sequences": 4, "gradient_length": 16, **FREE}
+    out = tmp_path / "out"
+    results = duramen.run(write_recipe(tmp_path, [cut]), str(source), out)
+    assert results["steps"][0]["shape"]["opens_in"] == "plain transformers"
+    config = json.loads((out / "config.json").read_text())
+    assert (config["model_type"], config["num_key_value_heads"], config["head_dim"]) == ("llama", 1, 8)
+    assert not (out / "modeling_duramen.py").exists()
+    assert outside(out, False, tokens, tmp_path).isfinite().all()
+    assert "million parameters instead of" in (out / "report.html").read_text()
+
+
+@torch.no_grad()
+def test_steps_follow_one_another(tmp_path):
+    """Cut, drop a block, skip a part, cut again, prune weights: shapes add up, masks follow, and one plan says it all."""
+    source, tokens = tiny.save("llama", tmp_path / "model"), tiny.ids(2, 20)
+    steps = [
+        {"method": "multiweight", "sparsity": 0.5, "effort": "fast"},
+        {"method": "wanda_sp", "ratio": 0.2, "ratio_of": "units", "allocation": "global", **FREE},
+        {"method": "depth", "count": 1},
+        {"method": "depth", "parts": "attention", "count": 1},
+        {"method": "wanda_sp", "ratio": 0.2, "ratio_of": "units", **FREE, "families": ["ffn_channel"]},
+    ]
+    out = tmp_path / "out"
+    results = duramen.run(write_recipe(tmp_path, steps), str(source), out)
+    shapes = [step["shape"] for step in results["steps"]]
+    assert shapes[0] is None
+    for earlier, later in pairwise(shapes[1:]):
+        assert earlier["parameters"]["after"] == later["parameters"]["before"] > later["parameters"]["after"]
+    final = BlockModel.from_folder(out)
+    assert len(final.blocks) == 2
+    assert shapes[-1]["parameters"]["after"] == sum(p.numel() for p in final.network.parameters())
+    plan = Plan.load(out / "pruning_plan.json")
+    assert (len(plan.dropped), list(map(len, plan.skipped.values()))) == (1, [1])
+    (hidden,) = final.last_hidden([tokens])
+    assert torch.equal(outside(out, True, tokens, tmp_path), final.logits(hidden))
+    masks = load_file(out / MASKS)
+    for name, packed in masks.items():
+        with final.opened(int(name.split(".")[2])) as block:
+            weight = block.tensors[f"{name}.weight"]
+        mask = unpack_mask(packed, weight.shape[1])
+        assert mask.shape == weight.shape
+        assert bool((weight[mask] == 0).all())
+        assert 0.2 < float(mask.float().mean()) < 0.8
+    dense = BlockModel.from_folder(source)
+    kept = plan.kept["ffn_channel"]
+    gate = load_file(out / "model-00002-of-00003.safetensors")
+    (name,) = (name for name in gate if name.endswith("gate_proj.weight"))
+    block = next(index for index in range(3) if index not in plan.dropped)
+    with dense.opened(block) as open_block:
+        source_gate = open_block.tensors[f"model.layers.{block}.mlp.gate_proj.weight"]
+    assert gate[name].shape == source_gate[list(kept[block])].shape
+
+
+def test_nothing_to_cut_changes_nothing(tmp_path):
+    source = tiny.save("llama", tmp_path / "model")
+    out = tmp_path / "out"
+    duramen.run(write_recipe(tmp_path, [{"method": "fusion", "ratio": 0.0}]), str(source), out)
+    before, after = load_file(source / "model.safetensors"), {}
+    for file in out.glob("model-*.safetensors"):
+        after |= load_file(file)
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_a_killed_run_goes_on(tmp_path, monkeypatch):
+    source = tiny.save("llama", tmp_path / "model")
+    recipe = write_recipe(
+        tmp_path, [{"method": "fusion", "ratio": 0.3, "gradient_sequences": 4, "gradient_length": 16, **FREE}]
+    )
+    duramen.run(recipe, str(source), tmp_path / "whole")
+    from duramen.rundir import BlockStore
+
+    real, saved = BlockStore.save, []
+
+    def save(self, index, *rest):
+        if index == 2 and not saved:
+            saved.append(index)
+            raise KeyboardInterrupt
+        real(self, index, *rest)
+
+    monkeypatch.setattr(BlockStore, "save", save)
+    with pytest.raises(KeyboardInterrupt):
+        duramen.run(recipe, str(source), tmp_path / "killed")
+    monkeypatch.setattr("duramen.shrink.fusion.walk_back", None)  # the scores are kept and not computed again
+    duramen.run(recipe, str(source), tmp_path / "killed")
+    for file in (tmp_path / "whole").glob("*.safetensors"):
+        assert file.read_bytes() == (tmp_path / "killed" / file.name).read_bytes()
+
+
+def test_a_saved_plan_is_carried_out(tmp_path):
+    source = tiny.save("llama", tmp_path / "model")
+    cut = {"method": "wanda_sp", "ratio": 0.3, **FREE}
+    duramen.run(write_recipe(tmp_path, [cut]), str(source), tmp_path / "first")
+    again = {"method": "cut", "plan": str(tmp_path / "first" / "pruning_plan.json")}
+    duramen.run(write_recipe(tmp_path, [again]), str(source), tmp_path / "second")
+    for file in (tmp_path / "first").glob("*.safetensors"):
+        assert file.read_bytes() == (tmp_path / "second" / file.name).read_bytes()
+    sibling = tiny.save("qwen2", tmp_path / "sibling")
+    with pytest.raises(Problem, match="is of another model: it is for tensors"):
+        duramen.run(write_recipe(tmp_path, [again]), str(sibling), tmp_path / "third")
+    with pytest.raises(Problem, match="There is no plan"):
+        duramen.run(write_recipe(tmp_path, [again | {"plan": "nowhere.json"}]), str(source), tmp_path / "fourth")
+    (tmp_path / "bad.json").write_text("{}")
+    with pytest.raises(Problem, match="This is no pruning plan"):
+        duramen.run(write_recipe(tmp_path, [again | {"plan": str(tmp_path / "bad.json")}]), str(source), tmp_path / "fifth")
+
+
+@pytest.mark.parametrize(
+    ("name", "step", "words"),
+    [
+        ("mamba", {"method": "fusion", "ratio": 0.2}, "no table of ffn_channel units"),
+        ("opt", {"method": "fusion", "ratio": 0.2, "families": ["query_head"]}, "no table of query_head units"),
+        ("llama", {"method": "fusion", "ratio": 0.99, **FREE}, "at most"),
+        ("llama", {"method": "fusion", "ratio": 1.0}, "`ratio` is 1.0"),
+        ("llama", {"method": "fusion"}, "`ratio`"),
+        ("llama", {"method": "fusion", "ratio": 0.2, "families": ["kv_group", "query_head"]}, "both kv_group and query_head"),
+        ("llama", {"method": "fusion", "ratio": 0.2, "only": ["donw"]}, "matches no layer"),
+        ("llama", {"method": "depth", "count": 3}, "at most 2 can"),
+        ("llama", {"method": "depth", "parts": "attention", "count": 3}, "at most 2 can"),
+    ],
+)
+def test_mistakes(name, step, words, tmp_path):
+    source = tiny.save(name, tmp_path / "model")
+    with pytest.raises(Problem, match=words) as caught:
+        duramen.run(write_recipe(tmp_path, [step]), str(source), tmp_path / "out")
+    assert caught.value.fix
+
+
+def test_a_part_with_a_bias_cannot_be_filled_with_zeros():
+    from duramen.shrink.surgery import homogenised
+
+    model = BlockModel.from_module(tiny.model("opt"))
+    with pytest.raises(Problem, match="attention of block 1 cannot be filled"):
+        homogenised(model, Plan("", 3, skipped={1: ("attention",)}))
+
+
+@torch.no_grad()
+def test_skipped_parts_can_be_filled_where_nothing_is_added():
+    from duramen.shrink.surgery import homogenised
+
+    network, tokens = tiny.model("llama"), tiny.ids()
+    model = BlockModel.from_module(network)
+    plan = random_plan(model, ("ffn_channel",), skipped={1: ("attention",), 2: ("mlp",)})
+    wide = homogenised(model, plan)
+    small = shrunk(model, wide)
+    assert type(small).__name__ == "LlamaForCausalLM"
+    with masked(model, plan):
+        torch.testing.assert_close(small(tokens).logits, network(tokens).logits, rtol=1e-5, atol=1e-5)
+
+
+def test_influence_finds_the_idle_block():
+    from duramen.shrink.depth import influences
+
+    network = tiny.model("llama")
+    with torch.no_grad():
+        network.model.layers[1].self_attn.o_proj.weight.mul_(1e-3)
+        network.model.layers[1].mlp.down_proj.weight.mul_(1e-3)
+        network.model.layers[2].mlp.down_proj.weight.mul_(1e-3)
+    model, tokens = BlockModel.from_module(network), tiny.ids()
+    whole, mlps = influences(model, tokens, "block"), influences(model, tokens, "mlp")
+    assert min(range(3), key=whole.__getitem__) == 1
+    assert mlps[2] < 1e-3 < mlps[0]
+
+
+def test_plan_and_inspect_show_groups(tmp_path):
+    source = tiny.save("llama", tmp_path / "model")
+    found = duramen.plan(write_recipe(tmp_path, [{"method": "fusion", "ratio": 0.2, **FREE}]), str(source))
+    step = found["steps"][0]
+    assert {item["kind"]: item["units"] for item in step["units"]} == {"ffn_channel": 48, "kv_group": 2}
+    assert step["parameters"]["after"] < step["parameters"]["before"]
+    assert found["macs_per_token"]["after"] < found["macs_per_token"]["before"]
+    groups = duramen.inspect(str(source))["groups"]
+    assert len(groups) == 9
+    assert "self_attn.q_proj.weight[0] x16" in next(item for item in groups if item["kind"] == "kv_group")["members"]
