@@ -10,7 +10,7 @@ import yaml
 from duramen.rundir import write_text
 
 MASKED = (
-    "Removed weights are stored as zeros in ordinary tensors: they make the file no smaller, and no speed-up is claimed for them. "
+    "Removed weights are stored as zeros in ordinary tensors: the file is not smaller for them, and no speed-up is claimed. "
     "`masks.safetensors` says which they are. "
 )
 
