@@ -1,0 +1,210 @@
+"""Claim: fused importance with repair leaves a cut model nearest to the dense one, at every ratio.
+
+    python benchmarks/structured_quality.py --text wiki.test.raw
+    python benchmarks/structured_quality.py --text wiki.test.raw --model gemma3-270m --families ffn_channel
+
+Cuts a share of the block parameters, the same in every block, so that all subjects have the same shape at a ratio, bytes and
+multiply-adds. The scores come from the same calibration tokens, once for all ratios; the repair is the default one, or none. Measures perplexity and KL from
+dense, and the paired difference of the KL from that of the default (``fusion attention``). Adds to benchmarks/results/structured_quality.csv after
+every run, and the KL of every window to structured_quality.json; runs that stand there are left out. About four hours a model on 2 cores.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from functools import cached_property, partial
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+import rows
+from duramen.calibrate.backward import walk_back
+from duramen.calibrate.walker import Walk
+from duramen.evaluate.intervals import Measured, mean_interval
+from duramen.evaluate.perplexity import divergence, final_hidden, perplexity
+from duramen.families.model import BlockModel
+from duramen.hardware.machine import forward_dtype
+from duramen.shrink import flap, fusion, wanda_sp
+from duramen.shrink.groups import Units, find_units
+from duramen.shrink.importance import Taylor
+from duramen.shrink.model import ShrinkSettings, budget, carry_out, choose, kept_units
+from duramen.shrink.plan import Plan
+from duramen.shrink.surgery import Surgery
+from pruning_quality import Bench, arguments
+
+RATIOS = ("10%", "20%", "30%", "50%")
+REPAIRS = {"": "affine", ", no repair": "none"}
+DEFAULT = "fusion attention"
+UNITS = {
+    "perplexity": "1",
+    "KL from dense": "nats",
+    "KL above the default": "nats",
+    "parameters": "1",
+    "MACs per token": "1",
+    "seconds": "s",
+}
+
+
+class Scorer:
+    """Every subject's scores, computed when they are asked for, and once."""
+
+    def __init__(self, model: BlockModel, units: list[Units], tokens: Tensor, sequences: int, length: int) -> None:
+        self.model, self.units, self.tokens, self.walk = model, units, tokens, Walk()
+        self.sequences, self.others = fusion.pieces(tokens, sequences, length)
+
+    def taylor(self, **settings: str) -> list[fusion.Found]:
+        """Estimates of all units, from gradients."""
+        found: list[fusion.Found] = []
+        observer = Taylor(
+            self.units, len(self.sequences), self.sequences.shape[1] - 1,
+            give=lambda each, estimates: found.append(fusion.Found(each, estimates)), **settings,
+        )  # fmt: skip
+        walk_back(self.model, self.sequences, observer, walk=self.walk)
+        return sorted(found, key=lambda each: each.units.block)
+
+    @cached_property
+    def fused(self) -> list[fusion.Found]:
+        """With the defaults of fusion."""
+        return self.taylor(order="second", coarse="per_sequence")
+
+    @cached_property
+    def batch(self) -> list[fusion.Found]:
+        """LLM-Pruner's, of first order."""
+        return self.taylor(order="first", coarse="batch")
+
+    def by_columns(self, score: Callable[[Tensor], Tensor]) -> dict[tuple[int, str], Tensor]:
+        """From the columns that read a unit."""
+        found = {}
+        for each in self.units:
+            with self.model.opened(each.block) as block:
+                (layer,) = (layer for layer in block.layers.values() if layer.name == each.reader)
+                columns = score(layer.read().float())[each.columns(range(each.count))]
+            found[each.block, each.kind] = columns.reshape(each.count, -1).sum(1)
+        return found
+
+    def scores(self, subject: str, settings: ShrinkSettings) -> dict[tuple[int, str], Tensor]:
+        """Importance of all units by one subject."""
+        name, _, mode = subject.partition(" ")
+        if name == "random":
+            generator = torch.Generator().manual_seed(0)
+            return {(each.block, each.kind): torch.rand(each.count, generator=generator) for each in self.units}
+        if name == "magnitude":
+            return self.by_columns(lambda weight: weight.square().sum(0))
+        if name in ("wanda-sp", "flap"):
+            return (wanda_sp if name == "wanda-sp" else flap).score(self.model, self.units, self.tokens, self.walk)[0]
+        if name == "taylor":
+            return {(each.units.block, each.units.kind): each.fused(float(mode == "vector")) for each in self.batch}
+        found = [replace(each) for each in self.fused]
+        kind, _, weight = mode.partition(" ")
+        chosen = fusion.Settings(**settings.model_dump(), fusion=kind, weight=float(weight or 0.5))
+        fusion._set_shares(chosen, self.model, found, self.others, self.walk)
+        return fusion._scores(found)
+
+
+SUBJECTS = (
+    "fusion attention", "random", "magnitude", "wanda-sp", "flap", "taylor element", "taylor vector",
+    "fusion fixed 0", "fusion fixed 1", "fusion fixed 0.5", "fusion per_group", "fusion search", "fusion ablation",
+)  # fmt: skip
+"""``fixed 0`` and ``fixed 1`` are the two pure granularities that fusion blends; the others of Taylor are LLM-Pruner's, from one batch."""
+
+
+class Kept:
+    """Keeps the edited blocks in memory."""
+
+    def __init__(self) -> None:
+        self.tensors: dict[str, Tensor] = {}
+
+    def load(self, index: int) -> None:
+        """Nothing was finished before."""
+
+    def save(self, index: int, tensors: dict[str, Tensor], pruned: object, records: object) -> None:
+        """Keeps one block."""
+        self.tensors |= {name: tensor.clone() for name, tensor in tensors.items()}
+
+
+def main() -> None:
+    """Runs the table."""
+    parser = arguments(RATIOS, SUBJECTS)
+    parser.add_argument("--families", nargs="*", default=["ffn_channel", "kv_group"])
+    parser.add_argument("--round-to", type=int, default=16)
+    parser.add_argument("--repairs", nargs="*", default=list(REPAIRS.values()))
+    parser.add_argument("--set", nargs="*", default=[], help="other settings for all subjects, key=value, named in the case")
+    parser.add_argument("--name", default="structured_quality")
+    options = parser.parse_args()
+    bench = Bench.open(options)
+    model = BlockModel.from_folder(bench.folder, dtype=forward_dtype("auto"))
+    scorer = Scorer(model, find_units(model, options.families), bench.tokens, 64, 128)
+    more = dict(item.split("=") for item in options.set)
+    case = f"{options.model}, {bench.tokens.numel()} tokens, {Path(options.text).name} {options.windows}x{options.window}"
+    case += "".join(f", {key} {value}" for key, value in {"families": "+".join(options.families), **more}.items())
+    for ratio in options.targets:
+        for repair in options.repairs:
+            for subject in options.subjects:
+                measure(bench, model, scorer, options, more, f"{case}, {ratio}", subject, repair)
+
+
+def measure(
+    bench: Bench,
+    model: BlockModel,
+    scorer: Scorer,
+    options: argparse.Namespace,
+    more: dict[str, str],
+    case: str,
+    subject: str,
+    repair: str,
+) -> None:
+    """One subject at one ratio, unless it stands in the table."""
+    table = rows.read(options.name)
+    label = subject + next(words for words, name in REPAIRS.items() if name == repair)
+    if any((row["case"], row["subject"]) == (case, label) for row in table):
+        return
+    share = float(case.rpartition(", ")[2].removesuffix("%")) / 100
+    shared = {"ratio": share, "ratio_of": "block_parameters", "families": options.families, "round_to": options.round_to}
+    settings = ShrinkSettings.model_validate(shared | {"repair": repair} | more)
+    start = time.process_time()
+    scores = scorer.scores(subject, settings)
+    _, wanted = budget(model, scorer.units, settings)
+    kept = kept_units(model, scorer.units, choose(scorer.units, scores, wanted, settings))
+    plan, store = Plan("", len(model.blocks), kept), Kept()
+    carry_out(plan, model, bench.tokens, settings, Walk(store=store))
+    seconds = time.process_time() - start
+    edited = BlockModel.from_folder(bench.folder)
+    edited.opened = partial(edited.opened, edited=store.tensors)  # type: ignore[method-assign]
+    found = divergence(bench.dense, bench.hidden, edited, final_hidden(edited, bench.windows), bench.windows)
+    summary = Surgery(model, plan).summary
+    figures = {
+        "perplexity": perplexity(found.loss),
+        "KL from dense": mean_interval(found.kl),
+        "parameters": _one(summary["parameters"]["after"]),
+        "MACs per token": _one(summary["macs_per_token"]["after"]),
+        "seconds": _one(seconds),
+    }
+    windows = _windows(options.name)
+    windows.setdefault(case, {})[label] = found.kl.tolist()
+    if DEFAULT in windows[case] and label != DEFAULT:
+        figures["KL above the default"] = mean_interval(np.array(windows[case][label]) - np.array(windows[case][DEFAULT]))
+    (rows.RESULTS / f"{options.name}.json").write_text(json.dumps(windows, indent=1), encoding="utf-8")
+    for metric, figure in figures.items():
+        bounds = {"low": figure.low, "high": figure.high} if figure.low < figure.high else {}
+        table.append(rows.row(case, metric, UNITS[metric], label, figure.value, samples=figure.samples, **bounds))
+    rows.write(options.name, table)
+    print(case.rpartition(", ")[2], label, {name: round(figure.value, 4) for name, figure in figures.items()}, flush=True)
+
+
+def _one(value: float) -> Measured:
+    return Measured(value, value, value, 1)
+
+
+def _windows(name: str) -> dict[str, dict[str, list[float]]]:
+    file = rows.RESULTS / f"{name}.json"
+    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+
+
+if __name__ == "__main__":
+    main()
