@@ -58,7 +58,7 @@ class Effort:
     refine: Refine
     penalty: float = 0.3
     iterations: int | None = None
-    dense_target: float = 0.5
+    dense_target: float = 0.25
 
 
 EFFORTS = {
