@@ -83,7 +83,9 @@ class Taylor:
         self.units, self.sequences, self.tokens = units, sequences, tokens
         self.order, self.coarse, self.give = order, coarse, give
         self._tables: dict[tuple[str, str], Tensor] = {}
-        self._sums: dict[str, tuple[Tensor, Tensor, Tensor]] = {}
+        self._weights: dict[str, Tensor] = {}
+        self._sums: dict[str, Tensor] = {}
+        self._squares: dict[str, Tensor] = {}
 
     def _here(self, block: int) -> list[Units]:
         return [units for units in self.units if units.block == block]
@@ -94,22 +96,28 @@ class Taylor:
 
     def see(self, block: int, path: str, weight: Tensor, gradient: Tensor, sequence: int) -> None:
         """Adds one sequence's gradient of one tensor."""
-        weight, gradient = weight.float(), gradient.float()
-        product = weight * gradient
-        for units in self._here(block):
-            for member in units.members:
-                if member.path == path:
-                    signed, absolute = (_by_unit(units, member, sums) for sums in slice_sums(product, member.axis))
-                    _, squares = slice_sums(product.square(), member.axis)
-                    self._add(units, "coarse", sequence, signed.abs().sum(1))
-                    self._add(units, "first", sequence, absolute.sum(1))
-                    self._add(units, "second", sequence, 0.5 * self.tokens * _by_unit(units, member, squares).sum(1))
-                    if member.reads:
-                        self._add(units, "factor", sequence, signed.sum(1))
-        if self.order != "second" or self.coarse == "batch":
-            zero = (weight, torch.zeros_like(weight), torch.zeros_like(weight))
-            _, sums, squared = self._sums.get(path, zero)
-            self._sums[path] = weight, sums + gradient, squared + gradient.square()
+        if self._needs_sums:
+            self._weights[path] = weight
+            _accumulate(self._sums, path, gradient.float())
+            if self.order != "first":
+                _accumulate(self._squares, path, gradient.float().square())
+        product = gradient.to(torch.float32, copy=True).mul_(weight)
+        members = [(units, member) for units in self._here(block) for member in units.members if member.path == path]
+        for units, member in members:
+            signed, absolute = (_by_unit(units, member, sums) for sums in slice_sums(product, member.axis))
+            self._add(units, "coarse", sequence, signed.abs().sum(1))
+            self._add(units, "first", sequence, absolute.sum(1))
+            if member.reads:
+                self._add(units, "factor", sequence, signed.sum(1))
+        product.square_()
+        for units, member in members:
+            squares = _by_unit(units, member, slice_sums(product, member.axis)[0])
+            self._add(units, "second", sequence, 0.5 * self.tokens * squares.sum(1))
+
+    @property
+    def _needs_sums(self) -> bool:
+        """Whether a score needs the gradient of all sequences together, weight by weight."""
+        return self.order != "second" or self.coarse == "batch"
 
     def _add(self, units: Units, table: str, sequence: int, values: Tensor) -> None:
         key = (units.kind, table)
@@ -121,12 +129,12 @@ class Taylor:
         """Gives the scores of a block, and forgets its sums."""
         for table in self._tables.values():
             ranks.add(table)
-        for _, sums, squared in self._sums.values():
-            ranks.add(sums)
-            ranks.add(squared)
+        for table in (*self._sums.values(), *self._squares.values()):
+            ranks.add(table)
         for units in self._here(block):
             self.give(units, self._scores(units))
-        self._tables, self._sums = {}, {}
+        for kept in (self._tables, self._weights, self._sums, self._squares):
+            kept.clear()
 
     def _scores(self, units: Units) -> Scores:
         table = {name: values for (kind, name), values in self._tables.items() if kind == units.kind}
@@ -137,17 +145,30 @@ class Taylor:
         coarse = self._batch(units, self.order)[0] if self.coarse == "batch" else coarse_table.mean(0)
         return Scores(coarse, fine, coarse_table, fine_table)
 
+    def _salience(self, path: str, order: Order) -> Tensor:
+        """φ of every weight of a tensor from all sequences, with the terms of ``order``."""
+        first = self._weights[path] * self._sums[path] / self.sequences
+        if order == "first":
+            return first
+        second = 0.5 * self.tokens * self._weights[path].float().square() * self._squares[path] / self.sequences
+        return first - second if order == "mix" else -second
+
     def _batch(self, units: Units, order: Order) -> tuple[Tensor, Tensor]:
         """Coarse and fine scores from the gradients of all sequences together, each [U]."""
         coarse, fine = torch.zeros(units.count), torch.zeros(units.count)
         for member in units.members:
-            weight, sums, squared = self._sums[member.path]
-            first, second = weight * sums / self.sequences, 0.5 * self.tokens * weight.square() * squared / self.sequences
-            salience = {"first": first, "second": -second, "mix": first - second}[order]
+            salience = self._salience(member.path, order)
             signed, absolute = (_by_unit(units, member, values) for values in slice_sums(salience, member.axis))
             coarse += signed.abs().sum(1).cpu()
             fine += absolute.sum(1).cpu()
         return coarse, fine
+
+
+def _accumulate(sums: dict[str, Tensor], path: str, values: Tensor) -> None:
+    if path in sums:
+        sums[path] += values
+    else:
+        sums[path] = values.clone()
 
 
 def _by_unit(units: Units, member: Member, values: Tensor) -> Tensor:
