@@ -1,7 +1,8 @@
 """Claim: fused importance with repair leaves a cut model nearest to the dense one, at every ratio.
 
     python benchmarks/structured_quality.py --text wiki.test.raw
-    python benchmarks/structured_quality.py --text wiki.test.raw --model gemma3-270m --families ffn_channel
+    python benchmarks/structured_quality.py --text wiki.test.raw --model gemma3-270m
+    python benchmarks/structured_quality.py --text wiki.test.raw --peer-python PEER/bin/python     # torch-pruning, FFN channels alone
 
 Cuts a share of the block parameters, the same in every block, so that all subjects have the same shape at a ratio, bytes and
 multiply-adds. The scores come from the same calibration tokens, once for all ratios; the repair is the default one, or none. Measures perplexity and KL from
@@ -13,6 +14,8 @@ from __future__ import annotations
 
 import argparse
 import json
+import subprocess
+import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -21,7 +24,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM
 
 import rows
 from duramen.calibrate.backward import walk_back
@@ -111,6 +116,7 @@ SUBJECTS = (
     "fusion attention", "random", "magnitude", "wanda-sp", "flap", "taylor element", "taylor vector",
     "fusion fixed 0", "fusion fixed 1", "fusion fixed 0.5", "fusion per_group", "fusion search", "fusion ablation",
 )  # fmt: skip
+PEERS = ("torch-pruning magnitude", "torch-pruning taylor")
 """``fixed 0`` and ``fixed 1`` are the two pure granularities that fusion blends; the others of Taylor are LLM-Pruner's, from one batch."""
 
 
@@ -135,6 +141,9 @@ def main() -> None:
     parser.add_argument("--round-to", type=int, default=16)
     parser.add_argument("--repairs", nargs="*", default=list(REPAIRS.values()))
     parser.add_argument("--set", nargs="*", default=[], help="other settings for all subjects, key=value, named in the case")
+    parser.add_argument(
+        "--peer-python", default="", help="python of an environment with torch-pruning; needs --families ffn_channel"
+    )
     parser.add_argument("--name", default="structured_quality")
     options = parser.parse_args()
     bench = Bench.open(options)
@@ -147,6 +156,8 @@ def main() -> None:
         for repair in options.repairs:
             for subject in options.subjects:
                 measure(bench, model, scorer, options, more, f"{case}, {ratio}", subject, repair)
+        for subject in PEERS if options.peer_python else ():
+            measure(bench, model, scorer, options, more, f"{case}, {ratio}", subject, "none")
 
 
 def measure(
@@ -168,14 +179,17 @@ def measure(
     shared = {"ratio": share, "ratio_of": "block_parameters", "families": options.families, "round_to": options.round_to}
     settings = ShrinkSettings.model_validate(shared | {"repair": repair} | more)
     start = time.process_time()
-    scores = scorer.scores(subject, settings)
-    _, wanted = budget(model, scorer.units, settings)
-    kept = kept_units(model, scorer.units, choose(scorer.units, scores, wanted, settings))
-    plan, store = Plan("", len(model.blocks), kept), Kept()
-    carry_out(plan, model, bench.tokens, settings, Walk(store=store))
-    seconds = time.process_time() - start
-    edited = BlockModel.from_folder(bench.folder)
-    edited.opened = partial(edited.opened, edited=store.tensors)  # type: ignore[method-assign]
+    scores = {} if subject in PEERS else scorer.scores(subject, settings)
+    plan = planned(model, scorer.units, scores, settings)
+    used = ""
+    if subject in PEERS:
+        edited, seconds, used = cut_by_peer(bench, model, plan, scorer.sequences, options.peer_python, subject)
+    else:
+        store = Kept()
+        carry_out(plan, model, bench.tokens, settings, Walk(store=store))
+        seconds = time.process_time() - start
+        edited = BlockModel.from_folder(bench.folder)
+        edited.opened = partial(edited.opened, edited=store.tensors)  # type: ignore[method-assign]
     found = divergence(bench.dense, bench.hidden, edited, final_hidden(edited, bench.windows), bench.windows)
     summary = Surgery(model, plan).summary
     figures = {
@@ -192,9 +206,37 @@ def measure(
     (rows.RESULTS / f"{options.name}.json").write_text(json.dumps(windows, indent=1), encoding="utf-8")
     for metric, figure in figures.items():
         bounds = {"low": figure.low, "high": figure.high} if figure.low < figure.high else {}
-        table.append(rows.row(case, metric, UNITS[metric], label, figure.value, samples=figure.samples, **bounds))
+        versions = {"versions": rows.versions(used)} if used else {}
+        table.append(rows.row(case, metric, UNITS[metric], label, figure.value, samples=figure.samples, **bounds, **versions))
     rows.write(options.name, table)
     print(case.rpartition(", ")[2], label, {name: round(figure.value, 4) for name, figure in figures.items()}, flush=True)
+
+
+def planned(model: BlockModel, units: list[Units], scores: dict[tuple[int, str], Tensor], settings: ShrinkSettings) -> Plan:
+    """What stays by these scores; without scores, so many of each kind."""
+    scores = scores or {(each.block, each.kind): torch.zeros(each.count) for each in units}
+    _, wanted = budget(model, units, settings)
+    return Plan("", len(model.blocks), kept_units(model, units, choose(units, scores, wanted, settings)))
+
+
+def cut_by_peer(
+    bench: Bench, model: BlockModel, plan: Plan, sequences: Tensor, python: str, subject: str
+) -> tuple[BlockModel, float, str]:
+    """The same widths by torch-pruning: the model, its processor seconds, and the versions used."""
+    (widths,) = {len(stay) for stay in plan.kept["ffn_channel"]}
+    with tempfile.TemporaryDirectory() as place:
+        tokens, out = f"{place}/tokens.safetensors", f"{place}/out.safetensors"
+        save_file({"sequences": sequences.contiguous()}, tokens)
+        worker = str(Path(__file__).with_name("peer_torch_pruning.py"))
+        line = [python, worker, str(bench.folder), tokens, str(widths), subject.rpartition(" ")[2], out]
+        done = subprocess.run(line, stdout=subprocess.PIPE, text=True, check=True)
+        found, tensors = json.loads(done.stdout.strip().splitlines()[-1]), load_file(out)
+    network = AutoModelForCausalLM.from_config(AutoConfig.for_model(**Surgery(model, plan).config), dtype=torch.float32).eval()
+    missing = network.load_state_dict(tensors, strict=False)
+    assert set(missing.missing_keys) <= {"lm_head.weight"}, missing
+    network.tie_weights()
+    used = " ".join(f"{name}={version}" for name, version in found["versions"].items())
+    return BlockModel.from_module(network), found["seconds"], f"peer:{used}"
 
 
 def _one(value: float) -> Measured:
