@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Annotated, Any, Literal
@@ -190,16 +189,12 @@ def _plan(
     score: Score, name: str, model: BlockModel, units: list[Units], tokens: Tensor, settings: ShrinkSettings, walk: Walk
 ) -> Plan:
     """Scores the units and chooses."""
-    start = time.perf_counter()
     size, wanted = budget(model, units, settings)
     scores, report = score(model, units, tokens, replace(walk, store=None)) if wanted else ({}, {})
     gone = choose(units, scores, wanted, settings) if wanted else {}
     plan = Plan(digest(model), len(model.blocks), kept_units(model, units, gone))
     removed = sum(len(units_gone) * each.parameters for each in units if (units_gone := gone.get((each.block, each.kind))))
-    made_by = {
-        "method": name, "settings": settings.model_dump(mode="json"), "ratio": removed / size, "removed": removed,
-        "seconds": time.perf_counter() - start,
-    }  # fmt: skip
+    made_by = {"method": name, "settings": settings.model_dump(mode="json"), "ratio": removed / size, "removed": removed}
     return replace(plan, made_by=made_by | report)
 
 

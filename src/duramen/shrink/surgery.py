@@ -314,7 +314,7 @@ def homogenised(model: BlockModel, plan: Plan) -> Plan:
     """A plan with the same function whose blocks all have one shape that the stock class builds; zeros fill what is too narrow.
 
     Raises:
-        Problem: If a part is skipped whose output has a bias, which zeros cannot stand for.
+        Problem: If a part is skipped whose output has a bias, which zeros cannot stand for, or if no shape will do.
     """
     kept = dict(plan.kept)
     for part, kind in (("attention", "kv_group"), ("mlp", "ffn_channel")):
@@ -331,24 +331,30 @@ def homogenised(model: BlockModel, plan: Plan) -> Plan:
         here = kept.get(kind, tuple(whole[block] for block in sorted(whole)))
         kept[kind] = tuple(() if block in blocks else units for block, units in enumerate(here))
     widths = {kind: max(map(len, blocks)) for kind, blocks in kept.items()}
-    counts = {units.kind: units.count for units in find_units(model, tuple(kept))}
+    units = find_units(model, tuple(kept))
+    most = {kind: max(each.count for each in units if each.kind == kind) for kind in kept}
     while True:
-        filled = replace(plan, kept=kept, fill=_fill(kept, widths, counts), skipped={})
+        filled = replace(plan, kept=kept, fill=_fill(kept, widths, units), skipped={})
         if OWN not in Surgery(model, filled).config["model_type"]:
             return filled
-        heads = [kind for kind in ("query_head", "kv_group") if widths.get(kind, 0) < counts.get(kind, 0)]
-        grown = heads[0] if heads else "ffn_channel"
-        if widths.get(grown, 0) >= counts.get(grown, 0):
-            return filled
-        widths[grown] = widths[grown] + 1 if heads else counts[grown]
+        heads = [kind for kind in ("query_head", "kv_group") if kind in kept and widths[kind] < most[kind]]
+        if heads:
+            widths[heads[0]] += 1
+        elif widths.get("ffn_channel", 0) < most.get("ffn_channel", 0):
+            widths["ffn_channel"] = most["ffn_channel"]
+        else:
+            raise Problem(
+                "No uniform shape makes this a stock model.",
+                why="its blocks differ already, and places that were cut before cannot come back.",
+                fix="`homogenise: true` in the first step that cuts, or `homogenise: false`.",
+            )
 
 
-def _fill(kept: Kept, widths: Mapping[str, int], counts: Mapping[str, int]) -> dict[str, tuple[tuple[int, ...], ...]]:
+def _fill(kept: Kept, widths: Mapping[str, int], units: list[Units]) -> dict[str, tuple[tuple[int, ...], ...]]:
     """The first removed units of every block, as many as it lacks."""
-    return {
-        kind: tuple(
-            tuple([unit for unit in range(counts[kind]) if unit not in set(stay)][: widths[kind] - len(stay)])
-            for stay in blocks
-        )
-        for kind, blocks in kept.items()
-    }
+    fill: dict[str, list[tuple[int, ...]]] = {kind: [() for _ in blocks] for kind, blocks in kept.items()}
+    for each in units:
+        stay = kept[each.kind][each.block]
+        free = [unit for unit in range(each.count) if unit not in set(stay)]
+        fill[each.kind][each.block] = tuple(free[: widths[each.kind] - len(stay)])
+    return {kind: tuple(blocks) for kind, blocks in fill.items()}
