@@ -2,7 +2,7 @@
 
     python benchmarks/structured_quality.py --text wiki.test.raw
     python benchmarks/structured_quality.py --text wiki.test.raw --model gemma3-270m
-    python benchmarks/structured_quality.py --text wiki.test.raw --peer-python PEER/bin/python     # torch-pruning, FFN channels alone
+    python benchmarks/structured_quality.py --text wiki.test.raw --peer-python PEER/bin/python     # with torch-pruning
 
 Cuts a share of the block parameters, the same in every block, so that all subjects have the same shape at a ratio, bytes and
 multiply-adds. The scores come from the same calibration tokens, once for all ratios; the repair is the default one, or none. Measures perplexity and KL from
@@ -137,13 +137,11 @@ class Kept:
 def main() -> None:
     """Runs the table."""
     parser = arguments(RATIOS, SUBJECTS)
-    parser.add_argument("--families", nargs="*", default=["ffn_channel", "kv_group"])
+    parser.add_argument("--families", nargs="*", default=["ffn_channel"])
     parser.add_argument("--round-to", type=int, default=16)
     parser.add_argument("--repairs", nargs="*", default=list(REPAIRS.values()))
     parser.add_argument("--set", nargs="*", default=[], help="other settings for all subjects, key=value, named in the case")
-    parser.add_argument(
-        "--peer-python", default="", help="python of an environment with torch-pruning; needs --families ffn_channel"
-    )
+    parser.add_argument("--peer-python", default="", help="python of an environment with torch-pruning")
     parser.add_argument("--name", default="structured_quality")
     options = parser.parse_args()
     bench = Bench.open(options)

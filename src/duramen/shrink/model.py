@@ -33,7 +33,7 @@ class ChoiceSettings(Settings):
     """Share to remove."""
     ratio_of: Literal["parameters", "block_parameters", "units"] = "parameters"
     """Of what: all parameters of the model, those of its blocks, or the units of every block."""
-    families: tuple[Kind, ...] = ("ffn_channel", "kv_group")
+    families: tuple[Kind, ...] = ("ffn_channel",)
     """Units that may go: FFN channels, and KV groups with their query heads, or else one query head of every KV group."""
     only: tuple[str, ...] = ()
     """Projections that read the units that may go, by role (`down`), block range (`blocks:4-27`) or glob; empty means all."""
