@@ -93,3 +93,12 @@ def test_layers_at_their_limit_pass_the_rest_on():
     sizes = {"a": 100, "b": 100, "c": 100}
     assert sum(round_to_total({"a": 1.1, "b": 0.9, "c": 0.85}, sizes, 285).values()) == 285
     assert sum(round_to_total({"a": -0.1, "b": 0.1, "c": 0.15}, sizes, 15).values()) == 15
+
+
+def test_the_effort_decides_what_is_left_open():
+    spread = lambda **settings: multiweight.Settings(**settings).spread  # noqa: E731
+    assert spread(sparsity=0.5) == "uniform"
+    assert spread(sparsity=0.5, effort="best") == "owl"
+    assert spread(sparsity=0.5, effort="best", allocation="curve") == "curve"
+    assert spread(pattern="2:4", effort="best") == "uniform"
+    assert spread(sparsity=(0.4, 0.6), effort="best") == "uniform"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import model_validator
 from torch import Tensor, nn
@@ -32,8 +32,8 @@ class PruneSettings(Settings):
     """Share of weights to remove, in [0, 1); a list is a gradient over the blocks, from the first to the last."""
     pattern: str | None = None
     """`kept:group`, such as `2:4`: of every group of consecutive inputs so many stay."""
-    allocation: Allocation = "uniform"
-    """How a share is spread over the layers: equally, by their outliers (`owl`), or by their error curves (`curve`); the total stays exact."""
+    allocation: Allocation | Literal["auto"] = "auto"
+    """How a share is spread over the layers: equally (`uniform`), by their outliers (`owl`), or by their error curves (`curve`); the total stays exact. `auto`: equally, but by outliers in multi-weight pruning with `effort: best`."""
     only: tuple[str, ...] = ()
     """Layers to touch, by role (`q`), block range (`blocks:4-27`) or glob (`*.mlp.*`); empty means all."""
     skip: tuple[str, ...] = ()
@@ -47,6 +47,11 @@ class PruneSettings(Settings):
     def alpha(self) -> float:
         """Share of the dense model's output in the target; 0 where a method has no such target."""
         return 0.0
+
+    @property
+    def spread(self) -> Allocation:
+        """The allocation that is used."""
+        return "uniform" if self.allocation == "auto" else self.allocation
 
     @property
     def trial(self) -> dict[str, Any]:
@@ -67,9 +72,9 @@ class PruneSettings(Settings):
     def _check_target(self) -> PruneSettings:
         for share in self.sparsity if isinstance(self.sparsity, tuple) else (self.sparsity,):
             parse_pattern(share, self.pattern)
-        if self.allocation != "uniform" and not isinstance(self.sparsity, float):
+        if self.spread != "uniform" and not isinstance(self.sparsity, float):
             raise Problem(
-                f"`allocation: {self.allocation}` needs one share of weights.",
+                f"`allocation: {self.spread}` needs one share of weights.",
                 why="an N:M pattern fixes the share of every layer, and a gradient over the blocks is an allocation already.",
                 fix="`sparsity: 0.5`, or `allocation: uniform`.",
             )
@@ -107,7 +112,7 @@ def prune_model(
     names = filter_layers(blocks.layer_names(), settings.only, settings.skip)
     choose = getattr(settings, "damping", None) == "held-out"
     walk = walk or Walk()
-    uniform = settings.allocation == "uniform"
+    uniform = settings.spread == "uniform"
     shares = {} if uniform else walk.memo("allocation", lambda: _shares(prune, blocks, tokens, settings, names, walk))
 
     def edit(layers: list[Layer], statistics: Statistics) -> Callable[[Layer], dict[str, Any]]:
@@ -128,7 +133,7 @@ def _shares(
 ) -> dict[str, float]:
     """The share of every layer, from a walk through the dense model."""
     assert isinstance(settings.sparsity, float)
-    share, kind = settings.sparsity, settings.allocation
+    share, kind = settings.sparsity, settings.spread
     trial = partial(prune, **settings.options | settings.trial)
 
     def look(_: list[Layer], statistics: Statistics) -> Callable[[Layer], dict[str, Any]]:

@@ -26,6 +26,7 @@ from torch import Tensor
 from duramen.calibrate.walker import Records, Walk
 from duramen.problem import Problem
 from duramen.prune import magnitude, wanda
+from duramen.prune.allocation import Allocation
 from duramen.prune.compensate import Swept, compensate, sweep
 from duramen.prune.factor import Factor, factorise
 from duramen.prune.layer import Damping
@@ -51,6 +52,7 @@ class Effort:
         refine: What betters the mask.
         penalty: Where ADMM begins.
         iterations: Conjugate gradient iterations of the exact solve; None for as many as it takes.
+        allocation: How one share is spread over the layers.
         dense_target: α; above 0 the dense model runs in step, which about doubles the forward passes.
     """
 
@@ -59,12 +61,13 @@ class Effort:
     penalty: float = 0.3
     iterations: int | None = None
     dense_target: float = 0.25
+    allocation: Allocation = "uniform"
 
 
 EFFORTS = {
     "fast": Effort(None, "none", iterations=3, dense_target=0.0),
     "good": Effort("admm", "none"),
-    "best": Effort("admm", "swap", penalty=0.1),
+    "best": Effort("admm", "swap", penalty=0.1, allocation="owl"),
 }
 
 
@@ -72,7 +75,7 @@ class Settings(PruneSettings):
     """Settings of multi-weight pruning."""
 
     effort: Literal["fast", "good", "best"] = "good"
-    """`fast`: one sweep chooses, and three iterations solve; `good`: a mask searched for as a whole, solved exactly; `best`: then bettered by exchanges."""
+    """`fast`: one sweep chooses, and three iterations solve; `good`: a mask searched for as a whole, solved exactly; `best`: then bettered by exchanges, and a share spread over the layers by their outliers."""
     mask: Mask = "auto"
     """How weights are chosen: `admm` or `rounds` (searched), `single` (Eq. 14), `joint` (whole N:M groups, Eq. 12), or another method's mask. `auto`: by `effort`."""
     refine: Refine = "auto"
@@ -91,6 +94,13 @@ class Settings(PruneSettings):
     """Proven bound on the relative excess of the loss at which the exact solve stops."""
     max_iterations: int = Field(default=200, ge=0)
     """Conjugate gradient iterations before a row is solved directly."""
+
+    @property
+    def spread(self) -> Allocation:
+        """The allocation that is used; patterns and gradients over the blocks leave none to choose."""
+        if self.allocation != "auto":
+            return self.allocation
+        return EFFORTS[self.effort].allocation if isinstance(self.sparsity, float) else "uniform"
 
     @property
     def alpha(self) -> float:
