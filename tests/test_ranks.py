@@ -18,11 +18,12 @@ from duramen.prune import multiweight
 from test_story import write_recipe
 
 STEP = {"method": "multiweight", "sparsity": 0.5, "damping": "held-out", "dense_target": 0.5}
+CUT = {"method": "fusion", "ratio": 0.1, "round_to": 1, "gradient_sequences": 9, "gradient_length": 16}
 
 
 def test_two_ranks_give_the_model_of_one(llama, texts, tmp_path):
     calibration = {"text": [str(texts[0])], "sequences": 40, "length": 48}
-    recipe = write_recipe(tmp_path / "r.yaml", texts, steps=(STEP,), calibration=calibration)
+    recipe = write_recipe(tmp_path / "r.yaml", texts, steps=(STEP, CUT), calibration=calibration)
     one = duramen.run(recipe, str(llama), tmp_path / "one")
     line = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "duramen"]
     words = ["run", recipe, str(llama), str(tmp_path / "two")]
@@ -31,7 +32,9 @@ def test_two_ranks_give_the_model_of_one(llama, texts, tmp_path):
     assert [record["layer"] for record in two["steps"][0]["layers"]] == [
         record["layer"] for record in one["steps"][0]["layers"]
     ]
-    assert all(record["tokens"] == 40 * 48 for record in two["steps"][0]["layers"])
+    assert all(record["tokens"] == 40 * 48 for step in two["steps"] for record in step["layers"])
+    kept = [json.loads((tmp_path / name / "pruning_plan.json").read_text())["kept"] for name in ("one", "two")]
+    assert kept[0] == kept[1]
     assert len(two["evaluations"]) == 1
     masks = [load_file(tmp_path / name / "masks.safetensors") for name in ("one", "two")]
     assert all(torch.equal(mask, masks[1][name]) for name, mask in masks[0].items())
