@@ -1,4 +1,4 @@
-"""Wanda-sp: mean over the outputs of |weight| times input norm, summed over the columns of a unit; no gradients.
+"""Wanda-sp: magnitude times input norm, averaged over the outputs and summed over the columns of a unit; no gradients.
 
 The structured form of Wanda (arXiv 2306.11695) that FLAP (arXiv 2312.11983) compares with: a baseline, and a good one where gradients are
 too dear.
