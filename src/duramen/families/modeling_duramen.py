@@ -16,7 +16,7 @@ from torch import nn
 
 @dataclass(frozen=True)
 class Stock:
-    """Where transformers has a family, and what its layers call their parts."""
+    """Where transformers has a family, what its layers call their parts, and whether the parts add the residual themselves."""
 
     prefix: str
     package: str
@@ -25,6 +25,7 @@ class Stock:
     attention: str = "self_attn"
     mlp: tuple[str, ...] = ("mlp",)
     config: str = ""
+    adds: bool = False
 
 
 STOCK = {
@@ -38,7 +39,7 @@ STOCK = {
     "gemma3_text": Stock("Gemma3", "gemma3", "Gemma3DecoderLayer", config="Gemma3TextConfig"),
     "phi3": Stock("Phi3", "phi3", "Phi3DecoderLayer"),
     "opt": Stock("OPT", "opt", "OPTDecoderLayer", "model.decoder.layers", mlp=("fc1", "fc2")),
-    "bloom": Stock("Bloom", "bloom", "BloomBlock", "transformer.h", "self_attention"),
+    "bloom": Stock("Bloom", "bloom", "BloomBlock", "transformer.h", "self_attention", adds=True),
     "gpt_neox": Stock("GPTNeoX", "gpt_neox", "GPTNeoXLayer", "gpt_neox.layers", "attention"),
     "gpt2": Stock("GPT2", "gpt2", "GPT2Block", "transformer.h", "attn"),
 }
@@ -47,30 +48,27 @@ STOCK = {
 class Skipped(nn.Module):
     """Stands where attention or the MLP was removed: adds nothing to the residual stream."""
 
-    def __init__(self, *, pair: bool) -> None:
+    def __init__(self, *, pair: bool, adds: bool) -> None:
         super().__init__()
-        self.pair = pair
+        self.pair, self.adds = pair, adds
 
-    def forward(self, *args: Any, residual: torch.Tensor | None = None, **kwargs: Any) -> Any:
-        """Zeros; or the residual, where the caller leaves adding it to its parts, as BLOOM does."""
-        if residual is None:
-            tensors = [item for item in (*args, *kwargs.values()) if isinstance(item, torch.Tensor)]
-            residual = args[1] if len(args) > 1 and tensors[0].shape == getattr(args[1], "shape", None) else None
-            residual = torch.zeros_like(tensors[0]) if residual is None else residual
-        return (residual, None) if self.pair else residual
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Zeros; or the residual, where adding it is left to the part."""
+        output = args[1] if self.adds else torch.zeros_like(args[0] if args else kwargs["hidden_states"])
+        return (output, None) if self.pair else output
 
 
 def build_layer(model_type: str, stock_layer: type[nn.Module], config: Any, own: Any, index: int) -> nn.Module:
     """One layer of its own shape."""
     stock = STOCK[model_type]
-    if model_type in ("opt", "bloom", "gpt_neox", "gpt2"):
+    if model_type in NARROW:
         layer = stock_layer(config, index)
         NARROW[model_type](layer, own, config.hidden_size // config.num_attention_heads)
     else:
         layer = stock_layer(own, index)
     for part in getattr(own, "skip", None) or ():
         for name in (stock.attention,) if part == "attention" else stock.mlp:
-            setattr(layer, name, Skipped(pair=part == "attention"))
+            setattr(layer, name, Skipped(pair=part == "attention", adds=stock.adds))
     return layer
 
 
