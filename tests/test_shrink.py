@@ -247,7 +247,7 @@ def test_homogenised_opens_in_the_stock_class(name, tmp_path):
 
 def test_uniform_widths_are_a_stock_model(tmp_path):
     source, tokens = tiny.save("llama", tmp_path / "model"), tiny.ids(2, 20)
-    cut = {"method": "fusion", "ratio": 0.2, "gradient_sequences": 4, "gradient_length": 16, **FREE}
+    cut = {"method": "fusion", "ratio": 0.2, "allocation": "local", "gradient_sequences": 4, "gradient_length": 16, **FREE}
     out = tmp_path / "out"
     results = duramen.run(write_recipe(tmp_path, [cut]), str(source), out)
     assert results["steps"][0]["shape"]["opens_in"] == "plain transformers"

@@ -18,7 +18,7 @@ from duramen.recipe import Recipe, Step
 from duramen.registry import Settings
 from duramen.shrink import cut, depth
 from duramen.shrink.model import ShrinkSettings, predicted
-from duramen.shrink.surgery import Surgery
+from duramen.shrink.surgery import REMOTE, Surgery
 
 EFFICIENCY = 0.6
 """Share of the speed of a large matrix product that whole runs reached on the machines we measured."""
@@ -55,7 +55,7 @@ def forecast(model: BlockModel, recipe: Recipe, steps: list[Step], *, gigaflops:
         else:
             surgery = _surgery(model, step.settings)
             entry = _shrunk(model, shapes, step, surgery, tokens, width)
-            macs["after"], opens = surgery.summary["macs_per_token"]["after"], surgery.summary["opens_in"]
+            macs["after"], opens = surgery.summary["macs_per_token"]["after"], entry.pop("opens_in")
         edited = edited or not isinstance(step.settings, EvaluateSettings)
         entries.append(
             {"id": step.id, "method": step.method, "seconds": entry.pop("flops") / gigaflops / 1e9 / EFFICIENCY, **entry}
@@ -110,6 +110,7 @@ def _shrunk(
     note = f"{after:,} parameters instead of {before:,} ({after / before - 1:+.1%})"
     return {
         "flops": flops, "memory_bytes": memory, "parameters": summary["parameters"],
+        "opens_in": REMOTE if scored and not getattr(settings, "homogenise", False) else summary["opens_in"],
         "units": [
             {"kind": kind, "units": found["units"], "stay": found["kept"][0], "parameters": next(u.parameters for u in surgery.units[0] if u.kind == kind)}
             for kind, found in summary["kinds"].items()

@@ -24,7 +24,7 @@ from duramen.calibrate.walker import Records, Walk
 from duramen.families.model import BlockModel
 from duramen.registry import method
 from duramen.shrink import ablation
-from duramen.shrink.allocate import Scores
+from duramen.shrink.allocate import Allocation, Scores
 from duramen.shrink.groups import Units
 from duramen.shrink.importance import Coarse, Order, Taylor
 from duramen.shrink.importance import Scores as Estimates
@@ -37,6 +37,8 @@ Fusion = Literal["attention", "fixed", "per_group", "ablation", "search"]
 class Settings(ShrinkSettings):
     """Settings of adaptive estimation fusion."""
 
+    allocation: Allocation = "global"
+    """The least important units of the whole model (`global`); the same share in every block (`local`), whose result is a stock model in most families; or the former after standardising (`flap`)."""
     fusion: Fusion = "attention"
     """What sets the share a of the coarse score: agreement across sequences (`attention`), `weight` (`fixed`), relative variance unit by unit (`per_group`), measured loss of removed units (`ablation`), or the held-out loss after pruning with each of nine values (`search`)."""
     weight: float = Field(default=0.5, ge=0, le=1)

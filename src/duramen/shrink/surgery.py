@@ -27,6 +27,8 @@ from duramen.shrink.plan import PLAN, Kept, Plan
 
 OLDEST_TRANSFORMERS = "5.15.0"
 """The first version that reads ``per_layer_config``."""
+REMOTE = f"transformers {OLDEST_TRANSFORMERS} or later with trust_remote_code"
+"""What opens a model whose blocks differ."""
 MODELING = Path(__file__).parents[1] / "families" / "modeling_duramen.py"
 
 
@@ -125,7 +127,7 @@ class Surgery:
             "skipped": {str(index): list(parts) for index, parts in self.plan.skipped.items()},
             "dropped": list(self.plan.dropped),
             "made_by": dict(self.plan.made_by),
-            "opens_in": f"transformers {OLDEST_TRANSFORMERS} or later with trust_remote_code" if own else "plain transformers",
+            "opens_in": REMOTE if own else "plain transformers",
         }
 
     def _cut(self, index: int, path: str, tensor: Tensor) -> Tensor:
