@@ -64,7 +64,7 @@ class RepairSettings(Settings):
     """What makes up for the cut in the projections that read it: their bias, their other columns (`reform`), both, or nothing."""
     damping: Damping = "held-out"
     """λ of the repair as a share of the mean diagonal of the Gram; `held-out` chooses it on held-out sequences."""
-    dense_target: Annotated[float, Field(ge=0, le=1)] = 0.5
+    dense_target: Annotated[float, Field(ge=0, le=1)] = 0.25
     """0 repairs each layer alone; 1 fits the output of the dense model."""
     held_out: HeldOut = 0.125
     """Share of the calibration sequences that are held out where `damping: held-out` needs them."""
