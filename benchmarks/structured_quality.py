@@ -108,8 +108,8 @@ class Scorer:
         found = [replace(each) for each in self.fused]
         kind, _, weight = mode.replace("global", "attention").partition(" ")
         chosen = fusion.Settings(**settings.model_dump(), fusion=kind, weight=float(weight or 0.5))
-        fusion._set_shares(chosen, self.model, found, self.others, self.walk)
-        return fusion._scores(found)
+        fusion.set_shares(chosen, self.model, found, self.others, self.walk)
+        return fusion.fusedfused_scores(found)
 
 
 SUBJECTS = (

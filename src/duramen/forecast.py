@@ -6,6 +6,7 @@ the solves and the evaluation, divided by the matrix speed of this machine as me
 
 from __future__ import annotations
 
+from collections import Counter
 from math import prod
 from typing import Any
 
@@ -97,11 +98,7 @@ def _shrunk(
         + passes * _walk_flops(model, shapes, readers or list(shapes), tokens)
         + solves
     )
-    block = max(
-        sum(prod(shapes[name]) for name, (_, at) in model.layer_names().items() if at == index)
-        for index in range(len(model.blocks))
-    )
-    outside = sum(p.numel() for name, p in model.network.named_parameters() if not name.startswith(model.family.blocks))
+    block, outside = _largest_block(model, shapes), _outside(model)
     widest = max((shapes[name][1] for name in readers), default=0)
     kept = 4 * seen * width * (len(model.blocks) + 1)
     memory = BASE_MEMORY + 4 * outside + 12 * block + 8 * tokens * width * passes + min(kept, 2 * 2**30) + 48 * widest**2
@@ -181,14 +178,22 @@ def _evaluation_flops(
 
 def _memory(model: BlockModel, shapes: dict[str, tuple[int, int]], settings: PruneSettings, tokens: int, width: int) -> int:
     """Outside tensors, one block twice (stored and running), one boundary, the widest layer's Grams and its solve."""
-    block = max(
-        sum(prod(shapes[name]) for name, (_, where) in model.layer_names().items() if where == index)
-        for index in range(len(model.blocks))
-    )
-    outside = sum(
-        parameter.numel() for name, parameter in model.network.named_parameters() if not name.startswith(model.family.blocks)
-    )
+    block, outside = _largest_block(model, shapes), _outside(model)
     grams = 1 + (getattr(settings, "damping", None) == "held-out") + 2 * (settings.alpha > 0)
     solve = max(8 * inputs**2 * (grams + 4) + 4 * 8 * outputs * inputs for outputs, inputs in shapes.values())
     boundary = 4 * tokens * width * (1 + (settings.alpha > 0))
     return BASE_MEMORY + 4 * outside + 2 * 4 * block + 2 * boundary + solve
+
+
+def _largest_block(model: BlockModel, shapes: dict[str, tuple[int, int]]) -> int:
+    """Weights of the block that has most."""
+    sizes: Counter[int] = Counter()
+    for name, (_, block) in model.layer_names().items():
+        sizes[block] += prod(shapes[name])
+    return max(sizes.values())
+
+
+def _outside(model: BlockModel) -> int:
+    """Parameters outside the blocks."""
+    named = model.network.named_parameters()
+    return sum(parameter.numel() for name, parameter in named if not name.startswith(model.family.blocks))

@@ -67,10 +67,12 @@ class Activations:
 
 def check_activations(hidden: Tensor, name: str) -> None:
     """Stops on activations [B, T, D] that are not finite, naming where they are."""
-    if not torch.isfinite(hidden).all():
-        raise Problem(
-            f"The activations at {name} are not finite.",
-            why="the model overflows in this type, or an earlier layer is damaged.",
-            fix="run in float32 (`dtype: float32`); finished blocks are kept.",
-            code=Exit.CHECK_FAILED,
-        )
+    why = "the model overflows in this type, or an earlier layer is damaged."
+    check_numbers(hidden, f"The activations at {name} are not finite.", why=why)
+
+
+def check_numbers(tensor: Tensor, what: str, *, why: str) -> None:
+    """Stops on a computed tensor that is not finite, saying what it is."""
+    if not torch.isfinite(tensor).all():
+        fix = "run in float32 (`dtype: float32`); finished blocks are kept."
+        raise Problem(what, why=why, fix=fix, code=Exit.CHECK_FAILED)

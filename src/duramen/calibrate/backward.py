@@ -17,10 +17,10 @@ import torch
 from torch import Tensor, nn
 
 from duramen.calibrate import ranks
-from duramen.calibrate.activations import Activations, Budget, check_activations
+from duramen.calibrate.activations import Activations, Budget, check_activations, check_numbers
 from duramen.calibrate.walker import SCRATCH, Walk
 from duramen.families.model import BlockModel, Call, run_block
-from duramen.problem import Exit, Problem
+from duramen.problem import Problem
 
 
 class Observer(Protocol):
@@ -93,13 +93,17 @@ def _top(model: BlockModel, last: Activations, tokens: Tensor, budget: Budget, f
     def gradients() -> Iterator[Tensor]:
         for number in range(len(last)):
             hidden = last[number].detach().requires_grad_()
-            logits = model.logits(hidden)[0, :-1].float()
-            loss = nn.functional.cross_entropy(logits, tokens[number, 1:])
+            loss = next_token_loss(model, hidden, tokens[number])
             losses.append(float(loss.detach()))
             yield torch.autograd.grad(loss, hidden)[0]
 
     with torch.enable_grad():
         return Activations(gradients(), budget, folder), losses
+
+
+def next_token_loss(model: BlockModel, hidden: Tensor, tokens: Tensor) -> Tensor:
+    """Mean loss of one sequence from its hidden states after the last block, [1, T, D], and its token ids, [T]."""
+    return nn.functional.cross_entropy(model.logits(hidden)[0, :-1].float(), tokens[1:])
 
 
 def _back(
@@ -143,13 +147,11 @@ def _show(observer: Observer, block: int, path: str, sequence: int, name: str) -
     def hand_on(parameter: Tensor) -> None:
         gradient, parameter.grad = parameter.grad, None
         assert gradient is not None
-        if not torch.isfinite(gradient).all():
-            raise Problem(
-                f"The gradient of {name}.{path} is not finite in sequence {sequence}.",
-                why="the loss overflows in this type, or the model is damaged.",
-                fix="run in float32 (`dtype: float32`); what was finished is kept.",
-                code=Exit.CHECK_FAILED,
-            )
+        check_numbers(
+            gradient,
+            f"The gradient of {name}.{path} is not finite in sequence {sequence}.",
+            why="the loss overflows in this type, or the model is damaged.",
+        )
         observer.see(block, path, parameter.detach(), gradient, sequence)
 
     return hand_on

@@ -147,7 +147,7 @@ def verify_logits(folder: Path, model: BlockModel, hidden: Tensor, tokens: Tenso
     if size <= whole_up_to:
         from transformers import AutoModelForCausalLM
 
-        Checkpoint(folder)
+        Checkpoint(folder)  # from here on transformers knows its type, also where it is one of ours
         reopened = AutoModelForCausalLM.from_pretrained(folder, dtype=model.dtype).eval()
         how, found = "plain transformers, whole", reopened(tokens[:1], use_cache=False).logits[:, -256:]
     else:

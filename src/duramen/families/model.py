@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -92,6 +92,10 @@ class Call:
     kwargs: dict[str, Any] = field(default_factory=dict)
 
 
+Model: TypeAlias = "BlockModel | nn.Module"
+"""What a method takes: a loaded transformers model, which is edited in place, or a ``BlockModel``."""
+
+
 class BlockModel:
     """A causal language model, block by block.
 
@@ -130,6 +134,11 @@ class BlockModel:
         """Wraps a loaded transformers model; edits happen in place."""
         dtype = next(network.parameters()).dtype
         return cls(network.eval(), _family(network, allow_generic), None, dtype)
+
+    @classmethod
+    def of(cls, model: Model) -> BlockModel:
+        """A loaded transformers model, wrapped; a ``BlockModel`` stays what it is."""
+        return model if isinstance(model, BlockModel) else cls.from_module(model)
 
     @property
     def config(self) -> Any:

@@ -87,12 +87,16 @@ def _narrow_opt(layer: Any, own: Any, head: int) -> None:
     _linear(layer, "fc2", width, own.ffn_dim)
 
 
+def _narrow_fused(attention: Any, mlp: Any, inner: int, ffn: int, width: int) -> None:
+    """Parts named as in Megatron: q, k and v in one matrix."""
+    _linear(attention, "query_key_value", 3 * inner, width)
+    _linear(attention, "dense", width, inner)
+    _linear(mlp, "dense_h_to_4h", ffn, width)
+    _linear(mlp, "dense_4h_to_h", width, ffn)
+
+
 def _narrow_gpt_neox(layer: Any, own: Any, head: int) -> None:
-    heads, width = own.num_attention_heads, own.hidden_size
-    _linear(layer.attention, "query_key_value", 3 * heads * head, width)
-    _linear(layer.attention, "dense", width, heads * head)
-    _linear(layer.mlp, "dense_h_to_4h", own.intermediate_size, width)
-    _linear(layer.mlp, "dense_4h_to_h", width, own.intermediate_size)
+    _narrow_fused(layer.attention, layer.mlp, own.num_attention_heads * head, own.intermediate_size, own.hidden_size)
 
 
 def _narrow_bloom(layer: Any, own: Any, head: int) -> None:
@@ -100,10 +104,7 @@ def _narrow_bloom(layer: Any, own: Any, head: int) -> None:
     kept = getattr(own, "alibi_heads", None) or list(range(own.n_head))
     ffn = getattr(own, "intermediate_size", None) or 4 * width
     layer.num_heads = attention.num_heads = len(kept)
-    _linear(attention, "query_key_value", 3 * attention.num_heads * head, width)
-    _linear(attention, "dense", width, attention.num_heads * head)
-    _linear(layer.mlp, "dense_h_to_4h", ffn, width)
-    _linear(layer.mlp, "dense_4h_to_h", width, ffn)
+    _narrow_fused(attention, layer.mlp, len(kept) * head, ffn, width)
     whole = width // head
 
     def keep_slopes(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:

@@ -20,8 +20,6 @@ from duramen.prune.reconstruct import compute_dtype, output_error, reconstruct, 
 
 PruneFunction = Callable[..., Pruned]
 Damping = Annotated[float, Field(ge=0)] | Literal["held-out"]
-
-
 HeldOut = Annotated[float, Field(gt=0, le=0.5)]
 DampingGrid = Annotated[tuple[Annotated[float, Field(ge=0)], ...], Field(min_length=1)]
 GRID = (0.001, 0.01, 0.03, 0.1, 0.3)

@@ -12,7 +12,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from duramen.calibrate.walker import Records, Walk
-from duramen.prune.model import Model, PruneSettings, prune_model
+from duramen.families.model import Model
+from duramen.prune.model import PruneSettings, prune_model
 from duramen.prune.pattern import keep_existing_zeros, parse_pattern, select
 from duramen.prune.pruned import Pruned, finish
 from duramen.prune.reconstruct import check_shapes

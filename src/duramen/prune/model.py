@@ -8,11 +8,11 @@ from functools import partial
 from typing import Any, Literal
 
 from pydantic import model_validator
-from torch import Tensor, nn
+from torch import Tensor
 
 from duramen.calibrate.statistics import Statistics
 from duramen.calibrate.walker import Records, Walk, walk_blocks
-from duramen.families.model import BlockModel, Layer
+from duramen.families.model import BlockModel, Layer, Model
 from duramen.families.select import filter_layers
 from duramen.problem import Problem
 from duramen.prune.allocation import Allocation, allocate, survey
@@ -20,7 +20,6 @@ from duramen.prune.layer import GRID, DampingGrid, HeldOut, PruneFunction, prepa
 from duramen.prune.pattern import parse_pattern
 from duramen.registry import Settings
 
-Model = BlockModel | nn.Module
 OWN = {"sparsity", "pattern", "allocation", "only", "skip", "damping", "damping_grid", "held_out", "dense_target", "bias"}
 """Settings that this file handles; all others go to the pruning function as they are."""
 
@@ -108,7 +107,7 @@ def prune_model(
     Raises:
         Problem: On filters that match nothing, damaged weights, or activations that are not finite.
     """
-    blocks = model if isinstance(model, BlockModel) else BlockModel.from_module(model)
+    blocks = BlockModel.of(model)
     names = filter_layers(blocks.layer_names(), settings.only, settings.skip)
     choose = getattr(settings, "damping", None) == "held-out"
     walk = walk or Walk()

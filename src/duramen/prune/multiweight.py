@@ -24,13 +24,14 @@ from pydantic import Field
 from torch import Tensor
 
 from duramen.calibrate.walker import Records, Walk
+from duramen.families.model import Model
 from duramen.problem import Problem
 from duramen.prune import magnitude, wanda
 from duramen.prune.allocation import Allocation
 from duramen.prune.compensate import Swept, compensate, sweep
 from duramen.prune.factor import Factor, factorise
 from duramen.prune.layer import Damping
-from duramen.prune.model import Model, PruneSettings, prune_model
+from duramen.prune.model import PruneSettings, prune_model
 from duramen.prune.pattern import Pattern, Sparse, keep_existing_zeros, parse_pattern, select
 from duramen.prune.pruned import Pruned, finish
 from duramen.prune.reconstruct import check_shapes, compute_dtype, reconstruct

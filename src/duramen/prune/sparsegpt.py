@@ -14,10 +14,11 @@ from pydantic import Field
 from torch import Tensor
 
 from duramen.calibrate.walker import Records, Walk
+from duramen.families.model import Model
 from duramen.prune.compensate import Swept, sweep
 from duramen.prune.factor import Factor, factorise
 from duramen.prune.layer import Damping
-from duramen.prune.model import Model, PruneSettings, prune_model
+from duramen.prune.model import PruneSettings, prune_model
 from duramen.prune.pattern import Pattern, lowest, parse_pattern, select
 from duramen.prune.pruned import Pruned, finish
 from duramen.prune.reconstruct import check_shapes, compute_dtype

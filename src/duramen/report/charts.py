@@ -18,7 +18,7 @@ def range_chart(found: dict[str, dict[str, float]]) -> str:
     """
     top = max(value["high"] for value in found.values()) or 1.0
     scale = (WIDTH - LEFT - RIGHT) / top
-    parts = [f'<svg viewBox="0 0 {WIDTH} {ROW * len(found)}" role="img" aria-label="{escape(_words(found))}">']
+    parts = []
     for number, (label, value) in enumerate(found.items()):
         middle = ROW * number + ROW / 2
         end, low, high = (LEFT + value[key] * scale for key in ("median", "low", "high"))
@@ -28,7 +28,7 @@ def range_chart(found: dict[str, dict[str, float]]) -> str:
             f'<path d="M{low:.1f} {middle}H{high:.1f}M{low:.1f} {middle - 5}v10M{high:.1f} {middle - 5}v10" class="whisker"/>',
             f'<text x="{max(end, high) + 8:.1f}" y="{middle + 4}">{value["median"]:.3g}</text>',
         ]
-    return "".join([*parts, "</svg>"])
+    return _svg(ROW * len(found), _words(found), parts)
 
 
 def width_chart(blocks: list[int], kept: list[int], units: int) -> str:
@@ -45,7 +45,7 @@ def width_chart(blocks: list[int], kept: list[int], units: int) -> str:
     row, left, right = 16, 40, 56
     scale = (WIDTH - left - right) / units
     words = "; ".join(f"block {block} {count} of {units}" for block, count in zip(blocks, kept, strict=True))
-    parts = [f'<svg viewBox="0 0 {WIDTH} {row * len(blocks)}" role="img" aria-label="{escape(words)}">']
+    parts = []
     for number, (block, count) in enumerate(zip(blocks, kept, strict=True)):
         top = row * number
         parts += [
@@ -54,7 +54,12 @@ def width_chart(blocks: list[int], kept: list[int], units: int) -> str:
             f'<rect x="{left}" y="{top + 2}" width="{count * scale:.1f}" height="{row - 4}" class="bar after"/>',
             f'<text x="{WIDTH - right + 8}" y="{top + 12}" class="small">{count:,}</text>',
         ]
-    return "".join([*parts, "</svg>"])
+    return _svg(row * len(blocks), words, parts)
+
+
+def _svg(height: int, words: str, parts: list[str]) -> str:
+    """The element, with what it shows in words for those who do not see it."""
+    return f'<svg viewBox="0 0 {WIDTH} {height}" role="img" aria-label="{escape(words)}">{"".join(parts)}</svg>'
 
 
 def _words(found: dict[str, dict[str, float]]) -> str:

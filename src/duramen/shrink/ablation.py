@@ -11,6 +11,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from duramen.calibrate.activations import Activations, Budget
+from duramen.calibrate.backward import next_token_loss
 from duramen.calibrate.walker import SCRATCH, Walk
 from duramen.families.model import BlockModel, Call, run_block
 from duramen.shrink.groups import Units
@@ -71,18 +72,13 @@ def loss_rises(model: BlockModel, trials: list[Trial], sequences: Tensor, *, wal
 def _tried(model: BlockModel, module: nn.Module, hidden: Tensor, call: Call, trials: list[Trial]) -> Iterator[Tensor]:
     """The hidden states after a block under each trial."""
     for units, gone in trials:
-        stay = sorted(set(range(units.count)) - set(gone))
-        with zeroed(model, units, stay):
+        with zeroed(model, units, units.others(gone)):
             yield run_block(module, hidden, call)
 
 
 def _losses(model: BlockModel, hidden: Tensor, sequences: Tensor) -> Float[Tensor, "N"]:
     """Mean next-token loss of every sequence from the hidden states after the last block."""
-    found = []
-    for number in range(len(sequences)):
-        logits = model.logits(hidden[number : number + 1])[0, :-1].float()
-        found.append(nn.functional.cross_entropy(logits, sequences[number, 1:]))
-    return torch.stack(found)
+    return torch.stack([next_token_loss(model, hidden[[number]], tokens) for number, tokens in enumerate(sequences)])
 
 
 def strata(scores: Float[Tensor, "U"], count: int) -> list[list[int]]:

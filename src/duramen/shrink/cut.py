@@ -7,10 +7,10 @@ from pathlib import Path
 from torch import Tensor
 
 from duramen.calibrate.walker import Records, Walk
-from duramen.families.model import BlockModel
+from duramen.families.model import BlockModel, Model
 from duramen.problem import Exit, Problem
 from duramen.registry import method
-from duramen.shrink.model import Model, RepairSettings, carry_out
+from duramen.shrink.model import RepairSettings, carry_out
 from duramen.shrink.plan import Plan, digest
 from duramen.shrink.surgery import masked
 
@@ -43,7 +43,7 @@ def fitting(model: BlockModel, settings: Settings) -> Plan:
 def apply(model: Model, tokens: Tensor, *, walk: Walk | None = None, **settings: object) -> Records:
     """Cuts what the plan says; see ``fitting`` and ``carry_out``."""
     chosen = Settings.model_validate(settings)
-    blocks = model if isinstance(model, BlockModel) else BlockModel.from_module(model)
+    blocks = BlockModel.of(model)
     plan = fitting(blocks, chosen)
     with masked(blocks, Plan(plan.base, plan.blocks, skipped=plan.skipped, dropped=plan.dropped)):
         return carry_out(plan, blocks, tokens, chosen, walk or Walk())

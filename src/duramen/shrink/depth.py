@@ -14,11 +14,10 @@ from pydantic import Field
 from torch import Tensor
 
 from duramen.calibrate.walker import Records, Walk, walk_blocks
-from duramen.families.model import BlockModel, run_block
+from duramen.families.model import BlockModel, Model, run_block
 from duramen.problem import Problem
 from duramen.registry import Settings as MethodSettings
 from duramen.registry import method
-from duramen.shrink.model import Model
 from duramen.shrink.plan import Plan, digest
 from duramen.shrink.surgery import Surgery, masked, silenced
 
@@ -91,7 +90,7 @@ def predicted(model: BlockModel, settings: Settings) -> Surgery:
 def apply(model: Model, tokens: Tensor, *, walk: Walk | None = None, **settings: object) -> Records:
     """Lets the blocks or parts of least influence leave; a model in memory stays as it is, and ``walk.reshape`` has the plan."""
     chosen, walk = Settings.model_validate(settings), walk or Walk()
-    blocks = model if isinstance(model, BlockModel) else BlockModel.from_module(model)
+    blocks = BlockModel.of(model)
     first = tokens[: walk.batch_size]
     plan = Plan.from_json(walk.memo("plan", lambda: choose(blocks, influences(blocks, first, chosen.parts), chosen).to_json()))
     walk.reshape = Surgery(blocks, plan)

@@ -21,14 +21,13 @@ from torch import Tensor
 
 from duramen.calibrate.backward import walk_back
 from duramen.calibrate.walker import Records, Walk
-from duramen.families.model import BlockModel
+from duramen.families.model import BlockModel, Model
 from duramen.registry import method
 from duramen.shrink import ablation
 from duramen.shrink.allocate import Allocation, Scores
 from duramen.shrink.groups import Units
-from duramen.shrink.importance import Coarse, Order, Taylor
-from duramen.shrink.importance import Scores as Estimates
-from duramen.shrink.model import Model, ShrinkSettings, budget, choose, kept_units, shrink_model
+from duramen.shrink.importance import Coarse, Estimates, Order, Taylor
+from duramen.shrink.model import ShrinkSettings, budget, choose, kept_units, shrink_model
 from duramen.shrink.plan import Plan
 
 Fusion = Literal["attention", "fixed", "per_group", "ablation", "search"]
@@ -130,9 +129,9 @@ def score(
     )  # fmt: skip
     losses = walk_back(model, sequences, taylor, walk=walk)
     found.sort(key=lambda each: each.units.block)
-    _set_shares(settings, model, found, others, walk)
+    set_shares(settings, model, found, others, walk)
     shares = {each.units.reader: float(torch.as_tensor(each.weight).mean()) for each in found}
-    return _scores(found), {"coarse_share": shares, "loss": sum(losses) / len(losses)}
+    return fused_scores(found), {"coarse_share": shares, "loss": sum(losses) / len(losses)}
 
 
 def pieces(tokens: Tensor, count: int, length: int) -> tuple[Tensor, Tensor]:
@@ -143,11 +142,12 @@ def pieces(tokens: Tensor, count: int, length: int) -> tuple[Tensor, Tensor]:
     return tuple(part[:: max(1, len(part) // count)][:count] for part in (cut[~aside], cut[aside]))  # type: ignore[return-value]
 
 
-def _scores(found: list[Found], weight: float | None = None) -> Scores:
+def fused_scores(found: list[Found], weight: float | None = None) -> Scores:
+    """The fused score of all units, each with its own share a, or all with this one."""
     return {(each.units.block, each.units.kind): each.fused(weight) for each in found}
 
 
-def _set_shares(settings: Settings, model: BlockModel, found: list[Found], others: Tensor, walk: Walk) -> None:
+def set_shares(settings: Settings, model: BlockModel, found: list[Found], others: Tensor, walk: Walk) -> None:
     """Decides a for every kind of units in every block; what is measured for it is measured on other sequences, [N, T]."""
     if settings.fusion == "ablation":
         _fit_ablations(model, found, others, walk)
@@ -182,7 +182,8 @@ def _searched(settings: Settings, model: BlockModel, found: list[Found], sequenc
     units = [each.units for each in found]
     _, wanted = budget(model, units, settings)
     plans = [
-        Plan("", len(model.blocks), kept_units(model, units, choose(units, _scores(found, a), wanted, settings))) for a in TRIED
+        Plan("", len(model.blocks), kept_units(model, units, choose(units, fused_scores(found, a), wanted, settings)))
+        for a in TRIED
     ]
     losses = ablation.masked_losses(model, plans, sequences).mean(1)
     return TRIED[int(losses.argmin())]

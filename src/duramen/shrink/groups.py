@@ -5,7 +5,7 @@ A unit is one FFN channel, one KV group with its query heads, or one query head 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
 
@@ -52,6 +52,10 @@ class Units:
         if self.kind != "query_head":
             return self
         return replace(self, count=self.count // self.sizes.groups, parameters=self.parameters * self.sizes.groups)
+
+    def others(self, units: Iterable[int]) -> list[int]:
+        """All units but these, sorted."""
+        return sorted(set(range(self.count)) - set(units))
 
     def columns(self, units: Sequence[int]) -> Tensor:
         """The reader's input columns that belong to these units, [n]."""

@@ -41,7 +41,7 @@ def flap(weight: Float[Tensor, "O I"], variance: Float[Tensor, "I"]) -> Float[Te
 
 
 @dataclass(frozen=True)
-class Scores:
+class Estimates:
     """Taylor scores of the units of one kind in one block.
 
     Attributes:
@@ -78,7 +78,7 @@ class Taylor:
         *,
         order: Order,
         coarse: Coarse,
-        give: Callable[[Units, Scores], None],
+        give: Callable[[Units, Estimates], None],
     ) -> None:
         self.units, self.sequences, self.tokens = units, sequences, tokens
         self.order, self.coarse, self.give = order, coarse, give
@@ -136,14 +136,14 @@ class Taylor:
         for kept in (self._tables, self._weights, self._sums, self._squares):
             kept.clear()
 
-    def _scores(self, units: Units) -> Scores:
+    def _scores(self, units: Units) -> Estimates:
         table = {name: values for (kind, name), values in self._tables.items() if kind == units.kind}
         fine_table = table["second"] if self.order == "second" else table["first"]
         fine = fine_table.mean(0) if self.order == "second" else self._batch(units, self.order)[1]
         fisher = 0.5 * self.tokens * table["factor"].square()
         coarse_table = fisher if self.coarse == "mask_fisher" else table["coarse"]
         coarse = self._batch(units, self.order)[0] if self.coarse == "batch" else coarse_table.mean(0)
-        return Scores(coarse, fine, coarse_table, fine_table)
+        return Estimates(coarse, fine, coarse_table, fine_table)
 
     def _salience(self, path: str, order: Order) -> Tensor:
         """φ of every weight of a tensor from all sequences, with the terms of ``order``."""

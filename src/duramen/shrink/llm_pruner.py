@@ -12,10 +12,11 @@ from typing import Literal
 from torch import Tensor
 
 from duramen.calibrate.walker import Records, Walk
+from duramen.families.model import Model
 from duramen.registry import method
 from duramen.shrink import fusion
 from duramen.shrink.importance import Order
-from duramen.shrink.model import Model, ShrinkSettings, shrink_model
+from duramen.shrink.model import ShrinkSettings, shrink_model
 
 
 class Settings(ShrinkSettings):

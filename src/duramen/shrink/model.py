@@ -8,11 +8,11 @@ from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import Field, model_validator
-from torch import Tensor, nn
+from torch import Tensor
 
 from duramen.calibrate.statistics import Statistics
 from duramen.calibrate.walker import Records, Walk, walk_blocks
-from duramen.families.model import BlockModel, Layer
+from duramen.families.model import BlockModel, Layer, Model
 from duramen.families.select import filter_layers
 from duramen.problem import Problem
 from duramen.prune.layer import GRID, Damping, DampingGrid, HeldOut, prepare, prune_layer
@@ -22,8 +22,6 @@ from duramen.shrink.groups import Kind, Units, find_units
 from duramen.shrink.plan import Plan, digest
 from duramen.shrink.reform import Repair, reform
 from duramen.shrink.surgery import Surgery, homogenised
-
-Model = BlockModel | nn.Module
 
 
 class ChoiceSettings(Settings):
@@ -126,7 +124,7 @@ def shrink_model(
     Raises:
         Problem: On filters that match nothing, ratios out of reach, families without a table, values that are not finite.
     """
-    blocks = model if isinstance(model, BlockModel) else BlockModel.from_module(model)
+    blocks = BlockModel.of(model)
     walk = walk or Walk()
     units = _chosen(blocks, settings)
     plan = Plan.from_json(walk.memo("plan", lambda: _plan(score, name, blocks, units, tokens, settings, walk).to_json()))
@@ -157,14 +155,14 @@ def carry_out(
     readers: dict[str, list[Units]] = {}
     for each in units:
         readers.setdefault(each.reader, []).append(each)
-    intact = not any(set(range(each.count)) - set(plan.stay(each)) for each in units)
+    intact = not any(each.others(plan.stay(each)) for each in units)
     chosen = settings if settings.solves else settings.model_copy(update={"damping": None})
 
     def edit(layers: list[Layer], statistics: Statistics) -> Callable[[Layer], dict[str, Any]]:
         layer = layers[0]
         if intact:
             return lambda layer: {"removed": 0, "size": layer.read().numel(), "relative_error": 0.0, "seconds": 0.0}
-        gone = [each.columns(sorted(set(range(each.count)) - set(plan.stay(each)))) for each in readers[layer.name]]
+        gone = [each.columns(each.others(plan.stay(each))) for each in readers[layer.name]]
         target = {"columns": torch.cat(gone)}
         stage = prepare(reform, layers, statistics, chosen, target)
         return lambda layer: prune_layer(reform, layer, stage, chosen, target)
@@ -235,8 +233,7 @@ def kept_units(model: BlockModel, units: list[Units], gone: Gone) -> dict[str, t
     kinds = {each.kind: None for each in units}
     kept: dict[str, list[tuple[int, ...]]] = {kind: [() for _ in model.blocks] for kind in kinds}
     for each in find_units(model, tuple(kinds)):
-        left = set(range(each.count)) - set(gone.get((each.block, each.kind), ()))
-        kept[each.kind][each.block] = tuple(sorted(left))
+        kept[each.kind][each.block] = tuple(each.others(gone.get((each.block, each.kind), ())))
     return {kind: tuple(blocks) for kind, blocks in kept.items()}
 
 

@@ -99,7 +99,7 @@ class Surgery:
         parts = {"attention": (stock.attention,), "mlp": stock.mlp}
         return {child for part in self.plan.skipped.get(index, ()) for child in parts[part]}
 
-    @property
+    @cached_property
     def summary(self) -> dict[str, Any]:
         """What changed: parameters and multiply-adds per token before and after, units that stay, and what opens the result."""
         outside = {
@@ -134,12 +134,13 @@ class Surgery:
         for axis in range(tensor.ndim):
             kept = torch.ones(tensor.shape[axis], dtype=torch.bool)
             for units in self.units[index]:
-                stay, places = set(self.plan.stay(units)), set(self.plan.places(units))
+                places = self.plan.places(units)
+                zeros, gone = set(places) - set(self.plan.stay(units)), units.others(places)
                 for member in units.members:
                     if (member.path, member.axis) == (path, axis):
-                        kept[member.indices(units.sizes, sorted(set(range(units.count)) - places))] = False
-                        zeros = member.indices(units.sizes, sorted(places - stay)).to(tensor.device)
-                        tensor = tensor.index_fill(axis, zeros, 0)
+                        kept[member.indices(units.sizes, gone)] = False
+                        filled = member.indices(units.sizes, sorted(zeros)).to(tensor.device)
+                        tensor = tensor.index_fill(axis, filled, 0)
             if not kept.all():
                 tensor = tensor.index_select(axis, kept.nonzero().flatten().to(tensor.device))
         return tensor.contiguous()
@@ -357,6 +358,5 @@ def _fill(kept: Kept, widths: Mapping[str, int], units: list[Units]) -> dict[str
     fill: dict[str, list[tuple[int, ...]]] = {kind: [() for _ in blocks] for kind, blocks in kept.items()}
     for each in units:
         stay = kept[each.kind][each.block]
-        free = [unit for unit in range(each.count) if unit not in set(stay)]
-        fill[each.kind][each.block] = tuple(free[: widths[each.kind] - len(stay)])
+        fill[each.kind][each.block] = tuple(each.others(stay)[: widths[each.kind] - len(stay)])
     return {kind: tuple(blocks) for kind, blocks in fill.items()}

@@ -11,13 +11,13 @@ from typing import Any
 from torch import Tensor
 
 from duramen.calibrate.walker import Records, Walk
-from duramen.families.model import BlockModel
+from duramen.families.model import BlockModel, Model
 from duramen.registry import method
 from duramen.shrink.activation import activation_scores
 from duramen.shrink.allocate import Scores
 from duramen.shrink.groups import Units
 from duramen.shrink.importance import wanda_sp
-from duramen.shrink.model import Model, ShrinkSettings, shrink_model
+from duramen.shrink.model import ShrinkSettings, shrink_model
 
 
 class Settings(ShrinkSettings):
