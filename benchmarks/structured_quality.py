@@ -109,7 +109,7 @@ class Scorer:
         kind, _, weight = mode.replace("global", "attention").partition(" ")
         chosen = fusion.Settings(**settings.model_dump(), fusion=kind, weight=float(weight or 0.5))
         fusion.set_shares(chosen, self.model, found, self.others, self.walk)
-        return fusion.fusedfused_scores(found)
+        return fusion.fused_scores(found)
 
 
 SUBJECTS = (
