@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import tiny
+from duramen.hardware import machine
 from duramen.problem import Problem
 from duramen.prune import reconstruct as module
 from duramen.prune.factor import factorise
@@ -41,6 +42,29 @@ def test_undamped_is_least_squares():
     weight, gram, pruned, x = problem(scale := 20)
     found = reconstruct(weight, gram, pruned, damping=0.0)
     torch.testing.assert_close(found.weight, dense.least_squares(weight, x, pruned), rtol=1e-8, atol=1e-8 * scale)
+
+
+@pytest.mark.parametrize("seed", [0, 2])
+def test_rounded_products_never_leave_a_row_worse_where_one_input_towers_above_the_rest(seed, monkeypatch):
+    """Massive activations make the rounded Gram indefinite: a curvature came out negative, and the step infinite."""
+    monkeypatch.setattr(machine, "_has_native_bfloat16", lambda: True)
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(64, 512, generator=generator)
+    x = torch.randn(64, 64, generator=generator) @ x
+    x[5] *= 300
+    x += 0.05 * x[5] * torch.randn(64, 1, generator=generator)
+    weight = torch.randn(128, 64, generator=generator)
+    pruned = torch.rand(128, 64, generator=generator) < 0.5
+    factor = factorise(x @ x.T, DAMPING)
+
+    def losses(edited):
+        change = (edited - weight).double()
+        return (change @ factor.hessian.double() * change).sum(1)
+
+    found = module.solve_iteratively(weight, factor, pruned, tolerance=1e-4, max_iterations=20, rough=True)
+    before, after = losses(weight.masked_fill(pruned, 0)), losses(found.solution)
+    assert (after <= before * (1 + 1e-5)).all()
+    assert after.sum() < 0.1 * before.sum()
 
 
 def test_optimality_conditions():

@@ -223,18 +223,24 @@ def solve_iteratively(
         start: Weights to start from, [O, I]; None for the dense ones, masked.
         tolerance: Relative excess of the loss to certify.
         max_iterations: Upper limit.
-        rough: Whether the products of the iteration may be rounded; good for the first few.
+        rough: Whether the products of the iteration may be rounded, good for the first few; rows that it did not better stay
+            where they started.
     """
     support = (~pruned).to(dense.dtype)
     first = (dense if start is None else start) * support
     change = first - dense
     gradient = change @ factor.hessian
-    loss = 0.5 * change.mul_(gradient).sum(1)
+    loss = 0.5 * (change * gradient).sum(1)
     found = conjugate_gradients(
         gradient.mul_(support).neg_(), factor.hessian, factor.inverse, support,
         loss=loss, tolerance=tolerance, max_iterations=max_iterations, rough=rough,
     )  # fmt: skip
-    return replace(found, solution=first + found.solution)
+    solution = first + found.solution
+    if rough:
+        change = solution - dense
+        worse = ~(0.5 * (change @ factor.hessian).mul_(change).sum(1) < loss)
+        solution[worse] = first[worse]
+    return replace(found, solution=solution)
 
 
 def conjugate_gradients(
@@ -252,6 +258,7 @@ def conjugate_gradients(
 
     Preconditioned by ``inverse`` projected on the support. With F the loss and ρ = rᵀKr, ½ρ bounds F − F*, so a row is
     certified when ½ρ ≤ tolerance·(F − ½ρ). A step a lowers F by ½aρ, which leaves ½(1 − a)ρ as the bound after the last one.
+    No step is longer than 1, since no eigenvalue is below 1; where rounding makes it so, or a curvature negative, it is not believed.
     Rows that are done are frozen by a zero step.
 
     Args:
@@ -287,7 +294,8 @@ def conjugate_gradients(
             rows, state = rows[~done], state.take(~done)
             done = done[~done]
         image = product(state.direction, matrix).mul_(state.support)
-        step = torch.where(done, 0, state.rho / (state.direction * image).sum(1).clamp_min(tiny))
+        curvature = (state.direction * image).sum(1)
+        step = torch.where(done | (curvature <= 0), 0, state.rho / curvature.clamp_min(tiny)).clamp_max(1)
         state.change.addcmul_(step[:, None], state.direction)
         state.residual.addcmul_(step[:, None], image, value=-1)
         state.loss -= 0.5 * step * state.rho
