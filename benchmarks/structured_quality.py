@@ -40,7 +40,7 @@ from duramen.shrink.groups import Units, find_units
 from duramen.shrink.importance import Taylor
 from duramen.shrink.model import ShrinkSettings, budget, carry_out, choose, kept_units
 from duramen.shrink.plan import Plan
-from duramen.shrink.surgery import Surgery
+from duramen.shrink.surgery import Surgery, masked
 from pruning_quality import Bench, arguments
 
 RATIOS = ("10%", "20%", "30%", "50%")
@@ -183,13 +183,19 @@ def measure(
     used = ""
     if subject in PEERS:
         edited, seconds, used = cut_by_peer(bench, model, plan, scorer.sequences, options.peer_python, subject)
+        hidden = final_hidden(edited, bench.windows)
+    elif repair == "none":  # what is cut equals what is zeroed
+        edited, seconds = bench.dense, time.process_time() - start
+        with masked(edited, plan):
+            hidden = final_hidden(edited, bench.windows)
     else:
         store = Kept()
         carry_out(plan, model, bench.tokens, settings, Walk(store=store))
         seconds = time.process_time() - start
         edited = BlockModel.from_folder(bench.folder)
         edited.opened = partial(edited.opened, edited=store.tensors)  # type: ignore[method-assign]
-    found = divergence(bench.dense, bench.hidden, edited, final_hidden(edited, bench.windows), bench.windows)
+        hidden = final_hidden(edited, bench.windows)
+    found = divergence(bench.dense, bench.hidden, edited, hidden, bench.windows)
     summary = Surgery(model, plan).summary
     figures = {
         "perplexity": perplexity(found.loss),

@@ -22,7 +22,7 @@ from duramen.rundir import unpack_mask
 from duramen.shrink.allocate import allocate
 from duramen.shrink.groups import find_units
 from duramen.shrink.plan import Plan, digest
-from duramen.shrink.reform import reform
+from duramen.shrink.reform import alternating, reform
 from duramen.shrink.surgery import masked, shrunk
 from test_golden import GRAM, HESSIAN, WEIGHT, X, relative
 from test_surgery import random_plan
@@ -72,6 +72,28 @@ def test_repairs_are_ordered_for_every_subset():
         assert error(cut, bias=True) <= error(cut, bias=False) + 1e-12
         assert error(affine, bias=True) <= min(error(linear, bias=False), error(cut, bias=True)) + 1e-9
         assert error(linear, bias=False) <= error(cut, bias=False) + 1e-9
+
+
+@pytest.mark.parametrize(
+    ("scaled", "penalty", "expected"),
+    [(False, 1.0, 0.0420966065), (False, 10.0, 0.0334727621), (True, 0.1, 0.0334799490), (True, 1.0, 0.0333386396)],
+)
+def test_golden_alternating_reformation_is_never_better(scaled, penalty, expected):
+    """Undamped relative errors on the kept set {1, 2, 3, 5, 8, 11}, on XXᵀ as it is and with a unit diagonal."""
+    gone, raw = torch.tensor([0, 4, 6, 7, 9, 10]), X @ X.T
+    scale = raw.diagonal().sqrt() if scaled else torch.ones(12, dtype=torch.float64)
+    found = alternating(WEIGHT * scale, raw / scale[:, None] / scale, gone, penalty=penalty) / scale
+    whole = float((WEIGHT @ X).square().sum())
+
+    def error(weight):
+        return float(((weight - WEIGHT) @ X).square().sum()) / whole
+
+    assert error(found) == pytest.approx(expected, abs=1e-9)
+    best = error(reform(WEIGHT, GRAM, columns=gone, damping=0.0).weight)
+    assert best == pytest.approx(0.0333386396, abs=1e-9)
+    assert error(found) >= best * (1 - 1e-9)
+    settled = alternating(WEIGHT * scale, raw / scale[:, None] / scale, gone, penalty=penalty, iterations=3000) / scale
+    assert error(settled) == pytest.approx(best, abs=1e-7)
 
 
 def test_a_sparse_layer_keeps_its_zeros():

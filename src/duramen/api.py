@@ -211,6 +211,7 @@ def _kept(context: Context, place: str) -> Memo:
             found = compute()
             if ranks.leads():
                 remember(key, lambda: found)
+            context.tell("part", part=key)
             ranks.wait()
         return remember(key, dict)
 
@@ -233,6 +234,7 @@ def _transform(context: Context, folder: Path, step: Step, place: str, results: 
         scratch=context.directory.state,
         store=store,
         memo=_kept(context, place),
+        folder=context.directory.state / place,
         progress=lambda record: context.tell("layer", blocks=len(opened.blocks), **record),
     )
     records = get_method(step.method).apply(opened, context.tokens, walk=walk, **step.settings.model_dump())

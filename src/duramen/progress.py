@@ -40,6 +40,8 @@ def describe(event: str, fields: dict[str, Any]) -> str:
         return f"{fields['layer']}: {fields['removed']:,} of {fields['size']:,} removed, error {fields['relative_error']:.4f}"
     if event == "evaluating":
         return f"evaluating: {fields['part']}"
+    if event == "part":
+        return f"{fields['part']}: done"
     if event == "saved":
         return f"saved and reopened with {fields['how']}: logits differ by at most {fields['largest_difference']:.2g}"
     return f"{'already done' if fields['again'] else 'done'}: {fields['out']}"

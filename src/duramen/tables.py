@@ -118,7 +118,7 @@ def explain_method(name: str) -> dict[str, Any]:
         {
             "name": key,
             "type": type_words(field.annotation),
-            "default": field.get_default(call_default_factory=True),
+            "default": "required" if field.is_required() else field.get_default(call_default_factory=True),
             "meaning": field.description or "",
         }
         for key, field in entry.settings.model_fields.items()

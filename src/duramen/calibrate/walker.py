@@ -86,6 +86,7 @@ class Walk:
         scratch: Folder for it, emptied at the end; None for the system's own.
         store: Keeps finished blocks, so that a walk can be resumed.
         memo: (name, compute) -> what ``compute`` gave, now or in an earlier run that is resumed.
+        folder: Where a method may keep files of its own, which a resumed run finds again; None for nowhere.
         progress: Called with each layer's record as it is finished.
         final_hidden: Hidden states of the first batch after the last block that was walked, [B, T, D], set by the walk.
         first_batch: Its token ids, [B, T].
@@ -97,6 +98,7 @@ class Walk:
     scratch: Path | None = None
     store: Store | None = None
     memo: Memo = lambda name, compute: compute()
+    folder: Path | None = None
     progress: Callable[[dict[str, Any]], None] = lambda record: None
     final_hidden: Tensor | None = field(default=None, repr=False)
     first_batch: Tensor | None = field(default=None, repr=False)

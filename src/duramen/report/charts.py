@@ -57,6 +57,41 @@ def width_chart(blocks: list[int], kept: list[int], units: int) -> str:
     return _svg(row * len(blocks), words, parts)
 
 
+def line_chart(points: list[tuple[float, float]], across: str, up: str) -> str:
+    """Points joined by a line, with the least and the greatest value on either axis.
+
+    Args:
+        points: (x, y), in the order of x.
+        across: What x is.
+        up: What y is.
+
+    Returns:
+        An ``<svg>`` element.
+    """
+    height, left, right, top, bottom = 160, 56, 16, 20, 36
+    (low_x, high_x), (low_y, high_y) = ((min(axis), max(axis)) for axis in zip(*points, strict=True))
+    places = [
+        (
+            left + (x - low_x) / ((high_x - low_x) or 1) * (WIDTH - left - right),
+            top + (high_y - y) / ((high_y - low_y) or 1) * (height - top - bottom),
+        )
+        for x, y in points
+    ]
+    path = "L".join(f"{x:.1f} {y:.1f}" for x, y in places)
+    parts = [
+        f'<path d="M{path}" class="line"/>',
+        *(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3" class="dot"/>' for x, y in places),
+        f'<text x="{left - 8}" y="{top + 4}" text-anchor="end" class="small">{high_y:.3g}</text>',
+        f'<text x="{left - 8}" y="{height - bottom + 4}" text-anchor="end" class="small">{low_y:.3g}</text>',
+        f'<text x="{left}" y="{height - bottom + 18}" class="small">{low_x:.3g}</text>',
+        f'<text x="{WIDTH - right}" y="{height - bottom + 18}" text-anchor="end" class="small">{high_x:.3g}</text>',
+        f'<text x="{(left + WIDTH - right) / 2}" y="{height - 6}" text-anchor="middle" class="small">{escape(across)}</text>',
+        f'<text x="{left}" y="12" class="small">{escape(up)}</text>',
+    ]
+    words = "; ".join(f"{across} {x:.3g}: {up} {y:.3g}" for x, y in points)
+    return _svg(height, words, parts)
+
+
 def _svg(height: int, words: str, parts: list[str]) -> str:
     """The element, with what it shows in words for those who do not see it."""
     return f'<svg viewBox="0 0 {WIDTH} {height}" role="img" aria-label="{escape(words)}">{"".join(parts)}</svg>'

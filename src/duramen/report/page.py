@@ -10,7 +10,7 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
-from duramen.report.charts import range_chart, width_chart
+from duramen.report.charts import line_chart, range_chart, width_chart
 from duramen.rundir import write_text
 
 Row = dict[str, str]
@@ -159,7 +159,25 @@ def _shape(shape: dict[str, Any]) -> dict[str, Any]:
     ]  # fmt: skip
     skipped = [f"{' and '.join(parts)} of block {block}" for block, parts in shape["skipped"].items()]
     dropped = [f"block {block}" for block in shape["dropped"]]
-    return {"sizes": sizes, "kinds": kinds, "left_out": dropped + skipped, "opens_in": shape["opens_in"]}
+    search = _search(shape["made_by"]) if shape["made_by"].get("method") == "search" else None
+    return {"sizes": sizes, "kinds": kinds, "left_out": dropped + skipped, "opens_in": shape["opens_in"], "search": search}
+
+
+def _search(made_by: dict[str, Any]) -> dict[str, Any]:
+    """What the page shows of a search: its limits, how the best candidate got better, and the front."""
+    names = {"uniform": "the same share everywhere", "knapsack": "the best sum of what modules lose alone"}
+    limits = [
+        f"{cost['winner']:,.0f} {resource.replace('_', ' ')} of at most {cost['most']:,.0f} (dense {cost['dense']:,.0f})"
+        for resource, cost in made_by["costs"].items()
+    ]
+    resource = next(iter(made_by["costs"])).replace("_", " ")
+    front = [(f"{point['share']:.3f}", f"{point['kl']:.3f}") for point in made_by["front"]]
+    return {
+        "limits": limits, "starts": [(names[name], f"{kl:.3f}") for name, kl in made_by["starts"].items()], "kl": f"{made_by['kl']:.3f}",
+        "tokens": f"{made_by['tokens']:,}", "lineage": line_chart(list(enumerate(made_by["lineage"])), "generation", "KL"),
+        "front": front, "resource": resource,
+        "chart": line_chart([(point["share"], point["kl"]) for point in made_by["front"]], f"share of {resource}", "KL"),
+    }  # fmt: skip
 
 
 KINDS = {"ffn_channel": "FFN channels", "kv_group": "KV groups", "query_head": "query heads"}

@@ -132,7 +132,13 @@ def shrink_model(
 
 
 def carry_out(
-    plan: Plan, blocks: BlockModel, tokens: Tensor, settings: RepairSettings, walk: Walk, units: list[Units] | None = None
+    plan: Plan,
+    blocks: BlockModel,
+    tokens: Tensor,
+    settings: RepairSettings,
+    walk: Walk,
+    units: list[Units] | None = None,
+    files: dict[str, str] | None = None,
 ) -> Records:
     """Cuts what a plan says, and repairs what reads it.
 
@@ -146,12 +152,13 @@ def carry_out(
         settings: How to repair.
         walk: How to walk.
         units: The units whose readers are repaired; None for all of the kinds in the plan.
+        files: Further files to lie beside the weights: name -> content.
 
     Returns:
         One record per projection that was repaired.
     """
     units = find_units(blocks, tuple(plan.kept)) if units is None else units
-    walk.reshape = Surgery(blocks, homogenised(blocks, plan) if settings.homogenise else plan)
+    walk.reshape = Surgery(blocks, homogenised(blocks, plan) if settings.homogenise else plan, files)
     readers: dict[str, list[Units]] = {}
     for each in units:
         readers.setdefault(each.reader, []).append(each)

@@ -39,10 +39,11 @@ class Surgery:
         model: The model as it is; nothing of it is changed.
         plan: What stays.
         units: For every block, the units of the kinds that the plan touches.
+        more: Further files for beside the weights: name -> content.
     """
 
-    def __init__(self, model: BlockModel, plan: Plan) -> None:
-        self.model, self.plan = model, plan
+    def __init__(self, model: BlockModel, plan: Plan, more: Mapping[str, str] | None = None) -> None:
+        self.model, self.plan, self.more = model, plan, dict(more or {})
         self.units: list[list[Units]] = [[] for _ in model.blocks]
         for each in find_units(model, tuple(plan.kept)):
             self.units[each.block].append(each)
@@ -63,7 +64,7 @@ class Surgery:
         before = self.model.checkpoint and self.model.checkpoint.folder / PLAN
         plan = Plan.load(before).then(self.plan) if before and before.is_file() else self.plan
         needs = "auto_map" in self.config
-        return {PLAN: plan.to_json()} | ({MODELING.name: MODELING.read_text(encoding="utf-8")} if needs else {})
+        return {PLAN: plan.to_json()} | self.more | ({MODELING.name: MODELING.read_text(encoding="utf-8")} if needs else {})
 
     def block(self, index: int, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """What stays of one block's tensors, which are given by their paths inside the block."""
@@ -95,9 +96,7 @@ class Surgery:
 
     def _gone(self, index: int) -> set[str]:
         """The children of a block that its skipped parts consist of."""
-        stock = STOCK[self.base_type]
-        parts = {"attention": (stock.attention,), "mlp": stock.mlp}
-        return {child for part in self.plan.skipped.get(index, ()) for child in parts[part]}
+        return {child for part in self.plan.skipped.get(index, ()) for child in part_children(self.base_type, part)}
 
     @cached_property
     def summary(self) -> dict[str, Any]:
@@ -234,6 +233,12 @@ class Surgery:
     def _shapes(self, index: int) -> dict[str, torch.Size]:
         state = self.model.blocks[index].state_dict()
         return {path: cut.shape for path, cut in self.block(index, {p: t.to("meta") for p, t in state.items()}).items()}
+
+
+def part_children(model_type: str, part: str) -> tuple[str, ...]:
+    """The children of a block that its attention or its MLP consists of."""
+    stock = STOCK[model_type]
+    return (stock.attention,) if part == "attention" else stock.mlp
 
 
 def _parameters(blocks: list[dict[str, torch.Size]], axes: int = 0) -> int:

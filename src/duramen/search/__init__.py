@@ -1,0 +1,1 @@
+"""Training-free search for the sub-network that keeps most of a model under a budget."""

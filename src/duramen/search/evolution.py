@@ -1,0 +1,328 @@
+"""Sub-network search: the widths, KV groups and parts of every block that keep most of the model under a budget, without training.
+
+"Search for Efficient Large Language Models" (Shen et al., arXiv 2409.17372) evolves masks, rejects what is outside the budget, and
+re-fits the winner. Here a candidate is a level of a nested order for every kind of units in every block, with weights that are
+optimal at each level (``levels``), so that mutations are switches between neighbouring levels that keep the budget, as in EvoPress
+(arXiv 2410.14649); the start is the optimum of what the modules lose alone; fitness is the KL from the dense model on sequences that the
+levels were not fitted to; and the winner is reformed exactly on what its own blocks before really put out. ``search_masks`` is the paper's own way.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Annotated, Any, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from duramen.calibrate.walker import SCRATCH, Records, Walk
+from duramen.families.model import BlockModel, Model
+from duramen.families.select import filter_layers
+from duramen.problem import Exit, Problem
+from duramen.registry import method
+from duramen.search.constraints import Limit, Resource, limits, repair
+from duramen.search.database import Database, Genome, Module, build, grid_of, plan_of
+from duramen.search.fitness import Lesson, divergences, teach
+from duramen.search.mutate import switch_levels
+from duramen.search.subnet import FORMAT, SEARCH, materialise, present
+from duramen.search.surrogate import Table, single_module_table, solve, thought
+from duramen.shrink.groups import Units, find_units
+from duramen.shrink.model import RepairSettings
+from duramen.shrink.plan import digest
+from duramen.shrink.surgery import Surgery, homogenised
+
+SHARES = (0.5, 0.6, 0.7, 0.8, 0.9)
+"""Of the first resource, at which the front has a point."""
+FAILURES = 3
+"""Candidates of one generation whose outputs are not finite before the search stops."""
+
+
+class Settings(RepairSettings):
+    """Settings of the search."""
+
+    target: Annotated[dict[Resource, Annotated[float, Field(gt=0)]], Field(min_length=1)]
+    """What may be left: `parameters`, `block_parameters`, `bytes`, `macs` (of matrices, per token) or `kv_bytes` (per token), as a share of the dense model's or, above 1, as a number; all of several hold."""
+    bits: Annotated[float, Field(gt=0, le=32)] = 16
+    """Of a weight inside the blocks, for `bytes`."""
+    families: Annotated[tuple[Literal["ffn_channel", "kv_group"], ...], Field(min_length=1)] = ("ffn_channel", "kv_group")
+    """What may be cut."""
+    off: bool = True
+    """Whether the attention or the MLP of a block may leave altogether; the attention of the first block stays."""
+    only: tuple[str, ...] = ()
+    """Projections that read the units that may go, by role (`down`), block range (`blocks:4-27`) or glob; empty means all."""
+    skip: tuple[str, ...] = ()
+    """Projections whose units stay, in the same words."""
+    levels: Annotated[int, Field(ge=2)] = 16
+    """About so many widths for every FFN."""
+    round_to: Annotated[int, Field(ge=1)] = 64
+    """FFN widths are multiples of it."""
+    start: Literal["knapsack", "uniform"] = "knapsack"
+    """Where evolution begins: at the best sum of what modules lose alone, or at the same share everywhere."""
+    generations: Annotated[int, Field(ge=0)] = 20
+    """How many, at most."""
+    patience: Annotated[int, Field(ge=1)] = 8
+    """Generations without a better candidate after which the search ends."""
+    offspring: Annotated[int, Field(ge=1)] = 8
+    """Candidates of a generation; twice as many are drawn, and the sum of what modules lose alone chooses."""
+    stages: tuple[tuple[Annotated[int, Field(ge=1)], Annotated[int, Field(ge=1)]], ...] = ((1024, 2),)
+    """(tokens, survivors): how a generation is narrowed down before the last candidates meet their parent on all search tokens."""
+    search_share: Annotated[float, Field(gt=0, le=0.5)] = 0.25
+    """Share of the calibration sequences on which candidates are compared; the levels are fitted to the others."""
+    top_k: Annotated[int, Field(ge=1)] = 512
+    """Likeliest tokens of the dense model that count one by one; all others count together."""
+    seed: int = 0
+    """Of mutations and of the sequences of a stage."""
+
+    def candidate_tokens(self, tokens: int, modules: int) -> float:
+        """At most so many tokens run through candidates, of so many calibration tokens; half of every single-module trial is shared."""
+        pool, left = self.search_share * tokens, self.offspring
+        generation = 0.0
+        for count, survivors in self.stages:
+            generation, left = generation + left * min(count, pool), min(left, survivors)
+        probe = min(self.stages[0][0], pool) if self.stages else pool
+        return self.generations * (generation + left * pool) + 1.5 * modules * probe + 8 * pool
+
+
+@dataclass
+class Search:
+    """All that a search works with.
+
+    Attributes:
+        database: Levels of all modules.
+        bounds: What candidates may cost.
+        pool: Token ids on which candidates are compared, [N, T].
+        lessons: What the dense model says of them.
+        settings: The method's settings.
+        memo: Keeps finished parts.
+        tokens: Candidate tokens run so far.
+    """
+
+    database: Database
+    bounds: Sequence[Limit]
+    pool: Tensor
+    lessons: Sequence[Lesson]
+    settings: Settings
+
+    def measure(self, genomes: Sequence[Genome], chosen: Sequence[int] | None = None) -> list[float]:
+        """KL of candidates from the dense model on some sequences of the pool, or on all of them."""
+        rows = list(range(len(self.pool))) if chosen is None else list(chosen)
+        return divergences(self.database, genomes, self.pool[rows], [self.lessons[row] for row in rows])
+
+    def draw(self, tokens: int, generator: torch.Generator) -> list[int]:
+        """So many tokens' worth of sequences of the pool."""
+        count = min(len(self.pool), max(1, tokens // self.pool.shape[1]))
+        return sorted(torch.randperm(len(self.pool), generator=generator)[:count].tolist())
+
+    def uniform(self, share: float, table: Table) -> Genome:
+        """The same share everywhere, inside the limits."""
+        modules = self.database.modules
+        return repair(tuple(module.nearest(share) for module in modules), self.bounds, table, modules)
+
+    def children(self, parent: Genome, table: Table, generator: torch.Generator) -> list[Genome]:
+        """Mutants of a parent inside all limits, the half that is thought best."""
+        drawn: dict[Genome, None] = {}
+        for _ in range(20 * self.settings.offspring):
+            child = switch_levels(parent, self.database.modules, generator)
+            child = repair(child, self.bounds, table, self.database.modules)
+            if child != parent:
+                drawn[child] = None
+            if len(drawn) == 2 * self.settings.offspring:
+                break
+        return sorted(drawn, key=lambda genome: (thought(table, genome), genome))[: self.settings.offspring]
+
+    def front(self, table: Table, winner: Genome, loss: float) -> list[dict[str, Any]]:
+        """What other budgets of the first resource would cost: the best sum of what modules lose alone at each, and the winner.
+
+        Returns:
+            ``share`` of the dense model's, ``levels`` and ``kl``, from the smallest to the largest.
+        """
+        bound = self.bounds[0]
+        least = bound.rest + sum(map(min, bound.table))
+        shares = [share for share in SHARES if least <= share * bound.whole]
+        genomes = [solve(table, [dataclasses.replace(bound, most=share * bound.whole)]) for share in shares]
+        points = dict(zip(genomes, self.measure(genomes), strict=True)) | {winner: loss}
+        return sorted(
+            ({"share": bound.cost(genome) / bound.whole, "levels": list(genome), "kl": kl} for genome, kl in points.items()),
+            key=lambda point: (point["share"], point["kl"]),
+        )
+
+    def generation(self, number: int, parent: Genome, loss: float, table: Table) -> dict[str, Any]:
+        """One generation: mutants, narrowed down, against their parent.
+
+        Returns:
+            ``parent`` and ``kl`` of the next one; ``tried``: (stage, candidate, KL) of all; ``tokens`` run.
+        """
+        generator = torch.Generator().manual_seed(1_000_003 * self.settings.seed + number)
+        left, tried, tokens = self.children(parent, table, generator), [], 0
+        stages = [(self.draw(count, generator), survivors) for count, survivors in self.settings.stages]
+        for stage, (rows, survivors) in enumerate([*stages, (list(range(len(self.pool))), 1)]):
+            if not left:
+                break
+            found = self.measure(left, rows)
+            tokens += len(left) * len(rows) * self.pool.shape[1]
+            tried += [[stage, list(genome), kl if math.isfinite(kl) else None] for genome, kl in zip(left, found, strict=True)]
+            _check(found, number)
+            ranked = sorted((kl, genome) for genome, kl in zip(left, found, strict=True) if math.isfinite(kl))
+            left = [genome for _, genome in ranked[:survivors]]
+            best = ranked[0][0] if ranked else math.inf
+        better = bool(left) and best < loss
+        return {"parent": list(left[0] if better else parent), "kl": best if better else loss, "tried": tried, "tokens": tokens}
+
+
+def _check(found: Sequence[float], number: int) -> None:
+    failed = sum(not math.isfinite(kl) for kl in found)
+    if failed >= FAILURES:
+        raise Problem(
+            f"{failed} candidates of generation {number} have outputs that are not finite.",
+            why="the model overflows in this type when parts of it are cut.",
+            fix="`dtype: float32`; finished generations are kept.",
+            code=Exit.CHECK_FAILED,
+        )
+
+
+def evolve(
+    search: Search, table: Table, starts: dict[str, Genome], memo: Callable[[str, Callable[[], Any]], Any]
+) -> dict[str, Any]:
+    """Runs generations until they are over or no longer better, each from the best so far.
+
+    Returns:
+        ``starts``: KL of every start; ``generations``; ``winner`` and its ``kl``; ``tokens``: candidate tokens run.
+    """
+    first = memo("starts", lambda: search.measure(list(starts.values())))
+    found = dict(zip(starts, first, strict=True))
+    parent, loss = starts[search.settings.start], found[search.settings.start]
+    generations: list[dict[str, Any]] = []
+    idle = 0
+    for number in range(search.settings.generations):
+        step = memo(f"generation-{number:04d}", partial(search.generation, number, parent, loss, table))
+        generations.append(step)
+        idle = 0 if step["kl"] < loss else idle + 1
+        parent, loss = tuple(step["parent"]), step["kl"]
+        if idle == search.settings.patience:
+            break
+    return {
+        "starts": {name: {"levels": list(genome), "kl": found[name]} for name, genome in starts.items()},
+        "generations": generations, "winner": list(parent), "kl": loss, "tokens": sum(step["tokens"] for step in generations),
+    }  # fmt: skip
+
+
+def chosen_units(model: BlockModel, settings: Settings) -> dict[str, tuple[Units, tuple[int, ...]]]:
+    """Reader -> the units that may go, and how many of them each level keeps; in running order."""
+    units = {each.reader: each for each in find_units(model, settings.families)}
+    roles = {name: role for name, role in model.layer_names().items() if name in units}
+    kept = set(filter_layers(roles, settings.only, settings.skip))
+    found = {}
+    for name in roles:
+        each = units[name]
+        off = settings.off and not (each.kind == "kv_group" and each.block == 0)
+        grid = grid_of(each, levels=settings.levels, round_to=settings.round_to, off=off)
+        if name in kept and len(grid) > 1:
+            found[name] = each, grid
+    return found
+
+
+def predicted(model: BlockModel, settings: Settings) -> Surgery:
+    """The same share everywhere inside the limits, as if all units were alike."""
+    modules = [
+        Module(units, grid, tuple(range(units.count)), tuple(1 - kept / units.count for kept in grid))
+        for units, grid in chosen_units(model, settings).values()
+    ]
+    bounds = limits(model, modules, settings.target, bits=settings.bits)
+    share = expected_share(bounds)
+    genome = repair(tuple(module.nearest(share) for module in modules), bounds, [module.errors for module in modules], modules)
+    plan = plan_of(model, modules, genome, {})
+    return Surgery(model, homogenised(model, plan) if settings.homogenise else plan)
+
+
+def split(tokens: Tensor, share: float) -> tuple[Tensor, Tensor]:
+    """Calibration sequences for fitting levels, and those set apart for comparing candidates."""
+    every = round(1 / share)
+    aside = torch.arange(len(tokens)) % every == every - 1
+    if not bool(aside.any()):
+        raise Problem(
+            f"{len(tokens)} calibration sequences leave none for comparing candidates.",
+            why=f"one in {every} is set apart for it (`search_share`).",
+            fix=f"at least {every} sequences (`calibration.sequences`).",
+        )
+    return tokens[~aside], tokens[aside]
+
+
+@method("search", title="Sub-network search", paper="arXiv 2409.17372", kind="search", needs=("tokens",), settings=Settings)
+def apply(model: Model, tokens: Tensor, *, walk: Walk | None = None, **settings: object) -> Records:
+    """Searches, cuts what the winner leaves out, and repairs the rest; see ``duramen.shrink.model.carry_out``.
+
+    Raises:
+        Problem: On limits out of reach, filters that match nothing, families without a table, values that are not finite.
+    """
+    chosen, walk = Settings.model_validate(settings), walk or Walk()
+    blocks = BlockModel.of(model)
+    if walk.folder is not None:
+        return _apply(blocks, tokens, chosen, walk, walk.folder)
+    with TemporaryDirectory(dir=walk.scratch, prefix=SCRATCH) as place:
+        return _apply(blocks, tokens, chosen, walk, Path(place))
+
+
+def _apply(model: BlockModel, tokens: Tensor, settings: Settings, walk: Walk, folder: Path) -> Records:
+    units = chosen_units(model, settings)
+    bounds = limits(model, [Module(*each) for each in units.values()], settings.target, bits=settings.bits)
+    search, table, starts = prepare(model, units, bounds, tokens, settings, walk, folder)
+    found = evolve(search, table, starts, walk.memo)
+    winner: Genome = tuple(found["winner"])
+    costs = {limit.resource: {"dense": limit.whole, "most": limit.most, "winner": limit.cost(winner)} for limit in bounds}
+    front = walk.memo("front", lambda: search.front(table, winner, found["kl"]))
+    modules = search.database.modules
+    report = {
+        "format": FORMAT,
+        "base": digest(model),
+        "costs": costs,
+        "modules": _described(modules, table),
+        "front": front,
+    } | found
+    lineage = [found["starts"][settings.start]["kl"], *(step["kl"] for step in found["generations"])]
+    made_by = {
+        "method": "search", "settings": settings.model_dump(mode="json"), "costs": costs, "kl": found["kl"],
+        "starts": {name: start["kl"] for name, start in found["starts"].items()}, "lineage": lineage, "tokens": found["tokens"],
+        "front": [{key: point[key] for key in ("share", "kl")} for point in front],
+    }  # fmt: skip
+    plan = plan_of(model, modules, winner, made_by)
+    return materialise(plan, present(modules, winner), model, tokens, settings, walk, {SEARCH: json.dumps(report)})
+
+
+def _described(modules: Sequence[Module], table: Table) -> list[dict[str, Any]]:
+    """For ``search.json``: the levels of all modules."""
+    return [
+        {"block": m.units.block, "kind": m.units.kind, "kept": m.grid, "order": m.order, "errors": m.errors, "alone": alone}
+        for m, alone in zip(modules, table, strict=True)
+    ]
+
+
+def prepare(
+    model: BlockModel,
+    units: dict[str, tuple[Units, tuple[int, ...]]],
+    bounds: Sequence[Limit],
+    tokens: Tensor,
+    settings: Settings,
+    walk: Walk,
+    folder: Path,
+) -> tuple[Search, Table, dict[str, Genome]]:
+    """All that comes before evolution: the level database, what modules lose alone, and the starts."""
+    fitted, pool = split(tokens, settings.search_share)
+    share = expected_share(bounds)
+    database = build(model, units, share, fitted, settings, walk, folder)
+    search = Search(database, bounds, pool, teach(model, pool, settings.top_k), settings)
+    rows = search.draw(settings.stages[0][0] if settings.stages else pool.numel(), torch.Generator().manual_seed(settings.seed))
+    table = tuple(map(tuple, walk.memo("alone", lambda: single_module_table(database, lambda g: search.measure(g, rows)))))
+    return search, table, {"uniform": search.uniform(share, table), "knapsack": solve(table, bounds)}
+
+
+def expected_share(bounds: Sequence[Limit]) -> float:
+    """About the share of the units that stays: what the tightest limit leaves of all that can be cut."""
+    return min(min(1.0, (limit.most - limit.rest) / max(limit.whole - limit.rest, 1e-30)) for limit in bounds)

@@ -1,0 +1,94 @@
+"""How near a candidate comes to the dense model: KL of its next-token distributions, many candidates side by side.
+
+All candidates see the same tokens. They run through the model together, and those that agree in all blocks so far share one state, so
+what a child has in common with its parent is computed once, exactly, and every block is opened once for all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from duramen.families.model import BlockModel, run_block
+from duramen.search.database import Database, Genome
+
+ROWS = 512
+"""Positions whose logits are held at once."""
+
+
+@dataclass(frozen=True)
+class Lesson:
+    """The dense model's distributions over one sequence: its likeliest tokens [T, K], their log-probabilities, and that of all others."""
+
+    tokens: Int[Tensor, "T K"]
+    logs: Float[Tensor, "T K"]
+    rest: Float[Tensor, "T"]
+
+
+def log_rest(logs: Float[Tensor, "T K"]) -> Float[Tensor, "T"]:
+    """log(1 − Σ exp): the log-probability of all other tokens, no less than e⁻⁶⁰."""
+    return torch.log1p(-logs.exp().sum(-1).clamp_max(1 - 2**-24)).clamp_min(-60)
+
+
+def bucketed_kl(lesson: Lesson, logs: Float[Tensor, "T V"]) -> Float[Tensor, "T"]:
+    """KL(dense ‖ candidate) over the likeliest tokens and one bucket for all others; never more than the KL over all tokens."""
+    mine = logs.gather(-1, lesson.tokens)
+    among = (lesson.logs.exp() * (lesson.logs - mine)).sum(-1)
+    return among + lesson.rest.exp() * (lesson.rest - log_rest(mine))
+
+
+@torch.no_grad()
+def teach(model: BlockModel, sequences: Int[Tensor, "N T"], top_k: int) -> list[Lesson]:
+    """What the dense model says of every sequence."""
+    lessons = []
+    for hidden in model.last_hidden(torch.split(sequences, 1)):
+        tops = [logs.topk(min(top_k, logs.shape[-1]), dim=-1) for logs in _log_probabilities(model, hidden)]
+        values = torch.cat([top.values for top in tops])
+        lessons.append(Lesson(torch.cat([top.indices for top in tops]), values, log_rest(values)))
+    return lessons
+
+
+def _log_probabilities(model: BlockModel, hidden: Float[Tensor, "1 T D"]) -> Iterator[Float[Tensor, "n V"]]:
+    for part in torch.split(hidden, ROWS, dim=1):
+        yield model.logits(part)[0].float().log_softmax(-1)
+
+
+@torch.no_grad()
+def divergences(
+    database: Database, genomes: Sequence[Genome], sequences: Int[Tensor, "N T"], lessons: Sequence[Lesson]
+) -> list[float]:
+    """Mean KL(dense ‖ candidate) per token of every candidate, in nats; NaN where a candidate's outputs are not finite.
+
+    Args:
+        database: Levels of all modules.
+        genomes: The candidates.
+        sequences: Token ids, the same for all.
+        lessons: What the dense model says of them.
+    """
+    model = database.model
+    hidden, calls = model.capture(sequences)
+    states: dict[Genome, Tensor] = {(): hidden}
+    for index in range(len(model.blocks)):
+        here = database.of_block(index)
+        with model.opened(index) as block:
+            after = {}
+            for prefix, state in states.items():
+                before = len(prefix)
+                for choice in sorted({genome[before : before + len(here)] for genome in genomes if genome[:before] == prefix}):
+                    with database.at(block, dict(zip(here, choice, strict=True))):
+                        after[prefix + choice] = run_block(block.module, state, calls[index])
+            states = after
+    return [_divergence(model, states[genome], lessons) for genome in genomes]
+
+
+def _divergence(model: BlockModel, hidden: Float[Tensor, "N T D"], lessons: Sequence[Lesson]) -> float:
+    total, count = 0.0, 0
+    for state, lesson in zip(torch.split(hidden, 1), lessons, strict=True):
+        logs = torch.cat(list(_log_probabilities(model, state)))
+        total += float(bucketed_kl(lesson, logs).sum(dtype=torch.float64))
+        count += len(logs)
+    return total / count
