@@ -388,6 +388,7 @@ def test_a_saved_plan_is_carried_out(tmp_path):
         ("llama", {"method": "fusion", "ratio": 0.2, "only": ["donw"]}, "matches no layer"),
         ("llama", {"method": "depth", "count": 3}, "at most 2 can"),
         ("llama", {"method": "depth", "parts": "attention", "count": 3}, "at most 2 can"),
+        ("llama", {"method": "depth", "count": 1, "protect": [1, 3]}, "names blocks .3., and the model has"),
     ],
 )
 def test_mistakes(name, step, words, tmp_path):

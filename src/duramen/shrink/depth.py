@@ -63,8 +63,15 @@ def choose(model: BlockModel, scores: list[float], settings: Settings) -> Plan:
     """The plan in which the blocks of least influence lose the part.
 
     Raises:
-        Problem: If so many cannot leave.
+        Problem: If so many cannot leave, or a protected block does not exist.
     """
+    missing = sorted(index for index in settings.protect if not 0 <= index < len(scores))
+    if missing:
+        raise Problem(
+            f"`protect` names blocks {missing}, and the model has blocks 0 to {len(scores) - 1}.",
+            why="they are counted from 0.",
+            fix=f"numbers from 0 to {len(scores) - 1}.",
+        )
     stay = {*settings.protect, *((0,) if settings.parts == "attention" else ())}
     free = [index for index in range(len(scores)) if index not in stay]
     most = len(free) - (settings.parts == "block" and not stay)
