@@ -31,7 +31,7 @@ def test_losses_are_those_of_transformers(name, tmp_path):
 def test_long_windows_are_sliced_without_a_seam(llama, monkeypatch):
     windows, model = tiny.ids(1, 40), BlockModel.from_folder(llama)
     whole = token_losses(model, final_hidden(model, windows), windows)
-    monkeypatch.setattr("duramen.evaluate.perplexity.ROWS", 7)
+    monkeypatch.setattr("duramen.families.model.LOGITS_AT_ONCE", 7)
     torch.testing.assert_close(token_losses(model, final_hidden(model, windows), windows), whole)
     assert whole.shape == (1, 39)
 

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from itertools import product
 
 import pytest
@@ -20,8 +21,8 @@ from duramen.families.model import BlockModel
 from duramen.problem import Problem
 from duramen.registry import get_method
 from duramen.search.constraints import Limit, limits, repair
-from duramen.search.database import Module, build, plan_of
-from duramen.search.evolution import Settings, chosen_units
+from duramen.search.database import build, plan_of
+from duramen.search.evolution import Settings, chosen_modules
 from duramen.search.fitness import bucketed_kl, divergences, log_rest, teach
 from duramen.search.mutate import switch_levels
 from duramen.search.surrogate import filled, solve, thought
@@ -36,8 +37,8 @@ def made(name="llama", **options):
     model = BlockModel.from_module(tiny.model(name))
     chosen = Settings(target={"block_parameters": 0.7}, **SMALL | options)
     modules = [
-        Module(units, grid, tuple(range(units.count)), tuple(1 - kept / units.count for kept in grid))
-        for units, grid in chosen_units(model, chosen).values()
+        replace(m, order=tuple(range(m.units.count)), errors=tuple(1 - kept / m.units.count for kept in m.grid))
+        for m in chosen_modules(model, chosen)
     ]
     return model, chosen, modules
 
@@ -71,7 +72,7 @@ def test_costs_are_those_of_the_model_that_surgery_makes(name):
 def built(tmp_path, name="llama", **options):
     model, chosen, _ = made(name, **options)
     tokens = tiny.ids(8, 32)
-    return build(model, chosen_units(model, chosen), 0.7, tokens, chosen, Walk(), tmp_path), tokens
+    return build(model, chosen_modules(model, chosen), 0.7, tokens, chosen, Walk(), tmp_path), tokens
 
 
 @torch.no_grad()
@@ -262,7 +263,7 @@ def test_killed_it_ends_with_the_same_bytes(searched, tmp_path):
         "rundir.write_json = wait; import duramen.search.database as d; d.write_json = wait; duramen.run(*sys.argv[1:])"
     )
     again, state = tmp_path / "out", tmp_path / "out" / ".duramen"
-    for target in ("levels-0001.json", "alone.json", "generation-0001.json"):
+    for target in ("levels/block-0001.json", "alone.json", "generation-0001.json"):
         worker = subprocess.Popen([sys.executable, "-c", slow, str(recipe), str(folder), str(again)], stderr=subprocess.DEVNULL)
         while worker.poll() is None and not list(state.glob(f"*/{target}")):
             time.sleep(0.01)

@@ -17,7 +17,6 @@ from torch import Tensor
 
 from duramen.assets import get_asset, read_requests
 from duramen.calibrate.tokens import opening
-from duramen.evaluate.perplexity import ROWS
 from duramen.families.model import BlockModel
 
 BATCH_TOKENS = 4096
@@ -102,9 +101,8 @@ def _score_batch(model: BlockModel, state: Tensor, requests: list[Request]) -> l
     rows, places = torch.tensor(positions).T
     picked = state[rows, places]
     logs, greedy = [], []
-    for start in range(0, len(picked), ROWS):
-        log = model.logits(picked[None, start : start + ROWS])[0].float().log_softmax(-1)
-        target = targets[start : start + ROWS]
+    for log in model.log_probabilities(picked[None]):
+        target, targets = targets[: len(log)], targets[len(log) :]
         logs.append(log.gather(1, target[:, None])[:, 0])
         greedy.append(log.argmax(-1) == target)
     log_all, greedy_all = torch.cat(logs), torch.cat(greedy)

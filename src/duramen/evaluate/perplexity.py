@@ -16,9 +16,6 @@ from torch import Tensor
 from duramen.evaluate.intervals import Measured, mean_interval
 from duramen.families.model import BlockModel
 
-ROWS = 512
-"""Positions whose logits are held at once."""
-
 
 @torch.no_grad()
 def final_hidden(model: BlockModel, windows: Tensor) -> list[Tensor]:
@@ -28,10 +25,10 @@ def final_hidden(model: BlockModel, windows: Tensor) -> list[Tensor]:
 
 def _slices(model: BlockModel, hidden: Tensor, window: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
     """(log-probabilities [n, V], next tokens [n]) for the T − 1 predicted positions of one window."""
-    for start in range(0, hidden.shape[1] - 1, ROWS):
-        stop = min(start + ROWS, hidden.shape[1] - 1)
-        logits = model.logits(hidden[:, start:stop])[0].float()
-        yield logits.log_softmax(-1), window[start + 1 : stop + 1]
+    start = 1
+    for logs in model.log_probabilities(hidden[:, :-1]):
+        yield logs, window[start : start + len(logs)]
+        start += len(logs)
 
 
 @torch.no_grad()

@@ -23,6 +23,9 @@ from duramen.families.generic import infer_family
 from duramen.families.table import Family, Projection, Sizes
 from duramen.problem import Exit, Problem
 
+LOGITS_AT_ONCE = 512
+"""Positions whose logits are held at once."""
+
 
 @dataclass
 class Layer:
@@ -277,6 +280,11 @@ class BlockModel:
         with self._replaced([_Replay(block, self._returned, hidden) for block in self.blocks]):
             tokens = torch.zeros(hidden.shape[:2], dtype=torch.long, device=hidden.device)
             return self.network(input_ids=tokens, use_cache=False).logits  # type: ignore[no-any-return]
+
+    def log_probabilities(self, hidden: Tensor) -> Iterator[Tensor]:
+        """Of the next tokens, in float32 and so many positions at a time that their logits fit: [1, T, D] -> [n, V] each."""
+        for part in torch.split(hidden, LOGITS_AT_ONCE, dim=1):
+            yield self.logits(part)[0].float().log_softmax(-1)
 
     @cached_property
     def _returned(self) -> int:

@@ -102,13 +102,7 @@ def prepare(
 def prune_layer(prune: PruneFunction, layer: Layer, stage: Stage, settings: Solve, target: dict[str, Any]) -> dict[str, Any]:
     """Prunes one layer of a stage to its target (``sparsity``, ``pattern``) and returns its record."""
     start, weight = time.perf_counter(), layer.read()
-    wanted = weight
-    if settings.alpha and stage.cross is not None:
-        factor = stage.options["factor"]
-        wanted = target_weight(weight, stage.gram, stage.cross, alpha=settings.alpha, factor=factor)
-        zeros = weight == 0
-        if float(zeros.float().mean()) > SPARSE_FROM:  # among weights that are zero there, the same problem
-            wanted = reconstruct(wanted, stage.gram, zeros, factor=factor).weight
+    wanted = aim(weight, stage, settings.alpha)
     found = prune(wanted, stage.gram, **settings.options, **target, **stage.options)
     found = replace(found, weight=found.weight.to(weight.dtype))
     bias = corrected_bias(layer, found.weight, stage.statistics, settings.alpha) if stage.with_bias else None
@@ -123,6 +117,18 @@ def prune_layer(prune: PruneFunction, layer: Layer, stage: Stage, settings: Solv
             "seconds": time.perf_counter() - start,
         }
     )
+
+
+def aim(weight: Tensor, stage: Stage, alpha: float) -> Tensor:
+    """What a weight [O, I] of a stage is to come near to: itself, or what stands for α of the dense model's output; [O, I]."""
+    if not alpha or stage.cross is None:
+        return weight
+    factor = stage.options["factor"]
+    wanted = target_weight(weight, stage.gram, stage.cross, alpha=alpha, factor=factor)
+    zeros = weight == 0
+    if float(zeros.float().mean()) > SPARSE_FROM:  # among weights that are zero there, the same problem
+        wanted = reconstruct(wanted, stage.gram, zeros, factor=factor).weight
+    return wanted
 
 
 def corrected_bias(layer: Layer, weight: Tensor, statistics: Statistics, alpha: float) -> Tensor:

@@ -14,7 +14,7 @@ from torch import Tensor
 from duramen.families import OWN
 from duramen.families.model import BlockModel
 from duramen.problem import Problem
-from duramen.search.database import PARTS, Genome, Module
+from duramen.search.database import Genome, Module
 from duramen.shrink.groups import Units
 from duramen.shrink.surgery import part_children
 
@@ -123,7 +123,7 @@ def _part(model: BlockModel, module: Module, *, matrices: bool) -> int:
     """Entries of all that leaves when a module is off."""
     base = str(model.config.model_type).removeprefix(OWN)
     block = model.blocks[module.units.block]
-    tensors = [p for child in part_children(base, PARTS[module.units.kind]) for p in block.get_submodule(child).parameters()]
+    tensors = [p for child in part_children(base, module.units.part) for p in block.get_submodule(child).parameters()]
     return sum(tensor.numel() for tensor in tensors if _counts(tensor, matrices))
 
 
@@ -157,17 +157,18 @@ def repair(genome: Genome, bounds: Sequence[Limit], losses: Sequence[Sequence[fl
         }
         best = min(saved, key=lambda number: (step(number, -1) / saved[number], number))
         levels[best] -= 1
-    while fits := [
-        number for number, module in enumerate(modules) if levels[number] < module.full and _fits(levels, number, bounds)
-    ]:
+    while True:
+        costs = [limit.cost(tuple(levels)) for limit in bounds]
+        fits = [
+            number
+            for number, module in enumerate(modules)
+            if (now := levels[number]) < module.full
+            and all(
+                cost + limit.table[number][now + 1] - limit.table[number][now] <= limit.most
+                for limit, cost in zip(bounds, costs, strict=True)
+            )
+        ]
+        if not fits:
+            return tuple(levels)
         best = min(fits, key=lambda number: (step(number, 1) / modules[number].units.parameters, number))
         levels[best] += 1
-    return tuple(levels)
-
-
-def _fits(levels: Sequence[int], number: int, bounds: Sequence[Limit]) -> bool:
-    """Whether a module may go up by a level."""
-    now = levels[number]
-    return all(
-        limit.cost(tuple(levels)) + limit.table[number][now + 1] - limit.table[number][now] <= limit.most for limit in bounds
-    )

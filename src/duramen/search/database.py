@@ -7,7 +7,6 @@ of the readers only: the columns of units that are gone are zero, which equals t
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -23,9 +22,9 @@ from torch import Tensor
 from duramen.calibrate.statistics import Statistics
 from duramen.calibrate.walker import Records, Walk, walk_blocks
 from duramen.families.model import BlockModel, Layer, OpenBlock
-from duramen.prune.layer import Stage, corrected_bias, prepare
-from duramen.prune.reconstruct import output_error, target_weight
-from duramen.rundir import write_json, write_tensors
+from duramen.prune.layer import Stage, aim, corrected_bias, prepare
+from duramen.prune.reconstruct import output_error
+from duramen.rundir import BlockStore, write_tensors
 from duramen.search.levels import ROUNDS, error_curve, greedy_order, level_factor, level_weight
 from duramen.shrink.groups import Units, find_units
 from duramen.shrink.model import RepairSettings
@@ -33,8 +32,6 @@ from duramen.shrink.plan import Plan, digest
 from duramen.shrink.reform import reform
 from duramen.shrink.surgery import silenced
 
-PARTS = {"ffn_channel": "mlp", "kv_group": "attention"}
-"""Kind of units -> the part of a block that is off when none of them stays."""
 Genome = tuple[int, ...]
 """A level for every module, in running order."""
 
@@ -88,7 +85,7 @@ def plan_of(model: BlockModel, modules: Sequence[Module], genome: Genome, made_b
     for module, level in zip(modules, genome, strict=True):
         block, kind = module.units.block, module.units.kind
         if module.grid[level] == 0:
-            skipped[block] = (*skipped.get(block, ()), PARTS[kind])
+            skipped[block] = (*skipped.get(block, ()), module.units.part)
         else:
             kept[kind][block] = module.kept(level)
     whole = {kind: tuple(blocks) for kind, blocks in kept.items()}
@@ -123,7 +120,7 @@ class Database:
             for number, level in levels.items():
                 module = self.modules[number]
                 if module.grid[level] == 0:
-                    stack.enter_context(silenced(block.module, self.model.family, PARTS[module.units.kind]))
+                    stack.enter_context(silenced(block.module, self.model.family, module.units.part))
                 elif level != module.full:
                     (layer,) = (layer for layer in block.layers.values() if layer.name == module.units.reader)
                     stack.enter_context(_replaced(layer, *self.reader(number, level)))
@@ -162,7 +159,7 @@ def _replaced(layer: Layer, weight: Tensor, bias: Tensor | None) -> Iterator[Non
 
 def build(
     model: BlockModel,
-    units: Mapping[str, tuple[Units, tuple[int, ...]]],
+    modules: Sequence[Module],
     share: float,
     tokens: Tensor,
     settings: RepairSettings,
@@ -173,32 +170,31 @@ def build(
 
     Args:
         model: The dense model; it stays as it is.
-        units: Reader -> the units that may go, and how many of them each level keeps.
+        modules: What may be cut; their units are not ordered yet.
         share: About the share of them that will stay, which the blocks before show.
         tokens: Calibration token ids, [S, T].
         settings: Damping, target and bias of every level.
         walk: How to walk.
         folder: Where to keep the levels.
     """
-    store = _LevelStore(folder)
+    store, by_reader = _LevelStore(folder), {module.units.reader: module for module in modules}
 
     def edit(layers: list[Layer], statistics: Statistics) -> Any:
-        each, grid = units[layers[0].name]
-        target = {"columns": _least(layers[0], statistics, each, share)}
+        module = by_reader[layers[0].name]
+        target = {"columns": _least(layers[0], statistics, module.units, share)}
         stage = prepare(reform, layers, statistics, settings, target)
-        return partial(_find_levels, module=Module(each, grid), stage=stage, share=share, alpha=settings.alpha, store=store)
+        return partial(_find_levels, module=module, stage=stage, share=share, alpha=settings.alpha, store=store)
 
     held_out = round(1 / settings.held_out) if settings.damping == "held-out" else 0
-    with _left_as_it_is(model, list(units)):
+    with _left_as_it_is(model, list(by_reader)):
         records = walk_blocks(
-            model, tokens, edit, list(units), walk=replace(walk, store=store),
+            model, tokens, edit, list(by_reader), walk=replace(walk, store=store),
             held_out_every=held_out, dense_target=settings.alpha > 0,
         )  # fmt: skip
-    modules = [
-        Module(*units[record["layer"]], tuple(record["order"]), tuple(record["errors"]))
-        for record in records
-    ]  # fmt: skip
-    return Database(model, modules, folder)
+    ordered = [
+        replace(by_reader[record["layer"]], order=tuple(record["order"]), errors=tuple(record["errors"])) for record in records
+    ]
+    return Database(model, ordered, store.folder)
 
 
 @contextmanager
@@ -218,10 +214,7 @@ def _find_levels(
 ) -> dict[str, Any]:
     """Orders the units of one layer, keeps its levels, and leaves it at the level that is nearest to the share."""
     start, weight, factor, units = time.perf_counter(), layer.read(), stage.options["factor"], module.units
-    wanted = weight
-    if alpha and stage.cross is not None:
-        wanted = target_weight(weight, stage.gram, stage.cross, alpha=alpha, factor=factor)
-    wanted = wanted.to(factor.hessian.dtype)
+    wanted = aim(weight, stage, alpha).to(factor.hessian.dtype)
     size = weight.shape[1] // units.count
     per_round = max(1, units.count // ROUNDS) if units.kind == "ffn_channel" else 1
     order, _ = greedy_order(wanted, factor.inverse, size=size, per_round=per_round)
@@ -232,10 +225,10 @@ def _find_levels(
     for level, kept in enumerate(module.grid[:-1]):
         if kept:
             part = level_weight(energy, lower, kept * size).to(weight.dtype)
-            full = _spread(part, units, order, kept)
-            bias = corrected_bias(layer, full, stage.statistics, alpha) if stage.with_bias else None
+            full = _spread(part, units, order, kept) if level == here or stage.with_bias else None
+            bias = corrected_bias(layer, full, stage.statistics, alpha) if full is not None and stage.with_bias else None
             store.keep(units, level, part, bias)
-            if level == here:
+            if full is not None and level == here:
                 layer.write(full, bias=bias)
     errors = [float(curve[kept * size]) if kept else 1.0 for kept in module.grid]
     found = {"order": order, "errors": errors, "relative_error": errors[here], "seconds": time.perf_counter() - start}
@@ -255,33 +248,22 @@ def level_file(folder: Path, block: int) -> Path:
     return folder / f"levels-{block:04d}.safetensors"
 
 
-class _LevelStore:
-    """Keeps the levels of finished blocks, with the readers as the next blocks see them."""
+class _LevelStore(BlockStore):
+    """Keeps the readers of finished blocks as the next ones see them, and beside them all levels."""
 
     def __init__(self, folder: Path) -> None:
-        self.folder = folder
+        super().__init__(folder / "levels", lambda name: name)
         self.pending: dict[str, Tensor] = {}
 
     def keep(self, units: Units, level: int, part: Tensor, bias: Tensor | None) -> None:
         """Takes one level of the open block."""
         self.pending[f"{units.kind}.{level}.weight"] = part.contiguous()
         if bias is not None:
-            self.pending[f"{units.kind}.{level}.bias"] = bias.clone()
+            self.pending[f"{units.kind}.{level}.bias"] = bias
 
     def save(self, index: int, tensors: dict[str, Tensor], pruned: dict[str, Tensor], records: Records) -> None:
         """Writes the levels of a finished block; its record, written last, makes it count."""
-        readers = {name for record in records for name in tensors if name.startswith(f"{record['layer']}.")}
-        write_tensors(level_file(self.folder, index), self.pending | {name: tensors[name].contiguous() for name in readers})
-        write_json(self._record(index), {"records": records, "readers": sorted(readers)})
+        write_tensors(level_file(self.folder, index), self.pending)
+        layers = tuple(f"{record['layer']}." for record in records)
+        super().save(index, {name: tensor for name, tensor in tensors.items() if name.startswith(layers)}, pruned, records)
         self.pending = {}
-
-    def load(self, index: int) -> tuple[dict[str, Tensor], Records] | None:
-        """The readers of a finished block as the next one sees them, and its records."""
-        if not self._record(index).is_file():
-            return None
-        kept = json.loads(self._record(index).read_text(encoding="utf-8"))
-        with safe_open(level_file(self.folder, index), "pt") as file:
-            return {name: file.get_tensor(name) for name in kept["readers"]}, kept["records"]
-
-    def _record(self, index: int) -> Path:
-        return self.folder / f"levels-{index:04d}.json"

@@ -4,7 +4,7 @@
 re-fits the winner. Here a candidate is a level of a nested order for every kind of units in every block, with weights that are
 optimal at each level (``levels``), so that mutations are switches between neighbouring levels that keep the budget, as in EvoPress
 (arXiv 2410.14649); the start is the optimum of what the modules lose alone; fitness is the KL from the dense model on sequences that the
-levels were not fitted to; and the winner is reformed exactly on what its own blocks before really put out. ``search_masks`` is the paper's own way.
+levels were not fitted to; and the winner is reformed exactly on what its own blocks before really put out.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import json
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Annotated, Any, Literal
@@ -32,10 +32,10 @@ from duramen.search.constraints import Limit, Resource, limits, repair
 from duramen.search.database import Database, Genome, Module, build, grid_of, plan_of
 from duramen.search.fitness import Lesson, divergences, teach
 from duramen.search.mutate import switch_levels
-from duramen.search.subnet import FORMAT, SEARCH, materialise, present
+from duramen.search.subnet import FORMAT, SEARCH
 from duramen.search.surrogate import Table, single_module_table, solve, thought
-from duramen.shrink.groups import Units, find_units
-from duramen.shrink.model import RepairSettings
+from duramen.shrink.groups import find_units
+from duramen.shrink.model import RepairSettings, carry_out
 from duramen.shrink.plan import digest
 from duramen.shrink.surgery import Surgery, homogenised
 
@@ -99,17 +99,18 @@ class Search:
         database: Levels of all modules.
         bounds: What candidates may cost.
         pool: Token ids on which candidates are compared, [N, T].
-        lessons: What the dense model says of them.
         settings: The method's settings.
-        memo: Keeps finished parts.
-        tokens: Candidate tokens run so far.
     """
 
     database: Database
     bounds: Sequence[Limit]
     pool: Tensor
-    lessons: Sequence[Lesson]
     settings: Settings
+
+    @cached_property
+    def lessons(self) -> list[Lesson]:
+        """What the dense model says of the pool."""
+        return teach(self.database.model, self.pool, self.settings.top_k)
 
     def measure(self, genomes: Sequence[Genome], chosen: Sequence[int] | None = None) -> list[float]:
         """KL of candidates from the dense model on some sequences of the pool, or on all of them."""
@@ -120,11 +121,6 @@ class Search:
         """So many tokens' worth of sequences of the pool."""
         count = min(len(self.pool), max(1, tokens // self.pool.shape[1]))
         return sorted(torch.randperm(len(self.pool), generator=generator)[:count].tolist())
-
-    def uniform(self, share: float, table: Table) -> Genome:
-        """The same share everywhere, inside the limits."""
-        modules = self.database.modules
-        return repair(tuple(module.nearest(share) for module in modules), self.bounds, table, modules)
 
     def children(self, parent: Genome, table: Table, generator: torch.Generator) -> list[Genome]:
         """Mutants of a parent inside all limits, the half that is thought best."""
@@ -169,7 +165,7 @@ class Search:
             found = self.measure(left, rows)
             tokens += len(left) * len(rows) * self.pool.shape[1]
             tried += [[stage, list(genome), kl if math.isfinite(kl) else None] for genome, kl in zip(left, found, strict=True)]
-            _check(found, number)
+            _check(found, f"generation {number}", FAILURES - 1)
             ranked = sorted((kl, genome) for genome, kl in zip(left, found, strict=True) if math.isfinite(kl))
             left = [genome for _, genome in ranked[:survivors]]
             best = ranked[0][0] if ranked else math.inf
@@ -177,11 +173,12 @@ class Search:
         return {"parent": list(left[0] if better else parent), "kl": best if better else loss, "tried": tried, "tokens": tokens}
 
 
-def _check(found: Sequence[float], number: int) -> None:
+def _check(found: Sequence[float], where: str, allowed: int = 0) -> None:
+    """Stops where the outputs of more candidates than that are not finite."""
     failed = sum(not math.isfinite(kl) for kl in found)
-    if failed >= FAILURES:
+    if failed > allowed:
         raise Problem(
-            f"{failed} candidates of generation {number} have outputs that are not finite.",
+            f"{failed} candidates of {where} have outputs that are not finite.",
             why="the model overflows in this type when parts of it are cut.",
             fix="`dtype: float32`; finished generations are kept.",
             code=Exit.CHECK_FAILED,
@@ -197,6 +194,7 @@ def evolve(
         ``starts``: KL of every start; ``generations``; ``winner`` and its ``kl``; ``tokens``: candidate tokens run.
     """
     first = memo("starts", lambda: search.measure(list(starts.values())))
+    _check(first, "the starts")
     found = dict(zip(starts, first, strict=True))
     parent, loss = starts[search.settings.start], found[search.settings.start]
     generations: list[dict[str, Any]] = []
@@ -214,31 +212,35 @@ def evolve(
     }  # fmt: skip
 
 
-def chosen_units(model: BlockModel, settings: Settings) -> dict[str, tuple[Units, tuple[int, ...]]]:
-    """Reader -> the units that may go, and how many of them each level keeps; in running order."""
+def chosen_modules(model: BlockModel, settings: Settings) -> list[Module]:
+    """What may be cut, and how many units each level keeps, in running order; the units are not ordered yet."""
     units = {each.reader: each for each in find_units(model, settings.families)}
     roles = {name: role for name, role in model.layer_names().items() if name in units}
     kept = set(filter_layers(roles, settings.only, settings.skip))
-    found = {}
+    found = []
     for name in roles:
         each = units[name]
         off = settings.off and not (each.kind == "kv_group" and each.block == 0)
         grid = grid_of(each, levels=settings.levels, round_to=settings.round_to, off=off)
         if name in kept and len(grid) > 1:
-            found[name] = each, grid
+            found.append(Module(each, grid))
     return found
+
+
+def uniform(modules: Sequence[Module], bounds: Sequence[Limit], table: Sequence[Sequence[float]]) -> Genome:
+    """The same share everywhere, inside the limits."""
+    share = expected_share(bounds)
+    return repair(tuple(module.nearest(share) for module in modules), bounds, table, modules)
 
 
 def predicted(model: BlockModel, settings: Settings) -> Surgery:
     """The same share everywhere inside the limits, as if all units were alike."""
     modules = [
-        Module(units, grid, tuple(range(units.count)), tuple(1 - kept / units.count for kept in grid))
-        for units, grid in chosen_units(model, settings).values()
+        dataclasses.replace(module, order=tuple(range(module.units.count))) for module in chosen_modules(model, settings)
     ]
     bounds = limits(model, modules, settings.target, bits=settings.bits)
-    share = expected_share(bounds)
-    genome = repair(tuple(module.nearest(share) for module in modules), bounds, [module.errors for module in modules], modules)
-    plan = plan_of(model, modules, genome, {})
+    losses = [[1 - kept / module.units.count for kept in module.grid] for module in modules]
+    plan = plan_of(model, modules, uniform(modules, bounds, losses), {})
     return Surgery(model, homogenised(model, plan) if settings.homogenise else plan)
 
 
@@ -271,9 +273,9 @@ def apply(model: Model, tokens: Tensor, *, walk: Walk | None = None, **settings:
 
 
 def _apply(model: BlockModel, tokens: Tensor, settings: Settings, walk: Walk, folder: Path) -> Records:
-    units = chosen_units(model, settings)
-    bounds = limits(model, [Module(*each) for each in units.values()], settings.target, bits=settings.bits)
-    search, table, starts = prepare(model, units, bounds, tokens, settings, walk, folder)
+    modules = chosen_modules(model, settings)
+    bounds = limits(model, modules, settings.target, bits=settings.bits)
+    search, table, starts = prepare(model, modules, bounds, tokens, settings, walk, folder)
     found = evolve(search, table, starts, walk.memo)
     winner: Genome = tuple(found["winner"])
     costs = {limit.resource: {"dense": limit.whole, "most": limit.most, "winner": limit.cost(winner)} for limit in bounds}
@@ -293,7 +295,7 @@ def _apply(model: BlockModel, tokens: Tensor, settings: Settings, walk: Walk, fo
         "front": [{key: point[key] for key in ("share", "kl")} for point in front],
     }  # fmt: skip
     plan = plan_of(model, modules, winner, made_by)
-    return materialise(plan, present(modules, winner), model, tokens, settings, walk, {SEARCH: json.dumps(report)})
+    return carry_out(plan, model, tokens, settings, walk, [module.units for module in modules], {SEARCH: json.dumps(report)})
 
 
 def _described(modules: Sequence[Module], table: Table) -> list[dict[str, Any]]:
@@ -306,7 +308,7 @@ def _described(modules: Sequence[Module], table: Table) -> list[dict[str, Any]]:
 
 def prepare(
     model: BlockModel,
-    units: dict[str, tuple[Units, tuple[int, ...]]],
+    modules: Sequence[Module],
     bounds: Sequence[Limit],
     tokens: Tensor,
     settings: Settings,
@@ -315,12 +317,11 @@ def prepare(
 ) -> tuple[Search, Table, dict[str, Genome]]:
     """All that comes before evolution: the level database, what modules lose alone, and the starts."""
     fitted, pool = split(tokens, settings.search_share)
-    share = expected_share(bounds)
-    database = build(model, units, share, fitted, settings, walk, folder)
-    search = Search(database, bounds, pool, teach(model, pool, settings.top_k), settings)
+    database = build(model, modules, expected_share(bounds), fitted, settings, walk, folder)
+    search = Search(database, bounds, pool, settings)
     rows = search.draw(settings.stages[0][0] if settings.stages else pool.numel(), torch.Generator().manual_seed(settings.seed))
     table = tuple(map(tuple, walk.memo("alone", lambda: single_module_table(database, lambda g: search.measure(g, rows)))))
-    return search, table, {"uniform": search.uniform(share, table), "knapsack": solve(table, bounds)}
+    return search, table, {"uniform": uniform(database.modules, bounds, table), "knapsack": solve(table, bounds)}
 
 
 def expected_share(bounds: Sequence[Limit]) -> float:

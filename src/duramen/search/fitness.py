@@ -6,7 +6,7 @@ what a child has in common with its parent is computed once, exactly, and every 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -15,9 +15,6 @@ from torch import Tensor
 
 from duramen.families.model import BlockModel, run_block
 from duramen.search.database import Database, Genome
-
-ROWS = 512
-"""Positions whose logits are held at once."""
 
 
 @dataclass(frozen=True)
@@ -46,15 +43,10 @@ def teach(model: BlockModel, sequences: Int[Tensor, "N T"], top_k: int) -> list[
     """What the dense model says of every sequence."""
     lessons = []
     for hidden in model.last_hidden(torch.split(sequences, 1)):
-        tops = [logs.topk(min(top_k, logs.shape[-1]), dim=-1) for logs in _log_probabilities(model, hidden)]
+        tops = [logs.topk(min(top_k, logs.shape[-1]), dim=-1) for logs in model.log_probabilities(hidden)]
         values = torch.cat([top.values for top in tops])
         lessons.append(Lesson(torch.cat([top.indices for top in tops]), values, log_rest(values)))
     return lessons
-
-
-def _log_probabilities(model: BlockModel, hidden: Float[Tensor, "1 T D"]) -> Iterator[Float[Tensor, "n V"]]:
-    for part in torch.split(hidden, ROWS, dim=1):
-        yield model.logits(part)[0].float().log_softmax(-1)
 
 
 @torch.no_grad()
@@ -88,7 +80,7 @@ def divergences(
 def _divergence(model: BlockModel, hidden: Float[Tensor, "N T D"], lessons: Sequence[Lesson]) -> float:
     total, count = 0.0, 0
     for state, lesson in zip(torch.split(hidden, 1), lessons, strict=True):
-        logs = torch.cat(list(_log_probabilities(model, state)))
+        logs = torch.cat(list(model.log_probabilities(state)))
         total += float(bucketed_kl(lesson, logs).sum(dtype=torch.float64))
         count += len(logs)
     return total / count

@@ -17,7 +17,6 @@ from duramen.search.database import Genome, Module, plan_of
 from duramen.shrink.groups import Units, find_units
 from duramen.shrink.model import RepairSettings, carry_out
 from duramen.shrink.plan import Plan, digest
-from duramen.shrink.surgery import masked
 
 SEARCH = "search.json"
 FORMAT = "duramen-search/1"
@@ -64,8 +63,8 @@ def read(file: Path, model: BlockModel) -> tuple[list[Module], list[dict[str, An
     return modules, found["front"]
 
 
-def chosen_plan(model: BlockModel, settings: Settings) -> tuple[Plan, list[Units]]:
-    """The plan of the point, and the units that are left to repair.
+def chosen_plan(model: BlockModel, settings: Settings) -> tuple[Plan, list[Module]]:
+    """The plan of the point, and the modules of the search.
 
     Raises:
         Problem: If there is no such point.
@@ -79,34 +78,15 @@ def chosen_plan(model: BlockModel, settings: Settings) -> tuple[Plan, list[Units
         )
     levels: Genome = tuple(front[settings.point]["levels"])
     made_by = {"method": "subnet", "settings": settings.model_dump(mode="json")}
-    return plan_of(model, modules, levels, made_by), present(modules, levels)
-
-
-def present(modules: list[Module], levels: Genome) -> list[Units]:
-    """The units of all modules that are not off."""
-    return [module.units for module, level in zip(modules, levels, strict=True) if module.grid[level]]
-
-
-def materialise(
-    plan: Plan,
-    units: list[Units],
-    model: BlockModel,
-    tokens: Tensor,
-    settings: RepairSettings,
-    walk: Walk,
-    files: dict[str, str] | None = None,
-) -> Records:
-    """Cuts what a sub-network leaves out and repairs the rest; see ``carry_out``."""
-    with masked(model, Plan(plan.base, plan.blocks, skipped=plan.skipped)):
-        return carry_out(plan, model, tokens, settings, walk, units, files)
+    return plan_of(model, modules, levels, made_by), modules
 
 
 @method(
     "subnet", title="A point of a search", paper="documented in search/", kind="search", needs=("tokens",), settings=Settings
 )
 def apply(model: Model, tokens: Tensor, *, walk: Walk | None = None, **settings: object) -> Records:
-    """Cuts a model to one point of a finished search; see ``chosen_plan`` and ``materialise``."""
+    """Cuts a model to one point of a finished search; see ``chosen_plan`` and ``carry_out``."""
     chosen = Settings.model_validate(settings)
     blocks = BlockModel.of(model)
-    plan, units = chosen_plan(blocks, chosen)
-    return materialise(plan, units, blocks, tokens, chosen, walk or Walk())
+    plan, modules = chosen_plan(blocks, chosen)
+    return carry_out(plan, blocks, tokens, chosen, walk or Walk(), [module.units for module in modules])

@@ -12,7 +12,6 @@ from duramen.problem import Exit, Problem
 from duramen.registry import method
 from duramen.shrink.model import RepairSettings, carry_out
 from duramen.shrink.plan import Plan, digest
-from duramen.shrink.surgery import masked
 
 
 class Settings(RepairSettings):
@@ -45,5 +44,4 @@ def apply(model: Model, tokens: Tensor, *, walk: Walk | None = None, **settings:
     chosen = Settings.model_validate(settings)
     blocks = BlockModel.of(model)
     plan = fitting(blocks, chosen)
-    with masked(blocks, Plan(plan.base, plan.blocks, skipped=plan.skipped, dropped=plan.dropped)):
-        return carry_out(plan, blocks, tokens, chosen, walk or Walk())
+    return carry_out(plan, blocks, tokens, chosen, walk or Walk())

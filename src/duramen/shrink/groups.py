@@ -47,6 +47,11 @@ class Units:
         return self.group.kind
 
     @property
+    def part(self) -> str:
+        """The part of the block that is off when none of them stays."""
+        return "mlp" if self.kind == "ffn_channel" else "attention"
+
+    @property
     def slots(self) -> Units:
         """The same for a choice by block: query heads leave one from every KV group at a time."""
         if self.kind != "query_head":

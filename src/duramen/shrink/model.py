@@ -21,7 +21,7 @@ from duramen.shrink.allocate import Allocation, Gone, Scores, allocate
 from duramen.shrink.groups import Kind, Units, find_units
 from duramen.shrink.plan import Plan, digest
 from duramen.shrink.reform import Repair, reform
-from duramen.shrink.surgery import Surgery, homogenised
+from duramen.shrink.surgery import Surgery, homogenised, masked
 
 
 class ChoiceSettings(Settings):
@@ -151,13 +151,14 @@ def carry_out(
         tokens: Calibration token ids, [S, T].
         settings: How to repair.
         walk: How to walk.
-        units: The units whose readers are repaired; None for all of the kinds in the plan.
+        units: The units whose readers are repaired, if their part stays; None for all of the kinds in the plan.
         files: Further files to lie beside the weights: name -> content.
 
     Returns:
         One record per projection that was repaired.
     """
-    units = find_units(blocks, tuple(plan.kept)) if units is None else units
+    every = find_units(blocks, tuple(plan.kept)) if units is None else units
+    units = [each for each in every if each.part not in plan.skipped.get(each.block, ())]
     walk.reshape = Surgery(blocks, homogenised(blocks, plan) if settings.homogenise else plan, files)
     readers: dict[str, list[Units]] = {}
     for each in units:
@@ -175,10 +176,11 @@ def carry_out(
         return lambda layer: prune_layer(reform, layer, stage, chosen, target)
 
     held_out = settings.solves and settings.damping == "held-out"
-    return walk_blocks(
-        blocks, tokens, edit, list(readers), walk=walk,
-        held_out_every=round(1 / settings.held_out) if held_out else 0, dense_target=settings.alpha > 0,
-    )  # fmt: skip
+    with masked(blocks, Plan(plan.base, plan.blocks, skipped=plan.skipped, dropped=plan.dropped)):
+        return walk_blocks(
+            blocks, tokens, edit, list(readers), walk=walk,
+            held_out_every=round(1 / settings.held_out) if held_out else 0, dense_target=settings.alpha > 0,
+        )  # fmt: skip
 
 
 def _chosen(model: BlockModel, settings: ShrinkSettings) -> list[Units]:
