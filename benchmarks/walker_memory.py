@@ -7,7 +7,7 @@
 Writes random checkpoints of so many blocks of Llama-7B's shape (4096/11008, 32,000 tokens of vocabulary, bfloat16; 0.4 GB a
 block), prunes each from disk in a process of its own, and takes the process's peak memory and seconds. Needs twice the disk. The
 peer is transformers, which holds the whole model. Adds to benchmarks/results/walker_memory.csv, and draws it into
-docs/images/walker_memory.svg. About 10 minutes on 2 cores for 2, 4 and 8 blocks by Wanda.
+docs/images/walker_memory.svg. About 15 minutes on 2 cores for 2, 4 and 8 blocks by Wanda.
 """
 
 from __future__ import annotations
@@ -135,10 +135,10 @@ def draw() -> None:
     figure, axes = pyplot.subplots(1, 2, figsize=(9, 3.4), layout="constrained")
     table = rows.read("walker_memory")
     for axis, metric in zip(axes, UNITS, strict=True):
-        for subject in dict.fromkeys(str(row["subject"]) for row in table):
+        for number, subject in enumerate(dict.fromkeys(str(row["subject"]) for row in table)):
             points = [row for row in table if (row["subject"], row["metric"]) == (subject, metric)]
             if points:
-                axis.plot([_blocks(row) for row in points], [float(str(row["value"])) for row in points], "o-", label=subject)
+                axis.plot([_blocks(row) for row in points], [float(str(row["value"])) for row in points], "o-", label=subject, color=f"C{number}")
         axis.set(xlabel="blocks of 0.4 GB", ylabel=f"{metric} ({UNITS[metric]})", xlim=(0, None), ylim=(0, None))
         axis.grid(alpha=0.3)
         axis.legend(frameon=False, fontsize=8)
