@@ -138,7 +138,13 @@ def draw() -> None:
         for number, subject in enumerate(dict.fromkeys(str(row["subject"]) for row in table)):
             points = [row for row in table if (row["subject"], row["metric"]) == (subject, metric)]
             if points:
-                axis.plot([_blocks(row) for row in points], [float(str(row["value"])) for row in points], "o-", label=subject, color=f"C{number}")
+                axis.plot(
+                    [_blocks(row) for row in points],
+                    [float(str(row["value"])) for row in points],
+                    "o-",
+                    label=subject,
+                    color=f"C{number}",
+                )
         axis.set(xlabel="blocks of 0.4 GB", ylabel=f"{metric} ({UNITS[metric]})", xlim=(0, None), ylim=(0, None))
         axis.grid(alpha=0.3)
         axis.legend(frameon=False, fontsize=8)

@@ -17,7 +17,7 @@ from duramen.prune.model import PruneSettings
 from duramen.prune.pattern import Scope, parse_pattern
 from duramen.recipe import Recipe, Step
 from duramen.registry import Settings
-from duramen.search import evolution, subnet
+from duramen.search import evolution, masks, subnet
 from duramen.shrink import cut, depth
 from duramen.shrink.model import ShrinkSettings, predicted
 from duramen.shrink.surgery import REMOTE, Surgery
@@ -83,6 +83,8 @@ def _surgery(model: BlockModel, settings: Settings) -> Surgery:
         return depth.predicted(model, settings)
     if isinstance(settings, evolution.Settings):
         return evolution.predicted(model, settings)
+    if isinstance(settings, masks.Settings):
+        return masks.predicted(model, settings)
     if isinstance(settings, subnet.Settings):
         return Surgery(model, subnet.chosen_plan(model, settings)[0])
     assert isinstance(settings, cut.Settings)
@@ -108,7 +110,7 @@ def _shrunk(
     kept = 4 * seen * width * (len(model.blocks) + 1)
     memory = BASE_MEMORY + 4 * outside + 12 * block + 8 * tokens * width * passes + min(kept, 2 * 2**30) + 48 * widest**2
     scored = getattr(settings, "allocation", "local") != "local"
-    if isinstance(settings, evolution.Settings):
+    if isinstance(settings, evolution.Settings | masks.Settings):
         scored = True
         flops += 2.0 * settings.candidate_tokens(tokens, len(readers)) * summary["macs_per_token"]["before"]
     before, after = summary["parameters"]["before"], summary["parameters"]["after"]

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-PROMPT = 256
+from duramen.hardware.clock import prompt, repeated
+
 DECODE_PROMPT = 8
 DECODE = 24
-REPEATS = 5
 
 
 def weight_bytes(folder: Path) -> int:
@@ -33,23 +31,12 @@ def latency(network: Any) -> dict[str, dict[str, float]]:
 
     One warm-up, five repeats each; median, least and greatest.
     """
-    prompt = torch.arange(PROMPT)[None] % network.config.vocab_size
-    start = prompt[:, :DECODE_PROMPT]
+    tokens = prompt(network.config.vocab_size)
+    start = tokens[:, :DECODE_PROMPT]
     options = {"attention_mask": torch.ones_like(start), "min_new_tokens": DECODE, "max_new_tokens": DECODE, "do_sample": False}
-    prefill = _times(lambda: network(prompt, use_cache=False))
-    decode = _times(lambda: network.generate(start, pad_token_id=0, **options))
+    prefill = repeated(lambda: network(tokens, use_cache=False))
+    decode = repeated(lambda: network.generate(start, pad_token_id=0, **options))
     return {"prefill_seconds": _spread(prefill), "decode_tokens_per_second": _spread(DECODE / decode)}
-
-
-def _times(function: Callable[[], Any]) -> np.ndarray:
-    """Seconds of every repeat."""
-    function()
-    seconds = []
-    for _ in range(REPEATS):
-        start = time.perf_counter()
-        function()
-        seconds.append(time.perf_counter() - start)
-    return np.array(seconds)
 
 
 def _spread(values: np.ndarray) -> dict[str, float]:

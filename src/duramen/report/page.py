@@ -159,7 +159,7 @@ def _shape(shape: dict[str, Any]) -> dict[str, Any]:
     ]  # fmt: skip
     skipped = [f"{' and '.join(parts)} of block {block}" for block, parts in shape["skipped"].items()]
     dropped = [f"block {block}" for block in shape["dropped"]]
-    search = _search(shape["made_by"]) if shape["made_by"].get("method") == "search" else None
+    search = _search(shape["made_by"]) if "lineage" in shape["made_by"] else None
     return {"sizes": sizes, "kinds": kinds, "left_out": dropped + skipped, "opens_in": shape["opens_in"], "search": search}
 
 
@@ -170,14 +170,21 @@ def _search(made_by: dict[str, Any]) -> dict[str, Any]:
         f"{cost['winner']:,.0f} {resource.replace('_', ' ')} of at most {cost['most']:,.0f} (dense {cost['dense']:,.0f})"
         for resource, cost in made_by["costs"].items()
     ]
-    resource = next(iter(made_by["costs"])).replace("_", " ")
-    front = [(f"{point['share']:.3f}", f"{point['kl']:.3f}") for point in made_by["front"]]
-    return {
-        "limits": limits, "starts": [(names[name], f"{kl:.3f}") for name, kl in made_by["starts"].items()], "kl": f"{made_by['kl']:.3f}",
-        "tokens": f"{made_by['tokens']:,}", "lineage": line_chart(list(enumerate(made_by["lineage"])), "generation", "KL"),
-        "front": front, "resource": resource,
-        "chart": line_chart([(point["share"], point["kl"]) for point in made_by["front"]], f"share of {resource}", "KL"),
+    if "prefill" in made_by:
+        dense, winner = (made_by["prefill"][name] for name in ("dense", "winner"))
+        limits.append(f"measured afterwards, a prefill takes {winner:,.0f} ms and {dense:,.0f} ms by the dense model")
+    measure, front = made_by.get("measure", "KL"), made_by.get("front", [])
+    found = {
+        "limits": limits, "measure": measure, "tokens": f"{made_by['tokens']:,}", "best": f"{made_by['lineage'][-1]:.3f}",
+        "starts": [(names[name], f"{kl:.3f}") for name, kl in made_by.get("starts", {}).items()],
+        "lineage": line_chart(list(enumerate(made_by["lineage"])), "generation", measure),
     }  # fmt: skip
+    if front:
+        resource = next(iter(made_by["costs"])).replace("_", " ")
+        chart = line_chart([(point["share"], point["kl"]) for point in front], f"share of {resource}", "KL")
+        points = [(f"{point['share']:.3f}", f"{point['kl']:.3f}") for point in front]
+        found |= {"front": points, "resource": resource, "chart": chart}
+    return found
 
 
 KINDS = {"ffn_channel": "FFN channels", "kv_group": "KV groups", "query_head": "query heads"}

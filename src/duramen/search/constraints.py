@@ -7,18 +7,53 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
+import torch
+from pydantic import Field
 from torch import Tensor
 
+from duramen.calibrate.walker import Memo
 from duramen.families import OWN
 from duramen.families.model import BlockModel
 from duramen.problem import Problem
 from duramen.search.database import Genome, Module
+from duramen.search.latency import prefill_costs
 from duramen.shrink.groups import Units
+from duramen.shrink.model import RepairSettings
 from duramen.shrink.surgery import part_children
 
-Resource = Literal["parameters", "block_parameters", "bytes", "macs", "kv_bytes"]
+Resource = Literal["parameters", "block_parameters", "bytes", "macs", "kv_bytes", "latency"]
+
+
+class BudgetSettings(RepairSettings):
+    """What every search takes: how much may be left, on what candidates are compared, and how the winner is repaired."""
+
+    target: Annotated[dict[Resource, Annotated[float, Field(gt=0)]], Field(min_length=1)]
+    """What may be left: `parameters`, `block_parameters`, `bytes`, `macs` (of matrices, per token), `kv_bytes` (per token) or `latency` (milliseconds of a prefill of 256 tokens, measured on this machine), as a share of the dense model's or, above 1, as a number; all of several hold."""
+    bits: Annotated[float, Field(gt=0, le=32)] = 16
+    """Of a weight inside the blocks, for `bytes`."""
+    search_share: Annotated[float, Field(gt=0, le=0.5)] = 0.25
+    """Share of the calibration sequences on which candidates are compared; what is fitted is fitted to the others."""
+    seed: int = 0
+    """Of mutations, and of the sequences on which candidates are compared."""
+
+
+def split(tokens: Tensor, share: float) -> tuple[Tensor, Tensor]:
+    """Calibration sequences for fitting, and those set apart for comparing candidates.
+
+    Raises:
+        Problem: If there are too few.
+    """
+    every = round(1 / share)
+    aside = torch.arange(len(tokens)) % every == every - 1
+    if not bool(aside.any()):
+        raise Problem(
+            f"{len(tokens)} calibration sequences leave none for comparing candidates.",
+            why=f"one in {every} is set apart for it (`search_share`).",
+            fix=f"at least {every} sequences (`calibration.sequences`).",
+        )
+    return tokens[~aside], tokens[aside]
 
 
 @dataclass(frozen=True)
@@ -47,7 +82,14 @@ class Limit:
         return self.rest + sum(levels[-1] for levels in self.table)
 
 
-def limits(model: BlockModel, modules: Sequence[Module], target: Mapping[Resource, float], *, bits: float) -> list[Limit]:
+def limits(
+    model: BlockModel,
+    modules: Sequence[Module],
+    target: Mapping[Resource, float],
+    *,
+    bits: float,
+    memo: Memo = lambda name, compute: compute(),
+) -> list[Limit]:
     """The limits that a target sets.
 
     Args:
@@ -55,13 +97,18 @@ def limits(model: BlockModel, modules: Sequence[Module], target: Mapping[Resourc
         modules: What the search may cut.
         target: Resource -> share of the dense model's, up to 1, or more than 1 for an absolute number.
         bits: Of a weight inside the blocks, for ``bytes``; weights outside count as 16.
+        memo: Keeps what was measured for ``latency``.
 
     Raises:
-        Problem: If a limit is out of reach.
+        Problem: If a limit is out of reach, or the time of a prefill cannot be measured.
     """
     found = []
     for resource, wanted in target.items():
-        rest, table = _costs(model, modules, resource, bits)
+        if resource == "latency":
+            measured = memo("latency", lambda: prefill_costs(model, modules))
+            rest, table = measured["rest"], tuple(map(tuple, measured["table"]))
+        else:
+            rest, table = _costs(model, modules, resource, bits)
         whole = rest + sum(levels[-1] for levels in table)
         least = rest + sum(min(levels) for levels in table)
         most = wanted * whole if wanted <= 1 else wanted
@@ -73,6 +120,11 @@ def limits(model: BlockModel, modules: Sequence[Module], target: Mapping[Resourc
             )
         found.append(Limit(resource, rest, table, most))
     return found
+
+
+def expected_share(bounds: Sequence[Limit]) -> float:
+    """About the share of the units that stays: what the tightest limit leaves of all that can be cut."""
+    return min(min(1.0, (limit.most - limit.rest) / max(limit.whole - limit.rest, 1e-30)) for limit in bounds)
 
 
 def _costs(

@@ -28,15 +28,16 @@ from duramen.families.model import BlockModel, Model
 from duramen.families.select import filter_layers
 from duramen.problem import Exit, Problem
 from duramen.registry import method
-from duramen.search.constraints import Limit, Resource, limits, repair
+from duramen.search.constraints import BudgetSettings, Limit, expected_share, limits, repair, split
 from duramen.search.database import Database, Genome, Module, build, grid_of, plan_of
 from duramen.search.fitness import Lesson, divergences, teach
+from duramen.search.latency import prefills
 from duramen.search.mutate import switch_levels
 from duramen.search.subnet import FORMAT, SEARCH
 from duramen.search.surrogate import Table, single_module_table, solve, thought
 from duramen.shrink.groups import find_units
-from duramen.shrink.model import RepairSettings, carry_out
-from duramen.shrink.plan import digest
+from duramen.shrink.model import carry_out
+from duramen.shrink.plan import Plan, digest
 from duramen.shrink.surgery import Surgery, homogenised
 
 SHARES = (0.5, 0.6, 0.7, 0.8, 0.9)
@@ -45,13 +46,9 @@ FAILURES = 3
 """Candidates of one generation whose outputs are not finite before the search stops."""
 
 
-class Settings(RepairSettings):
+class Settings(BudgetSettings):
     """Settings of the search."""
 
-    target: Annotated[dict[Resource, Annotated[float, Field(gt=0)]], Field(min_length=1)]
-    """What may be left: `parameters`, `block_parameters`, `bytes`, `macs` (of matrices, per token) or `kv_bytes` (per token), as a share of the dense model's or, above 1, as a number; all of several hold."""
-    bits: Annotated[float, Field(gt=0, le=32)] = 16
-    """Of a weight inside the blocks, for `bytes`."""
     families: Annotated[tuple[Literal["ffn_channel", "kv_group"], ...], Field(min_length=1)] = ("ffn_channel", "kv_group")
     """What may be cut."""
     off: bool = True
@@ -74,12 +71,8 @@ class Settings(RepairSettings):
     """Candidates of a generation; twice as many are drawn, and the sum of what modules lose alone chooses."""
     stages: tuple[tuple[Annotated[int, Field(ge=1)], Annotated[int, Field(ge=1)]], ...] = ((1024, 2),)
     """(tokens, survivors): how a generation is narrowed down before the last candidates meet their parent on all search tokens."""
-    search_share: Annotated[float, Field(gt=0, le=0.5)] = 0.25
-    """Share of the calibration sequences on which candidates are compared; the levels are fitted to the others."""
     top_k: Annotated[int, Field(ge=1)] = 512
     """Likeliest tokens of the dense model that count one by one; all others count together."""
-    seed: int = 0
-    """Of mutations and of the sequences of a stage."""
 
     def candidate_tokens(self, tokens: int, modules: int) -> float:
         """At most so many tokens run through candidates, of so many calibration tokens; half of every single-module trial is shared."""
@@ -244,19 +237,6 @@ def predicted(model: BlockModel, settings: Settings) -> Surgery:
     return Surgery(model, homogenised(model, plan) if settings.homogenise else plan)
 
 
-def split(tokens: Tensor, share: float) -> tuple[Tensor, Tensor]:
-    """Calibration sequences for fitting levels, and those set apart for comparing candidates."""
-    every = round(1 / share)
-    aside = torch.arange(len(tokens)) % every == every - 1
-    if not bool(aside.any()):
-        raise Problem(
-            f"{len(tokens)} calibration sequences leave none for comparing candidates.",
-            why=f"one in {every} is set apart for it (`search_share`).",
-            fix=f"at least {every} sequences (`calibration.sequences`).",
-        )
-    return tokens[~aside], tokens[aside]
-
-
 @method("search", title="Sub-network search", paper="arXiv 2409.17372", kind="search", needs=("tokens",), settings=Settings)
 def apply(model: Model, tokens: Tensor, *, walk: Walk | None = None, **settings: object) -> Records:
     """Searches, cuts what the winner leaves out, and repairs the rest; see ``duramen.shrink.model.carry_out``.
@@ -274,7 +254,7 @@ def apply(model: Model, tokens: Tensor, *, walk: Walk | None = None, **settings:
 
 def _apply(model: BlockModel, tokens: Tensor, settings: Settings, walk: Walk, folder: Path) -> Records:
     modules = chosen_modules(model, settings)
-    bounds = limits(model, modules, settings.target, bits=settings.bits)
+    bounds = limits(model, modules, settings.target, bits=settings.bits, memo=walk.memo)
     search, table, starts = prepare(model, modules, bounds, tokens, settings, walk, folder)
     found = evolve(search, table, starts, walk.memo)
     winner: Genome = tuple(found["winner"])
@@ -295,7 +275,14 @@ def _apply(model: BlockModel, tokens: Tensor, settings: Settings, walk: Walk, fo
         "front": [{key: point[key] for key in ("share", "kl")} for point in front],
     }  # fmt: skip
     plan = plan_of(model, modules, winner, made_by)
+    if "latency" in settings.target:
+        made_by["prefill"] = walk.memo("prefill", lambda: _prefills(model, plan))
     return carry_out(plan, model, tokens, settings, walk, [module.units for module in modules], {SEARCH: json.dumps(report)})
+
+
+def _prefills(model: BlockModel, plan: Plan) -> dict[str, float]:
+    """Milliseconds of a prefill by the dense model and by what a plan leaves of it, as measured now."""
+    return prefills({"dense": Surgery(model, Plan(plan.base, plan.blocks)), "winner": Surgery(model, plan)})
 
 
 def _described(modules: Sequence[Module], table: Table) -> list[dict[str, Any]]:
@@ -322,8 +309,3 @@ def prepare(
     rows = search.draw(settings.stages[0][0] if settings.stages else pool.numel(), torch.Generator().manual_seed(settings.seed))
     table = tuple(map(tuple, walk.memo("alone", lambda: single_module_table(database, lambda g: search.measure(g, rows)))))
     return search, table, {"uniform": uniform(database.modules, bounds, table), "knapsack": solve(table, bounds)}
-
-
-def expected_share(bounds: Sequence[Limit]) -> float:
-    """About the share of the units that stays: what the tightest limit leaves of all that can be cut."""
-    return min(min(1.0, (limit.most - limit.rest) / max(limit.whole - limit.rest, 1e-30)) for limit in bounds)

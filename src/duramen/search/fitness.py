@@ -1,4 +1,4 @@
-"""How near a candidate comes to the dense model: KL of its next-token distributions, many candidates side by side.
+"""How near a candidate comes to the dense model: KL of its next-token distributions, or its own loss, many candidates side by side.
 
 All candidates see the same tokens. They run through the model together, and those that agree in all blocks so far share one state, so
 what a child has in common with its parent is computed once, exactly, and every block is opened once for all.
@@ -6,15 +6,33 @@ what a child has in common with its parent is computed once, exactly, and every 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from typing import Any, Protocol
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from duramen.families.model import BlockModel, run_block
-from duramen.search.database import Database, Genome
+from duramen.families.model import BlockModel, OpenBlock, run_block
+
+Choices = tuple[Any, ...]
+"""What a candidate is: one choice for every module, in running order; choices can be sorted."""
+
+
+class Variants(Protocol):
+    """What the candidates are variants of: a dense model whose open blocks can be had as each choice wants them."""
+
+    @property
+    def model(self) -> BlockModel:
+        """The dense model."""
+
+    def of_block(self, index: int) -> list[int]:
+        """The numbers of the modules of one block."""
+
+    def at(self, block: OpenBlock, choices: Mapping[int, Any]) -> AbstractContextManager[None]:
+        """An open block with some of its modules, by number, as chosen for a while."""
 
 
 @dataclass(frozen=True)
@@ -50,31 +68,46 @@ def teach(model: BlockModel, sequences: Int[Tensor, "N T"], top_k: int) -> list[
 
 
 @torch.no_grad()
-def divergences(
-    database: Database, genomes: Sequence[Genome], sequences: Int[Tensor, "N T"], lessons: Sequence[Lesson]
-) -> list[float]:
-    """Mean KL(dense ‖ candidate) per token of every candidate, in nats; NaN where a candidate's outputs are not finite.
-
-    Args:
-        database: Levels of all modules.
-        genomes: The candidates.
-        sequences: Token ids, the same for all.
-        lessons: What the dense model says of them.
-    """
-    model = database.model
+def last_states(
+    variants: Variants, candidates: Sequence[Choices], sequences: Int[Tensor, "N T"]
+) -> list[Float[Tensor, "N T D"]]:
+    """The hidden states of every candidate after the last block."""
+    model = variants.model
     hidden, calls = model.capture(sequences)
-    states: dict[Genome, Tensor] = {(): hidden}
+    states: dict[Choices, Tensor] = {(): hidden}
     for index in range(len(model.blocks)):
-        here = database.of_block(index)
+        here = variants.of_block(index)
         with model.opened(index) as block:
             after = {}
             for prefix, state in states.items():
                 before = len(prefix)
-                for choice in sorted({genome[before : before + len(here)] for genome in genomes if genome[:before] == prefix}):
-                    with database.at(block, dict(zip(here, choice, strict=True))):
+                mine = {each[before : before + len(here)] for each in candidates if each[:before] == prefix}
+                for choice in sorted(mine):
+                    with variants.at(block, dict(zip(here, choice, strict=True))):
                         after[prefix + choice] = run_block(block.module, state, calls[index])
             states = after
-    return [_divergence(model, states[genome], lessons) for genome in genomes]
+    return [states[each] for each in candidates]
+
+
+@torch.no_grad()
+def divergences(
+    variants: Variants, candidates: Sequence[Choices], sequences: Int[Tensor, "N T"], lessons: Sequence[Lesson]
+) -> list[float]:
+    """Mean KL(dense ‖ candidate) per token of every candidate, in nats; NaN where a candidate's outputs are not finite.
+
+    Args:
+        variants: What the candidates are variants of.
+        candidates: The candidates.
+        sequences: Token ids, the same for all.
+        lessons: What the dense model says of them.
+    """
+    return [_divergence(variants.model, state, lessons) for state in last_states(variants, candidates, sequences)]
+
+
+@torch.no_grad()
+def losses(variants: Variants, candidates: Sequence[Choices], sequences: Int[Tensor, "N T"]) -> list[float]:
+    """Mean negative log-likelihood per token of every candidate, in nats."""
+    return [_loss(variants.model, state, sequences) for state in last_states(variants, candidates, sequences)]
 
 
 def _divergence(model: BlockModel, hidden: Float[Tensor, "N T D"], lessons: Sequence[Lesson]) -> float:
@@ -82,5 +115,14 @@ def _divergence(model: BlockModel, hidden: Float[Tensor, "N T D"], lessons: Sequ
     for state, lesson in zip(torch.split(hidden, 1), lessons, strict=True):
         logs = torch.cat(list(model.log_probabilities(state)))
         total += float(bucketed_kl(lesson, logs).sum(dtype=torch.float64))
+        count += len(logs)
+    return total / count
+
+
+def _loss(model: BlockModel, hidden: Float[Tensor, "N T D"], sequences: Int[Tensor, "N T"]) -> float:
+    total, count = 0.0, 0
+    for state, tokens in zip(torch.split(hidden, 1), sequences, strict=True):
+        logs = torch.cat(list(model.log_probabilities(state[:, :-1])))
+        total -= float(logs.gather(-1, tokens[1:, None]).sum(dtype=torch.float64))
         count += len(logs)
     return total / count

@@ -158,7 +158,7 @@ def carry_out(
         One record per projection that was repaired.
     """
     every = find_units(blocks, tuple(plan.kept)) if units is None else units
-    units = [each for each in every if each.part not in plan.skipped.get(each.block, ())]
+    units = [each for each in every if each.block not in plan.dropped and each.part not in plan.skipped.get(each.block, ())]
     walk.reshape = Surgery(blocks, homogenised(blocks, plan) if settings.homogenise else plan, files)
     readers: dict[str, list[Units]] = {}
     for each in units:

@@ -1,0 +1,154 @@
+"""Milliseconds of a prefill on this machine, module by module and level by level.
+
+A module costs what its part of the block takes, at each of its widths, inside a stack of such blocks that is deep enough to fall out of
+the processor's caches as a whole model does. Weights are constant: time depends on shapes alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from statistics import median
+from typing import Any
+
+import torch
+from torch import nn
+
+from duramen.families import OWN, register_own
+from duramen.families.model import BlockModel
+from duramen.hardware.clock import now, prompt, repeated
+from duramen.problem import Exit, Problem
+from duramen.search.database import Module
+from duramen.shrink.plan import Plan, digest
+from duramen.shrink.surgery import Surgery, part_children
+
+DEPTH = 8
+"""Blocks of a stack that is timed, at most."""
+ROUNDS = 3
+"""How often all is timed; of the medians of the rounds the least counts, since other work on a machine only ever adds."""
+STEADY = 0.5
+"""How far the slowest round of the dense stack may be above the fastest."""
+PARTS = ("attention", "mlp")
+
+
+def prefill_costs(model: BlockModel, modules: Sequence[Module]) -> dict[str, Any]:
+    """Times every level of every module; modules of the same kind and shape are timed once.
+
+    Args:
+        model: The dense model; only its config and shapes are used.
+        modules: What the search may cut.
+
+    Returns:
+        ``rest``: milliseconds that no level changes; ``table``: of every level of every module; ``spread``: how far the slowest round of
+        the dense stack was above the fastest.
+
+    Raises:
+        Problem: If the rounds differ too much.
+    """
+    keys = [(module.units.kind, module.units.sizes, module.units.count) for module in modules]
+    first = dict(reversed(list(zip(keys, modules, strict=True))))
+    wanted = [(key, kept) for key, module in first.items() for kept in module.grid if kept not in (0, module.units.count)]
+    rounds = []
+    for _ in range(ROUNDS):
+        whole = _stack(model, {}, 0)
+        levels = [_stack(model, {key[0]: kept}, first[key].units.block)[first[key].units.part] for key, kept in wanted]
+        rounds.append((whole, levels))
+    spread = _spread([whole["whole"] for whole, _ in rounds])
+    dense = {name: min(whole[name] for whole, _ in rounds) for name in rounds[0][0]}
+    timed = {each: min(levels[number] for _, levels in rounds) for number, each in enumerate(wanted)}
+    table = [
+        [dense[module.units.part] if kept == module.units.count else timed[key, kept] if kept else 0.0 for kept in module.grid]
+        for key, module in zip(keys, modules, strict=True)
+    ]
+    everything = dense["outside"] + len(model.blocks) * dense["block"]
+    return {"rest": everything - sum(levels[-1] for levels in table), "table": table, "spread": spread}
+
+
+def prefills(surgeries: Mapping[str, Surgery]) -> dict[str, float]:
+    """Milliseconds of a whole prefill by what each surgery leaves, in turns, with constant weights; all are in memory together."""
+    networks = {name: _empty(surgery) for name, surgery in surgeries.items()}
+    rounds = [{name: _milliseconds(network) for name, network in networks.items()} for _ in range(ROUNDS)]
+    return {name: min(each[name] for each in rounds) for name in networks}
+
+
+@torch.no_grad()
+def _milliseconds(network: Any) -> float:
+    """Median of some prefills."""
+    tokens = prompt(network.config.vocab_size)
+    return 1000 * float(median(repeated(lambda: network(tokens, use_cache=False)).tolist()))
+
+
+def _stack(model: BlockModel, widths: Mapping[str, int], start: int) -> dict[str, float]:
+    """Milliseconds of a stack of blocks at one width: the whole, a block, its parts, and what is around the blocks."""
+    blocks = range(start, min(start + DEPTH, len(model.blocks)))
+    plan = Plan(
+        digest(model), len(model.blocks),
+        {kind: (tuple(range(kept)),) * len(model.blocks) for kind, kept in widths.items()},
+        dropped=tuple(index for index in range(len(model.blocks)) if index not in blocks),
+    )  # fmt: skip
+    surgery = Surgery(model, plan)
+    network = _empty(surgery)
+    times: dict[str, list[float]] = {name: [] for name in ("block", *PARTS)}
+    with _timed(network, model.family.blocks, surgery.base_type, times):
+        whole = _milliseconds(network)
+    found = {name: 1000 * median(seconds) for name, seconds in times.items()}
+    return found | {"whole": whole, "outside": whole - len(blocks) * found["block"]}
+
+
+def _spread(rounds: list[float]) -> float:
+    """How far the slowest is above the fastest."""
+    spread = max(rounds) / min(rounds) - 1
+    if spread > STEADY:
+        raise Problem(
+            f"Prefills of the same stack take {min(rounds):.3g} to {max(rounds):.3g} ms here.",
+            why="other programs use the machine, so that widths cannot be told apart by their time.",
+            fix="leave the machine idle while `latency` is measured, or set a target for `macs` instead.",
+            code=Exit.CHECK_FAILED,
+        )
+    return spread
+
+
+def _empty(surgery: Surgery) -> Any:
+    """What surgery leaves, with constant weights in the type of the forward passes."""
+    from accelerate import init_empty_weights
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = dict(surgery.config)
+    if config["model_type"].startswith(OWN):
+        register_own(config["model_type"])
+    with init_empty_weights():
+        network = AutoModelForCausalLM.from_config(AutoConfig.for_model(**config)).eval()
+    shapes = {name: parameter.shape for name, parameter in network.named_parameters()}
+    state = {name: torch.full(shape, 0.01, dtype=surgery.model.dtype) for name, shape in shapes.items()}
+    network.load_state_dict(state, strict=False, assign=True)
+    network.tie_weights()
+    return network
+
+
+@contextmanager
+def _timed(network: nn.Module, blocks: str, base: str, times: dict[str, list[float]]) -> Iterator[None]:
+    """Notes the seconds of every block and of its parts."""
+    handles = []
+
+    def watch(part: str, first: nn.Module, last: nn.Module) -> None:
+        begun: list[float] = []
+        handles.append(first.register_forward_pre_hook(lambda *_: begun.append(now())))
+        handles.append(last.register_forward_hook(_noting(times[part], begun)))
+
+    for block in network.get_submodule(blocks):  # type: ignore[attr-defined]
+        watch("block", block, block)
+        for part in PARTS:
+            children = [block.get_submodule(child) for child in part_children(base, part)]
+            watch(part, children[0], children[-1])
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _noting(times: list[float], begun: list[float]) -> Callable[..., None]:
+    def note(*_: Any) -> None:
+        times.append(now() - begun.pop())
+
+    return note
