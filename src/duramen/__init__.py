@@ -6,7 +6,7 @@ from typing import Any
 __version__ = "0.1.0"
 
 _VERBS = ("run", "plan", "inspect", "compare")
-_PACKAGES = ("prune", "evaluate", "report", "families", "calibrate")
+_PACKAGES = ("prune", "evaluate", "export", "report", "families", "calibrate")
 
 
 def __getattr__(name: str) -> Any:

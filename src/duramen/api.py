@@ -9,7 +9,7 @@ import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
@@ -22,12 +22,14 @@ from duramen.evaluate.evaluate import Settings as EvaluateSettings
 from duramen.evaluate.evaluate import Subject, check_texts, open_subject
 from duramen.evaluate.evaluate import apply as measure
 from duramen.export.card import write_card
+from duramen.export.gguf import Type, export_gguf
 from duramen.export.hf import assemble, check_masks, copy_other_files, publish, verify_logits
 from duramen.families.checkpoint import Checkpoint
 from duramen.families.inventory import inventory
 from duramen.families.model import BlockModel
 from duramen.forecast import forecast
 from duramen.hardware.machine import describe, forward_dtype, gigaflops, peak_memory
+from duramen.problem import Problem
 from duramen.recipe import Recipe, Step, dump_yaml, load_recipe, parse_settings
 from duramen.registry import get_method
 from duramen.report.page import write_report
@@ -326,6 +328,30 @@ def compare(first: str, second: str, *, allow_generic: bool = False, dtype: str 
     return {"before": first, "after": second, "machine": describe()} | measured
 
 
+def export(form: str, model: str, out: str | Path, *, kind: str = "f16") -> dict[str, Any]:
+    """Writes a model in a format that others open; see ``duramen.export.gguf``.
+
+    Args:
+        form: ``gguf``.
+        model: Folder, embedded name or hub id.
+        out: The file.
+        kind: Type of the matrices: ``f32``, ``f16``, ``bf16`` or ``q8_0``.
+
+    Raises:
+        Problem: On another format or type, or if the model cannot be expressed in it.
+    """
+    kinds = get_args(Type)
+    if form != "gguf" or kind not in kinds:
+        wrong = f"format {form!r}" if form != "gguf" else f"type {kind!r}"
+        raise Problem(
+            f"There is no {wrong}.",
+            why=f"the format is `gguf`, its types are {', '.join(kinds)}.",
+            fix="`duramen export gguf MODEL OUT.gguf`",
+        )
+    found: dict[str, Any] = export_gguf(open_model(model), Path(out), kind=kind)  # type: ignore[arg-type]
+    return {"model": model, "file": str(out), "type": kind} | found
+
+
 def report(run_folder: str | Path) -> Path:
     """Writes ``report.html`` of a finished run anew from its ``results.json``."""
     folder = Path(run_folder)
@@ -338,8 +364,6 @@ def load_results(folder: Path) -> dict[str, Any]:
     Raises:
         Problem: If the folder holds no finished run.
     """
-    from duramen.problem import Problem
-
     file = folder / "results.json"
     if not file.is_file():
         raise Problem(

@@ -118,6 +118,21 @@ def compare(
 
 
 @app.command()
+def export(
+    form: Annotated[str, typer.Argument(metavar="FORMAT", help="gguf.")],
+    model: Model,
+    out: Annotated[Path, typer.Argument(help="File to write.")],
+    kind: Annotated[str, typer.Option("--type", help="Type of the matrices: f32, f16, bf16 or q8_0.")] = "f16",
+    as_json: Json = False,
+) -> None:
+    """Writes a model for another program, and checks what it wrote."""
+    from duramen import api, tables
+
+    _quiet()
+    _show(api.export(form, model, out, kind=kind), tables.export_tables, as_json)
+
+
+@app.command()
 def report(folder: Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a finished run.")]) -> None:
     """Writes report.html of a finished run anew."""
     from duramen import api

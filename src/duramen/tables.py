@@ -102,6 +102,19 @@ def evaluation_tables(found: dict[str, Any]) -> list[Printable]:
     return parts
 
 
+def export_tables(found: dict[str, Any]) -> list[Printable]:
+    """What was written, and how it was checked."""
+    agreed = found["agreed"]
+    ran = (
+        "llama.cpp was not run: `python -m pip install xllamacpp`" if agreed is None
+        else f"llama.cpp continued {agreed} of {found['prompts']} prompts as transformers does"
+    )  # fmt: skip
+    return [
+        f"{found['file']}: architecture {found['architecture']}, {found['tensors']} tensors, {found['bytes']:,} bytes, {found['type']}",
+        f"read back: entries differ by at most {found['largest_error']:.1e} of their tensor's largest; {ran}",
+    ]
+
+
 def list_methods() -> list[dict[str, Any]]:
     """Every method with its kind, paper and first line."""
     found = [get_method(name) for name in sorted(method_modules())]
@@ -181,7 +194,7 @@ def check_environment() -> dict[str, Any]:
     from duramen.assets import cache_folder
     from duramen.hardware.machine import describe, gigaflops
 
-    names = ("duramen", "torch", "transformers", "safetensors", "accelerate", "gguf", "pyarrow")
+    names = ("duramen", "torch", "transformers", "safetensors", "accelerate", "gguf", "xllamacpp", "pyarrow")
     versions = {name: _version(name) for name in names}
     folder = cache_folder()
     place = next(item for item in (folder, *folder.parents) if item.is_dir())

@@ -1,0 +1,337 @@
+"""GGUF for llama.cpp: the architecture ``llama`` where all blocks are alike, else ``deci``, which has widths for every block.
+
+What ``deci`` can hold: FFN widths, KV groups and query heads of each block, blocks without attention, blocks without MLP. An MLP that was
+left out stands as 32 channels of zeros where the block keeps its attention, since llama.cpp forgets the output of an attention that no
+MLP follows. All heads have one width and one rotary table. Rows of q and k change places: llama.cpp turns neighbouring entries of a head
+by one angle, transformers those that are half a head apart.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from duramen.families import OWN, register_own
+from duramen.families.model import BlockModel
+from duramen.problem import Exit, Problem
+from duramen.rundir import replacing
+
+Type = Literal["f32", "f16", "bf16", "q8_0"]
+FAMILIES = ("llama", "mistral")
+"""Model types whose arithmetic is that of the two architectures."""
+PROMPTS = ("The heartwood of a tree is", "Q: What is the capital of France?\nA:", "Once upon a time", "Water boils at")
+ZEROS = 32
+"""Channels that stand for an MLP that was left out."""
+NAMES = {
+    "input_layernorm": "attn_norm", "self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v",
+    "self_attn.o_proj": "attn_output", "post_attention_layernorm": "ffn_norm", "mlp.gate_proj": "ffn_gate",
+    "mlp.up_proj": "ffn_up", "mlp.down_proj": "ffn_down",
+}  # fmt: skip
+"""Modules of a block -> their names in GGUF."""
+SPLIT_LLAMA3 = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+SPLIT_QWEN2 = SPLIT_LLAMA3.replace(r"\p{N}{1,3}", r"\p{N}")
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Widths of one block; zeros where a part is left out."""
+
+    heads: int
+    groups: int
+    ffn: int
+
+
+def export_gguf(folder: Path, file: Path, *, kind: Type = "f16") -> dict[str, Any]:
+    """Writes a model folder as one GGUF file, and reads it back; where xllamacpp is installed, llama.cpp runs it too.
+
+    Args:
+        folder: A Hugging Face folder.
+        file: Where to write.
+        kind: Type of the matrices; vectors are float32.
+
+    Returns:
+        ``architecture``, ``bytes``, ``tensors``; ``largest_error`` of an entry read back, relative to its tensor's largest; ``prompts``
+        that llama.cpp was given, and ``agreed``: how many it continued as transformers does, None if it was not there.
+
+    Raises:
+        Problem: If the model cannot be expressed, a tensor does not come back, or llama.cpp says something else.
+    """
+    import gguf
+
+    register_own(str(json.loads((folder / "config.json").read_text(encoding="utf-8")).get("model_type")))
+    model = BlockModel.from_folder(folder, dtype=torch.float32)
+    shapes = _shapes(model)
+    alike = len(set(shapes)) == 1 and 0 not in (shapes[0].heads, shapes[0].ffn)
+    architecture = "llama" if alike else "deci"
+    with replacing(file) as partial:
+        writer = gguf.GGUFWriter(partial, architecture)
+        _write_header(writer, model, shapes, folder.resolve().name)
+        _write_tokenizer(writer, folder)
+        for name, tensor in _tensors(model, shapes):
+            array, raw = _packed(tensor, kind)
+            writer.add_tensor_info(name, array.shape, array.dtype, array.nbytes, raw_dtype=raw)
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_ti_data_to_file()
+        for _, tensor in _tensors(model, shapes):
+            writer.write_tensor_data(_packed(tensor, kind)[0])
+        writer.close()
+        count, error = _read_back(partial, _tensors(model, shapes), kind)
+        agreed = llama_cpp_agrees(partial, folder, PROMPTS) if find_spec("xllamacpp") else None
+    return {
+        "architecture": architecture, "bytes": file.stat().st_size, "tensors": count, "largest_error": error,
+        "prompts": len(PROMPTS), "agreed": agreed,
+    }  # fmt: skip
+
+
+def llama_cpp_agrees(file: Path, folder: Path, prompts: Sequence[str], new_tokens: int = 16) -> int:
+    """For how many prompts llama.cpp, with its cache in float32, continues greedily with the same text as transformers in float32.
+
+    Both get the same token ids. Where two tokens are about equally likely, the rounding of the file's matrices may decide.
+
+    Raises:
+        Problem: If it is none of them.
+    """
+    import xllamacpp
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    network = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    parameters = xllamacpp.CommonParams()
+    parameters.model.path, parameters.n_ctx, parameters.n_parallel, parameters.warmup = str(file), 1024, 1, False
+    parameters.cache_type_k = parameters.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
+    parameters.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
+    server, equal = xllamacpp.Server(parameters), 0
+    for prompt in prompts:
+        ids = tokenizer(prompt)["input_ids"]
+        question = {
+            "prompt": ids,
+            "n_predict": new_tokens,
+            "temperature": 0,
+            "ignore_eos": True,
+            "cache_prompt": False,
+            "logprobs": 1,
+        }
+        theirs = server.handle_completions(question)["choices"][0]["text"]
+        tensor = torch.tensor([ids])
+        with torch.no_grad():
+            ours = network.generate(
+                tensor, attention_mask=torch.ones_like(tensor), max_new_tokens=new_tokens, min_new_tokens=new_tokens,
+                do_sample=False, pad_token_id=0,
+            )  # fmt: skip
+        equal += theirs == tokenizer.decode(ours[0, len(ids) :], skip_special_tokens=True)
+    if not equal:
+        raise Problem(
+            f"llama.cpp continues none of {len(prompts)} prompts as transformers does.",
+            why=f"the arithmetic of {file.name} is not that of {folder}.",
+            fix="please report it, with the config of the model.",
+            code=Exit.CHECK_FAILED,
+        )
+    return equal
+
+
+def _shapes(model: BlockModel) -> list[Shape]:
+    """Widths of all blocks.
+
+    Raises:
+        Problem: If the architecture, a bias or the rotary table has no counterpart.
+    """
+    base = str(model.config.model_type).removeprefix(OWN)
+    biased = [name for name, _ in model.network.named_parameters() if name.endswith(".bias")]
+    if base not in FAMILIES or biased:
+        raise Problem(
+            f"A model of type {base}{' with biases' if biased else ''} cannot be written as GGUF.",
+            why=f"its arithmetic is not that of llama.cpp's `llama` and `deci`; {', '.join(FAMILIES)} without biases are.",
+            fix="the folder itself opens in transformers; for a uniform model llama.cpp's own converter may do.",
+            code=Exit.INCOMPATIBLE,
+        )
+    found = []
+    for index in range(len(model.blocks)):
+        sizes, skipped = model.sizes(index), getattr(model.config.per_layer_config[index], "skip", None) or ()
+        attention, mlp = "attention" not in skipped, "mlp" not in skipped
+        ffn = sizes.ffn if mlp else ZEROS if attention else 0
+        found.append(Shape(sizes.heads if attention else 0, sizes.groups if attention else 0, ffn))
+    return found
+
+
+def _write_header(writer: Any, model: BlockModel, shapes: Sequence[Shape], name: str) -> None:
+    config, head = model.config, model.sizes(0).head
+    same = len(set(shapes)) == 1
+
+    def of(values: Sequence[int]) -> Any:
+        return values[0] if same else list(values)
+
+    writer.add_name(name)
+    writer.add_block_count(len(shapes))
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_feed_forward_length(of([shape.ffn for shape in shapes]))
+    writer.add_head_count(of([shape.heads for shape in shapes]))
+    writer.add_head_count_kv(of([shape.groups for shape in shapes]))
+    writer.add_key_length(head)
+    writer.add_value_length(head)
+    writer.add_rope_dimension_count(head)
+    writer.add_rope_freq_base(float(config.rope_parameters["rope_theta"]))
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_vocab_size(config.vocab_size)
+
+
+def _tensors(model: BlockModel, shapes: Sequence[Shape]) -> Iterator[tuple[str, Tensor]]:
+    """All tensors under their names in GGUF, one block in memory at a time."""
+    network: Any = model.network
+    yield "token_embd.weight", network.get_input_embeddings().weight.detach()
+    yield "output_norm.weight", network.model.norm.weight.detach()
+    if not model.config.tie_word_embeddings:
+        yield "output.weight", network.get_output_embeddings().weight.detach()
+    factors = _rotary_factors(model)
+    if factors is not None:
+        yield "rope_freqs.weight", factors
+    width = model.config.hidden_size
+    for index, shape in enumerate(shapes):
+        with model.opened(index) as block:
+            state = {path: tensor.detach().clone() for path, tensor in block.module.state_dict().items()}
+        if shape.ffn == ZEROS and "mlp.gate_proj.weight" not in state:
+            for name, size in (("gate", (ZEROS, width)), ("up", (ZEROS, width)), ("down", (width, ZEROS))):
+                state[f"mlp.{name}_proj.weight"] = torch.zeros(size)
+        for path, name in NAMES.items():
+            there = shape.heads if name.startswith("attn") else shape.ffn
+            if there:
+                tensor = state[f"{path}.weight"]
+                if name in ("attn_q", "attn_k"):
+                    tensor = _interleaved(tensor, shape.heads if name == "attn_q" else shape.groups)
+                yield f"blk.{index}.{name}.weight", tensor
+
+
+def _interleaved(weight: Tensor, heads: int) -> Tensor:
+    """Rows of q or k, [heads · P, D], with the two halves of every head in turns."""
+    return weight.reshape(heads, 2, -1, weight.shape[1]).transpose(1, 2).reshape(weight.shape)
+
+
+def _rotary_factors(model: BlockModel) -> Tensor | None:
+    """What the frequencies of the rotary table are divided by, [P/2]; None if by nothing.
+
+    Raises:
+        Problem: If the table also scales the attention, or depends on the length.
+    """
+    rotary: Any = model.network.model.rotary_emb  # type: ignore[union-attr]
+    parameters, head = model.config.rope_parameters, model.sizes(0).head
+    if rotary.attention_scaling != 1 or parameters["rope_type"] in ("dynamic", "longrope", "yarn"):
+        raise Problem(
+            f"The rotary table `{parameters['rope_type']}` cannot be written as GGUF.",
+            why="it scales the attention or depends on the length of the text.",
+            fix="a model with the table `default`, `linear` or `llama3`.",
+            code=Exit.INCOMPATIBLE,
+        )
+    plain = 1.0 / parameters["rope_theta"] ** (torch.arange(0, head, 2, dtype=torch.float64) / head)
+    factors = (plain / rotary.inv_freq.double().cpu()).float()
+    return None if torch.allclose(factors, torch.ones_like(factors), rtol=1e-5) else factors
+
+
+def _packed(tensor: Tensor, kind: Type) -> tuple[np.ndarray, Any]:
+    """The values as the file holds them, and their type if the array does not say it."""
+    import gguf
+
+    values = tensor.float().cpu().numpy()
+    if tensor.ndim == 1 or kind == "f32" or (kind == "q8_0" and values.shape[-1] % 32):
+        return values, None
+    if kind == "f16":
+        return values.astype(np.float16), None
+    named = {"bf16": gguf.GGMLQuantizationType.BF16, "q8_0": gguf.GGMLQuantizationType.Q8_0}[kind]
+    return gguf.quants.quantize(values, named), named
+
+
+def _read_back(file: Path, expected: Iterable[tuple[str, Tensor]], kind: Type) -> tuple[int, float]:
+    """How many tensors there are, and the largest difference of an entry, relative to the largest of its tensor.
+
+    Raises:
+        Problem: If a tensor differs by more than its type rounds.
+    """
+    import gguf
+
+    allowed, count, worst = {"f32": 0.0, "f16": 2**-10, "bf16": 2**-8, "q8_0": 2**-7}[kind], 0, 0.0
+    found = {tensor.name: tensor for tensor in gguf.GGUFReader(file).tensors}
+    for name, tensor in expected:
+        values = gguf.quants.dequantize(found[name].data, found[name].tensor_type).reshape(tensor.shape)
+        error = float(np.abs(values - tensor.float().cpu().numpy()).max()) / (float(tensor.abs().max()) or 1.0)
+        if error > allowed:
+            raise Problem(
+                f"{name} does not come back from the GGUF file: it differs by {error:.2g} of its largest entry.",
+                why=f"{kind} rounds by at most {allowed:.2g}.",
+                fix="`--type f32`; if that fails too, please report it.",
+                code=Exit.CHECK_FAILED,
+            )
+        count, worst = count + 1, max(worst, error)
+    return count, worst
+
+
+def _write_tokenizer(writer: Any, folder: Path) -> None:
+    """The tokenizer, if it is byte-level BPE with a split that llama.cpp knows.
+
+    Raises:
+        Problem: If it is another one.
+    """
+    import gguf
+    from transformers import AutoTokenizer
+
+    file = folder / "tokenizer.json"
+    found = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    split = _split_name(found.get("pre_tokenizer"))
+    if found.get("model", {}).get("type") != "BPE" or found.get("normalizer") or split is None:
+        raise Problem(
+            f"The tokenizer of {folder} cannot be written as GGUF.",
+            why="only byte-level BPE whose splitting of text llama.cpp has a name for (GPT-2, SmolLM, Llama 3, Qwen2) can.",
+            fix="llama.cpp's own converter for the dense model, whose tokenizer keys fit the cut one too.",
+            code=Exit.INCOMPATIBLE,
+        )
+    vocabulary = dict(found["model"]["vocab"])
+    added = {item["id"]: item for item in found["added_tokens"]}
+    words = {number: word for word, number in vocabulary.items()} | {number: item["content"] for number, item in added.items()}
+    size = json.loads((folder / "config.json").read_text(encoding="utf-8"))["vocab_size"]
+    kinds = gguf.TokenType
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre(split)
+    writer.add_token_list([words.get(number, f"[PAD{number}]") for number in range(size)])
+    writer.add_token_types(
+        [
+            (kinds.CONTROL if added[number]["special"] else kinds.USER_DEFINED) if number in added
+            else kinds.NORMAL if number in words else kinds.UNUSED
+            for number in range(size)
+        ]
+    )  # fmt: skip
+    merges = found["model"]["merges"]
+    merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in merges]
+    writer.add_token_merges(merges or ["\u0100 \u0100"])  # llama.cpp wants one; it leads to no token
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    for add, number in (
+        (writer.add_bos_token_id, tokenizer.bos_token_id), (writer.add_eos_token_id, tokenizer.eos_token_id),
+        (writer.add_unk_token_id, tokenizer.unk_token_id), (writer.add_pad_token_id, tokenizer.pad_token_id),
+    ):  # fmt: skip
+        if number is not None:
+            add(number)
+    begins = tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id]
+    writer.add_add_bos_token(begins)
+    if tokenizer.chat_template:
+        writer.add_chat_template(tokenizer.chat_template)
+
+
+def _split_name(found: dict[str, Any] | None) -> str | None:
+    """llama.cpp's name for a way to split text before BPE."""
+    steps = (found or {}).get("pretokenizers", [found] if found else [])
+    kinds = [step["type"] for step in steps]
+    if kinds == ["ByteLevel"] and steps[0].get("use_regex", True):
+        return "gpt-2"
+    if kinds == ["Digits", "ByteLevel"] and steps[0]["individual_digits"]:
+        return "smollm"
+    if kinds == ["Split", "ByteLevel"] and not steps[1].get("use_regex", True):
+        return {SPLIT_LLAMA3: "llama-bpe", SPLIT_QWEN2: "qwen2"}.get(steps[0]["pattern"].get("Regex"))
+    return None
