@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import contextmanager
 from dataclasses import replace
 from itertools import product
 
@@ -13,19 +14,23 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from transformers import AutoModelForCausalLM
 
 import duramen
 import tiny
 from duramen.calibrate.walker import Walk
+from duramen.families import register_own
 from duramen.families.model import BlockModel
 from duramen.problem import Problem
 from duramen.registry import get_method
 from duramen.search.constraints import Limit, limits, repair
-from duramen.search.database import build, plan_of
+from duramen.search.database import build, describe, plan_of
 from duramen.search.evolution import Settings, chosen_modules
 from duramen.search.fitness import bucketed_kl, divergences, log_rest, teach
 from duramen.search.mutate import switch_levels
+from duramen.search.nested import open_nested, write_nested
 from duramen.search.surrogate import filled, solve, thought
+from duramen.shrink.plan import digest
 from duramen.shrink.reform import reform
 from duramen.shrink.surgery import Surgery, masked
 
@@ -97,6 +102,23 @@ def test_levels_are_exact_repairs_and_the_model_stays_as_it_is(tmp_path):
     assert module.errors[-1] == 0
 
 
+@contextmanager
+def standing_for(database, genome):
+    """The dense model with its readers replaced and the rest masked, as a candidate has it."""
+    model, modules = database.model, database.modules
+    saved = {key: value.clone() for key, value in model.network.state_dict().items()}
+    for number, (module, level) in enumerate(zip(modules, genome, strict=True)):
+        if module.grid[level] and level != module.full:
+            weight, bias = database.reader(number, level)
+            layer = model.network.get_submodule(module.units.reader)
+            layer.weight.copy_(weight.T if model.transposed(module.units.reader) else weight)
+            if bias is not None:
+                layer.bias.copy_(bias)
+    with masked(model, plan_of(model, modules, genome, {})):
+        yield
+    model.network.load_state_dict(saved)
+
+
 @pytest.mark.parametrize("name", ["llama", "opt", "gpt2"])
 @torch.no_grad()
 def test_candidates_side_by_side_are_the_models_that_they_stand_for(name, tmp_path):
@@ -108,17 +130,8 @@ def test_candidates_side_by_side_are_the_models_that_they_stand_for(name, tmp_pa
     genomes = [database.full, *genomes_of(modules, 5, seed=3)]
     genomes.append((*genomes[1][:-1], modules[-1].full))
     for genome, found in zip(genomes, divergences(database, genomes, tokens[:3], lessons), strict=True):
-        saved = {key: value.clone() for key, value in model.network.state_dict().items()}
-        for number, (module, level) in enumerate(zip(modules, genome, strict=True)):
-            if module.grid[level] and level != module.full:
-                weight, bias = database.reader(number, level)
-                layer = model.network.get_submodule(module.units.reader)
-                layer.weight.copy_(weight.T if model.transposed(module.units.reader) else weight)
-                if bias is not None:
-                    layer.bias.copy_(bias)
-        with masked(model, plan_of(model, modules, genome, {})):
+        with standing_for(database, genome):
             logs = model.network(tokens[:3]).logits.log_softmax(-1)
-        model.network.load_state_dict(saved)
         kl = float((dense.exp() * (dense - logs)).sum(-1).mean())
         assert found == pytest.approx(kl, rel=1e-3, abs=1e-5)
     assert divergences(database, [database.full], tokens[:3], lessons)[0] == pytest.approx(0, abs=1e-6)
@@ -218,6 +231,7 @@ steps:
     offspring: 4
     stages: [[64, 2]]
     top_k: 64
+    nested: true
 """
 
 
@@ -299,6 +313,49 @@ def test_another_point_of_the_front_is_made_from_the_file(searched, tmp_path):
         get_method("subnet").apply(tiny.model("qwen2"), tiny.ids(), search=str(place / "out" / "search.json"), point=0)
     with pytest.raises(Problem, match="is no finished search"):
         get_method("subnet").apply(tiny.model("llama"), tiny.ids(), search=str(recipe), point=0)
+
+
+def test_every_point_opens_from_the_nested_file_as_from_its_folder(searched, tmp_path):
+    place, recipe, folder = searched
+    file = place / "out" / "nested.safetensors"
+    front = json.loads((place / "out" / "search.json").read_text())["front"]
+    assert len(front) >= 3
+    text = recipe.read_text().split("steps:")[0]
+    for point in range(len(front)):
+        chosen = tmp_path / "point.yaml"
+        chosen.write_text(f"{text}steps:\n  - {{method: subnet, search: {file}, point: {point}}}\n")
+        duramen.run(str(chosen), str(folder), tmp_path / f"out-{point}")
+        register_own("duramen_llama")
+        saved = AutoModelForCausalLM.from_pretrained(tmp_path / f"out-{point}").state_dict()
+        opened = open_nested(file, point).state_dict()
+        assert saved.keys() == opened.keys()
+        for name, tensor in saved.items():
+            assert torch.equal(tensor, opened[name]), name
+    assert len({json.dumps(point["levels"]) for point in front}) == len(front)
+    with pytest.raises(Problem, match="point 99 is wanted"):
+        open_nested(file, 99)
+    with pytest.raises(Problem, match="is no finished search"):
+        open_nested(place / "llama" / "model.safetensors", 0)
+
+
+@pytest.mark.parametrize("name", ["gemma3_text", "opt", "gpt2", "gpt_neox", "bloom", "phi3"])
+@torch.no_grad()
+def test_the_nested_file_of_every_family_holds_the_candidates(name, tmp_path):
+    database, tokens = built(tmp_path, name)
+    genomes = genomes_of(database.modules, 3, seed=7)
+    alone = [[0.0] * len(m.grid) for m in database.modules]
+    report = {
+        "base": digest(database.model),
+        "modules": describe(database.modules, alone),
+        "front": [{"levels": list(g)} for g in genomes],
+    }
+    write_nested(tmp_path / "nested.safetensors", database, report)
+    for point, genome in enumerate(genomes):
+        with standing_for(database, genome):
+            expected = database.model.network(tokens[:2]).logits
+        torch.testing.assert_close(
+            open_nested(tmp_path / "nested.safetensors", point)(tokens[:2]).logits, expected, rtol=1e-4, atol=1e-5
+        )
 
 
 def test_in_memory_and_with_a_dense_target(tmp_path):

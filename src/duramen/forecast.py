@@ -86,7 +86,7 @@ def _surgery(model: BlockModel, settings: Settings) -> Surgery:
     if isinstance(settings, masks.Settings):
         return masks.predicted(model, settings)
     if isinstance(settings, subnet.Settings):
-        return Surgery(model, subnet.chosen_plan(model, settings)[0])
+        return Surgery(model, subnet.chosen_point(model, settings)[0])
     assert isinstance(settings, cut.Settings)
     return Surgery(model, cut.fitting(model, settings))
 

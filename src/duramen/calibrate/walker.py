@@ -59,8 +59,8 @@ class Reshape(Protocol):
         """The config of what stays."""
 
     @property
-    def files(self) -> dict[str, str]:
-        """Further files: name -> content."""
+    def files(self) -> Mapping[str, str | Path]:
+        """Further files: name -> content, or the file to take."""
 
     @property
     def summary(self) -> dict[str, Any]:

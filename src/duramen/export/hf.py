@@ -77,7 +77,10 @@ def assemble(source: Checkpoint, store: BlockStore, num_blocks: int, folder: Pat
     if reshape:
         write_json(folder / "config.json", reshape.config)
         for name, content in reshape.files.items():
-            write_text(folder / name, content)
+            if isinstance(content, Path):
+                _link(content, folder / name)
+            else:
+                write_text(folder / name, content)
     return outside
 
 

@@ -223,6 +223,13 @@ class BlockModel:
             code=Exit.INCOMPATIBLE,
         )
 
+    def stored_outside(self) -> Iterator[tuple[str, Tensor]]:
+        """The tensors outside the blocks under the names that they have in the network, as stored; tied ones once."""
+        inside = self.family.blocks + "."
+        for name, tensor in self.network.state_dict().items():
+            if not name.startswith(inside) and name not in self._tied:
+                yield name, tensor if self.checkpoint is None else self._read(name)
+
     def _read(self, name: str) -> Tensor:
         assert self.checkpoint is not None
         name = self._tied.get(name, name)

@@ -75,6 +75,24 @@ def grid_of(units: Units, *, levels: int, round_to: int, off: bool) -> tuple[int
     return (*((0,) if off else ()), *range(step, units.count, step), units.count)
 
 
+def describe(modules: Sequence[Module], alone: Sequence[Sequence[float]]) -> list[dict[str, Any]]:
+    """For ``search.json``: the levels of all modules, and what each loses alone."""
+    return [
+        {"block": m.units.block, "kind": m.units.kind, "kept": m.grid, "order": m.order, "errors": m.errors, "alone": losses}
+        for m, losses in zip(modules, alone, strict=True)
+    ]
+
+
+def restore(model: BlockModel, described: Sequence[dict[str, Any]]) -> list[Module]:
+    """The modules of ``describe``, for a model of the same shapes."""
+    kinds = dict.fromkeys(item["kind"] for item in described)
+    units: dict[tuple[int, str], Units] = {(each.block, each.kind): each for each in find_units(model, tuple(kinds))}
+    return [
+        Module(units[item["block"], item["kind"]], tuple(item["kept"]), tuple(item["order"]), tuple(item["errors"]))
+        for item in described
+    ]
+
+
 def plan_of(model: BlockModel, modules: Sequence[Module], genome: Genome, made_by: dict[str, Any]) -> Plan:
     """What stays of the model under a candidate; parts that are off are skipped."""
     every = {units.reader: units for units in find_units(model, tuple(dict.fromkeys(m.units.kind for m in modules)))}
@@ -133,11 +151,11 @@ class Database:
         with safe_open(level_file(self.folder, module.units.block), "pt") as file:
             part = file.get_tensor(f"{key}.weight")
             bias = file.get_tensor(f"{key}.bias") if f"{key}.bias" in set(file.keys()) else None
-        return _spread(part, module.units, module.order, module.grid[level]), bias
+        return spread(part, module.units, module.order, module.grid[level]), bias
 
 
-def _spread(part: Tensor, units: Units, order: Sequence[int], kept: int) -> Tensor:
-    """[O, k] in the order of the units -> [O, I]."""
+def spread(part: Tensor, units: Units, order: Sequence[int], kept: int) -> Tensor:
+    """The columns of the first ``kept`` units in their order, [O, k] -> [O, I], zero where units are gone."""
     inputs = len(units.columns(range(units.count)))
     return part.new_zeros(len(part), inputs).index_copy(1, units.columns(order[:kept]).to(part.device), part)
 
@@ -225,7 +243,7 @@ def _find_levels(
     for level, kept in enumerate(module.grid[:-1]):
         if kept:
             part = level_weight(energy, lower, kept * size).to(weight.dtype)
-            full = _spread(part, units, order, kept) if level == here or stage.with_bias else None
+            full = spread(part, units, order, kept) if level == here or stage.with_bias else None
             bias = corrected_bias(layer, full, stage.statistics, alpha) if full is not None and stage.with_bias else None
             store.keep(units, level, part, bias)
             if full is not None and level == here:

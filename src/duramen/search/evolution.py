@@ -29,10 +29,11 @@ from duramen.families.select import filter_layers
 from duramen.problem import Exit, Problem
 from duramen.registry import method
 from duramen.search.constraints import BudgetSettings, Limit, expected_share, limits, repair, split
-from duramen.search.database import Database, Genome, Module, build, grid_of, plan_of
+from duramen.search.database import Database, Genome, Module, build, describe, grid_of, plan_of
 from duramen.search.fitness import Lesson, divergences, teach
 from duramen.search.latency import prefills
 from duramen.search.mutate import switch_levels
+from duramen.search.nested import NESTED, write_nested
 from duramen.search.subnet import FORMAT, SEARCH
 from duramen.search.surrogate import Table, single_module_table, solve, thought
 from duramen.shrink.groups import find_units
@@ -71,6 +72,8 @@ class Settings(BudgetSettings):
     """Candidates of a generation; twice as many are drawn, and the sum of what modules lose alone chooses."""
     stages: tuple[tuple[Annotated[int, Field(ge=1)], Annotated[int, Field(ge=1)]], ...] = ((1024, 2),)
     """(tokens, survivors): how a generation is narrowed down before the last candidates meet their parent on all search tokens."""
+    nested: bool = False
+    """Whether to write `nested.safetensors` as well: one file from which every point of the front opens without another repair."""
     top_k: Annotated[int, Field(ge=1)] = 512
     """Likeliest tokens of the dense model that count one by one; all others count together."""
 
@@ -265,7 +268,7 @@ def _apply(model: BlockModel, tokens: Tensor, settings: Settings, walk: Walk, fo
         "format": FORMAT,
         "base": digest(model),
         "costs": costs,
-        "modules": _described(modules, table),
+        "modules": describe(modules, table),
         "front": front,
     } | found
     lineage = [found["starts"][settings.start]["kl"], *(step["kl"] for step in found["generations"])]
@@ -277,20 +280,16 @@ def _apply(model: BlockModel, tokens: Tensor, settings: Settings, walk: Walk, fo
     plan = plan_of(model, modules, winner, made_by)
     if "latency" in settings.target:
         made_by["prefill"] = walk.memo("prefill", lambda: _prefills(model, plan))
-    return carry_out(plan, model, tokens, settings, walk, [module.units for module in modules], {SEARCH: json.dumps(report)})
+    files: dict[str, str | Path] = {SEARCH: json.dumps(report)}
+    if settings.nested:
+        files[NESTED] = folder / NESTED
+        write_nested(folder / NESTED, search.database, report)
+    return carry_out(plan, model, tokens, settings, walk, [module.units for module in modules], files)
 
 
 def _prefills(model: BlockModel, plan: Plan) -> dict[str, float]:
     """Milliseconds of a prefill by the dense model and by what a plan leaves of it, as measured now."""
     return prefills({"dense": Surgery(model, Plan(plan.base, plan.blocks)), "winner": Surgery(model, plan)})
-
-
-def _described(modules: Sequence[Module], table: Table) -> list[dict[str, Any]]:
-    """For ``search.json``: the levels of all modules."""
-    return [
-        {"block": m.units.block, "kind": m.units.kind, "kept": m.grid, "order": m.order, "errors": m.errors, "alone": alone}
-        for m, alone in zip(modules, table, strict=True)
-    ]
 
 
 def prepare(

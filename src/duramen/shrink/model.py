@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import torch
@@ -138,7 +139,7 @@ def carry_out(
     settings: RepairSettings,
     walk: Walk,
     units: list[Units] | None = None,
-    files: dict[str, str] | None = None,
+    files: Mapping[str, str | Path] | None = None,
 ) -> Records:
     """Cuts what a plan says, and repairs what reads it.
 
@@ -152,7 +153,7 @@ def carry_out(
         settings: How to repair.
         walk: How to walk.
         units: The units whose readers are repaired, if their part stays; None for all of the kinds in the plan.
-        files: Further files to lie beside the weights: name -> content.
+        files: Further files to lie beside the weights: name -> content, or the file to take.
 
     Returns:
         One record per projection that was repaired.

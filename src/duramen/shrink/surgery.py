@@ -39,10 +39,10 @@ class Surgery:
         model: The model as it is; nothing of it is changed.
         plan: What stays.
         units: For every block, the units of the kinds that the plan touches.
-        more: Further files for beside the weights: name -> content.
+        more: Further files for beside the weights: name -> content, or the file to take.
     """
 
-    def __init__(self, model: BlockModel, plan: Plan, more: Mapping[str, str] | None = None) -> None:
+    def __init__(self, model: BlockModel, plan: Plan, more: Mapping[str, str | Path] | None = None) -> None:
         self.model, self.plan, self.more = model, plan, dict(more or {})
         self.units: list[list[Units]] = [[] for _ in model.blocks]
         for each in find_units(model, tuple(plan.kept)):
@@ -59,7 +59,7 @@ class Surgery:
         return [index for index in range(len(self.model.blocks)) if index not in self.plan.dropped]
 
     @property
-    def files(self) -> dict[str, str]:
+    def files(self) -> dict[str, str | Path]:
         """What lies beside the weights: the plan, and the modelling file where the config needs it."""
         before = self.model.checkpoint and self.model.checkpoint.folder / PLAN
         plan = Plan.load(before).then(self.plan) if before and before.is_file() else self.plan
