@@ -1,5 +1,9 @@
 """The search for masks: importance by brute force, candidates against the models that they stand for, limits, runs that go on."""
 
+import json
+import subprocess
+import sys
+
 import pytest
 import torch
 
@@ -126,6 +130,19 @@ def test_a_stopped_search_goes_on_to_the_same_end():
     again = run({})
     assert again.made_by["costs"]["block_parameters"]["winner"] <= again.made_by["costs"]["block_parameters"]["most"]
     assert 64 * 20 < again.made_by["tokens"] <= (8 + 2 * 11) * 64
+
+
+def test_workers_end_at_the_same_masks(tmp_path):
+    folder, text = tiny.save("llama", tmp_path / "llama"), tmp_path / "prose.txt"
+    text.write_text(tiny.prose(1, 4000))
+    step = {"method": "search_masks", "target": {"block_parameters": 0.7}, **FEW}
+    recipe = {"calibration": {"text": [str(text)], "sequences": 16, "length": 32}, "dtype": "float32", "steps": [step]}
+    (tmp_path / "recipe.yaml").write_text(json.dumps(recipe))
+    for workers in (0, 2):
+        line = [sys.executable, "-m", "duramen", "run", tmp_path / "recipe.yaml", folder, tmp_path / str(workers)]
+        subprocess.run([*line, "--workers", str(workers)], check=True, capture_output=True)
+    alone, shared = ((tmp_path / str(workers) / "pruning_plan.json").read_text() for workers in (0, 2))
+    assert alone == shared
 
 
 def test_parents_meet_their_children_on_the_same_tokens():

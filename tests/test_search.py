@@ -295,6 +295,29 @@ def test_killed_it_ends_with_the_same_bytes(searched, tmp_path):
         assert (again / name).read_bytes() == (place / "out" / name).read_bytes(), name
 
 
+@pytest.mark.parametrize("workers", [1, 2])
+def test_workers_end_with_the_same_bytes(workers, searched, tmp_path):
+    place, recipe, folder = searched
+    line = [sys.executable, "-m", "duramen", "run", recipe, folder, tmp_path / "out", "--workers", str(workers)]
+    subprocess.run(line, check=True, capture_output=True)
+    for name in ("search.json", "nested.safetensors", "model-00002-of-00004.safetensors"):
+        assert (tmp_path / "out" / name).read_bytes() == (place / "out" / name).read_bytes(), name
+
+
+def test_workers_without_candidates_or_a_folder_are_refused(searched, tmp_path):
+    _, _, folder = searched
+    recipe = {
+        "calibration": {"text": ["squad"], "sequences": 4, "length": 32},
+        "steps": [{"method": "magnitude", "sparsity": 0.5}],
+    }
+    with pytest.raises(Problem, match="nothing to do"):
+        duramen.run(recipe, str(folder), tmp_path / "out", workers=2)
+    with pytest.raises(Problem, match="only in memory"):
+        get_method("search").apply(
+            tiny.model("llama"), tiny.ids(16, 32), walk=Walk(workers=2), target={"parameters": 0.8}, **SMALL
+        )
+
+
 def test_another_point_of_the_front_is_made_from_the_file(searched, tmp_path):
     place, recipe, folder = searched
     found = json.loads((place / "out" / "search.json").read_text())
@@ -343,10 +366,9 @@ def test_every_point_opens_from_the_nested_file_as_from_its_folder(searched, tmp
 def test_the_nested_file_of_every_family_holds_the_candidates(name, tmp_path):
     database, tokens = built(tmp_path, name)
     genomes = genomes_of(database.modules, 3, seed=7)
-    alone = [[0.0] * len(m.grid) for m in database.modules]
     report = {
         "base": digest(database.model),
-        "modules": describe(database.modules, alone),
+        "modules": describe(database.modules),
         "front": [{"levels": list(g)} for g in genomes],
     }
     write_nested(tmp_path / "nested.safetensors", database, report)

@@ -55,6 +55,8 @@ class Context:
     dtype: torch.dtype
     allow_generic: bool
     progress: Progress
+    workers: int = 0
+    address: str = ""
 
     def tell(self, event: str, **fields: Any) -> None:
         """Reports an event to the display and to ``log.jsonl``."""
@@ -71,6 +73,8 @@ def run(
     overrides: list[str] | None = None,
     allow_generic: bool = False,
     progress: Progress = _silent,
+    workers: int = 0,
+    address: str = "",
 ) -> dict[str, Any]:
     """Carries out a recipe, or goes on where an earlier run of the same line stopped.
 
@@ -81,6 +85,8 @@ def run(
         overrides: ``step.key=value``, as with ``--set``.
         allow_generic: Whether to guess the layout of an unknown architecture.
         progress: Called with events.
+        workers: Ray workers that measure the candidates of a search; 0 for this process alone. They change nothing but the time.
+        address: Ray cluster that they belong to; empty for this machine.
 
     Returns:
         The content of ``results.json``.
@@ -89,24 +95,25 @@ def run(
         Problem: On a user's mistake; what was finished is kept.
     """
     with ranks.joined():
-        return _run(recipe, model, Path(out), overrides, allow_generic, progress)
+        context, steps = _prepare(load_recipe(recipe, overrides), model, Path(out), allow_generic, progress)
+        context.workers, context.address = workers, address
+        if workers and not any(get_method(step.method).kind == "search" for step in steps):
+            raise Problem(
+                f"{workers} workers have nothing to do in this recipe.",
+                why="only the steps of a search have candidates to share out.",
+                fix="the line without `--workers`; for several processes in other steps see torchrun in the docs.",
+            )
+        return _run(context, steps, model, _command(recipe, model, out, overrides))
 
 
-def _run(
-    recipe: str | Path | dict[str, Any],
-    model: str,
-    out: Path,
-    overrides: list[str] | None,
-    allow_generic: bool,
-    progress: Progress,
-) -> dict[str, Any]:
+def _run(context: Context, steps: list[Step], model: str, command: str) -> dict[str, Any]:
     """The run; under torchrun all ranks walk together, and the first one measures and writes."""
-    context, steps = _prepare(load_recipe(recipe, overrides), model, out, allow_generic, progress)
+    out = context.directory.out
     finished = out / "manifest.json"
     if ranks.shared(finished.is_file()):
         context.tell("done", out=str(out), again=True)
         return load_results(out)
-    folder, results = context.source, _new_results(context, model, _command(recipe, model, out, overrides))
+    folder, results = context.source, _new_results(context, model, command)
     for number, step in enumerate(steps):
         place = f"step-{number:02d}-{step.id}"
         context.tell("step", method=step.method, number=number, of=len(steps))
@@ -237,6 +244,8 @@ def _transform(context: Context, folder: Path, step: Step, place: str, results: 
         store=store,
         memo=_kept(context, place),
         folder=context.directory.state / place,
+        workers=context.workers,
+        address=context.address,
         progress=lambda record: context.tell("layer", blocks=len(opened.blocks), **record),
     )
     records = get_method(step.method).apply(opened, context.tokens, walk=walk, **step.settings.model_dump())

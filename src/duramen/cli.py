@@ -37,6 +37,8 @@ def run(
     out: Annotated[Path, typer.Argument(help="Folder of the result. The same line again resumes.")],
     overrides: Overrides = None,
     allow_generic: Generic = False,
+    workers: Annotated[int, typer.Option(min=0, help="Ray workers for the candidates of a search.")] = 0,
+    address: Annotated[str, typer.Option(help="Ray cluster that they belong to; this machine without it.")] = "",
 ) -> None:
     """Carries out a recipe; the same line again goes on where it stopped."""
     from duramen import api
@@ -44,7 +46,10 @@ def run(
 
     _quiet()
     with display() as progress:
-        api.run(recipe, model, out, overrides=overrides, allow_generic=allow_generic, progress=progress)
+        api.run(
+            recipe, model, out, overrides=overrides, allow_generic=allow_generic, progress=progress, workers=workers,
+            address=address,
+        )  # fmt: skip
 
 
 @app.command()

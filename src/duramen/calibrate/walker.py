@@ -87,6 +87,8 @@ class Walk:
         store: Keeps finished blocks, so that a walk can be resumed.
         memo: (name, compute) -> what ``compute`` gave, now or in an earlier run that is resumed.
         folder: Where a method may keep files of its own, which a resumed run finds again; None for nowhere.
+        workers: Processes among which a search divides its candidates; 0 for this one alone.
+        address: Ray cluster that they belong to; empty for this machine.
         progress: Called with each layer's record as it is finished.
         final_hidden: Hidden states of the first batch after the last block that was walked, [B, T, D], set by the walk.
         first_batch: Its token ids, [B, T].
@@ -99,6 +101,8 @@ class Walk:
     store: Store | None = None
     memo: Memo = lambda name, compute: compute()
     folder: Path | None = None
+    workers: int = 0
+    address: str = ""
     progress: Callable[[dict[str, Any]], None] = lambda record: None
     final_hidden: Tensor | None = field(default=None, repr=False)
     first_batch: Tensor | None = field(default=None, repr=False)

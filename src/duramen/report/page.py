@@ -177,7 +177,7 @@ def _search(made_by: dict[str, Any]) -> dict[str, Any]:
     found = {
         "limits": limits, "measure": measure, "tokens": f"{made_by['tokens']:,}", "best": f"{made_by['lineage'][-1]:.3f}",
         "starts": [(names[name], f"{kl:.3f}") for name, kl in made_by.get("starts", {}).items()],
-        "lineage": line_chart(list(enumerate(made_by["lineage"])), "generation", measure),
+        "lineage": line_chart(list(enumerate(made_by["lineage"])), "generation", measure), "front": [],
     }  # fmt: skip
     if front:
         resource = next(iter(made_by["costs"])).replace("_", " ")

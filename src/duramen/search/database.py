@@ -75,11 +75,10 @@ def grid_of(units: Units, *, levels: int, round_to: int, off: bool) -> tuple[int
     return (*((0,) if off else ()), *range(step, units.count, step), units.count)
 
 
-def describe(modules: Sequence[Module], alone: Sequence[Sequence[float]]) -> list[dict[str, Any]]:
-    """For ``search.json``: the levels of all modules, and what each loses alone."""
+def describe(modules: Sequence[Module]) -> list[dict[str, Any]]:
+    """The levels of all modules, for ``search.json``."""
     return [
-        {"block": m.units.block, "kind": m.units.kind, "kept": m.grid, "order": m.order, "errors": m.errors, "alone": losses}
-        for m, losses in zip(modules, alone, strict=True)
+        {"block": m.units.block, "kind": m.units.kind, "kept": m.grid, "order": m.order, "errors": m.errors} for m in modules
     ]
 
 

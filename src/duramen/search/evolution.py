@@ -12,7 +12,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
@@ -23,19 +23,20 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from duramen.calibrate.walker import SCRATCH, Records, Walk
+from duramen.calibrate.walker import SCRATCH, Memo, Records, Walk
 from duramen.families.model import BlockModel, Model
 from duramen.families.select import filter_layers
 from duramen.problem import Exit, Problem
 from duramen.registry import method
 from duramen.search.constraints import BudgetSettings, Limit, expected_share, limits, repair, split
-from duramen.search.database import Database, Genome, Module, build, describe, grid_of, plan_of
+from duramen.search.database import Database, Genome, Module, build, describe, grid_of, plan_of, restore
 from duramen.search.fitness import Lesson, divergences, teach
 from duramen.search.latency import prefills
 from duramen.search.mutate import switch_levels
 from duramen.search.nested import NESTED, write_nested
 from duramen.search.subnet import FORMAT, SEARCH
 from duramen.search.surrogate import Table, single_module_table, solve, thought
+from duramen.search.team import Make, Team, team_of
 from duramen.shrink.groups import find_units
 from duramen.shrink.model import carry_out
 from duramen.shrink.plan import Plan, digest
@@ -96,12 +97,14 @@ class Search:
         bounds: What candidates may cost.
         pool: Token ids on which candidates are compared, [N, T].
         settings: The method's settings.
+        team: Workers that measure, if there are any.
     """
 
     database: Database
     bounds: Sequence[Limit]
     pool: Tensor
     settings: Settings
+    team: Team | None = None
 
     @cached_property
     def lessons(self) -> list[Lesson]:
@@ -111,6 +114,8 @@ class Search:
     def measure(self, genomes: Sequence[Genome], chosen: Sequence[int] | None = None) -> list[float]:
         """KL of candidates from the dense model on some sequences of the pool, or on all of them."""
         rows = list(range(len(self.pool))) if chosen is None else list(chosen)
+        if self.team is not None:
+            return self.team.measure(genomes, rows)
         return divergences(self.database, genomes, self.pool[rows], [self.lessons[row] for row in rows])
 
     def draw(self, tokens: int, generator: torch.Generator) -> list[int]:
@@ -181,9 +186,7 @@ def _check(found: Sequence[float], where: str, allowed: int = 0) -> None:
         )
 
 
-def evolve(
-    search: Search, table: Table, starts: dict[str, Genome], memo: Callable[[str, Callable[[], Any]], Any]
-) -> dict[str, Any]:
+def evolve(search: Search, table: Table, starts: dict[str, Genome], memo: Memo) -> dict[str, Any]:
     """Runs generations until they are over or no longer better, each from the best so far.
 
     Returns:
@@ -258,17 +261,25 @@ def apply(model: Model, tokens: Tensor, *, walk: Walk | None = None, **settings:
 def _apply(model: BlockModel, tokens: Tensor, settings: Settings, walk: Walk, folder: Path) -> Records:
     modules = chosen_modules(model, settings)
     bounds = limits(model, modules, settings.target, bits=settings.bits, memo=walk.memo)
-    search, table, starts = prepare(model, modules, bounds, tokens, settings, walk, folder)
-    found = evolve(search, table, starts, walk.memo)
-    winner: Genome = tuple(found["winner"])
+    fitted, pool = split(tokens, settings.search_share)
+    database = build(model, modules, expected_share(bounds), fitted, settings, walk, folder)
+    search = Search(database, bounds, pool, settings)
+
+    def make() -> Make:
+        return partial(_same_search, describe(database.modules), database.folder, pool, settings, search.lessons)
+
+    with team_of(model, make, walk) as search.team:
+        table, starts = prepare(search, walk.memo)
+        found = evolve(search, table, starts, walk.memo)
+        winner: Genome = tuple(found["winner"])
+        front = walk.memo("front", lambda: search.front(table, winner, found["kl"]))
     costs = {limit.resource: {"dense": limit.whole, "most": limit.most, "winner": limit.cost(winner)} for limit in bounds}
-    front = walk.memo("front", lambda: search.front(table, winner, found["kl"]))
-    modules = search.database.modules
+    modules = database.modules
     report = {
         "format": FORMAT,
         "base": digest(model),
         "costs": costs,
-        "modules": describe(modules, table),
+        "modules": [item | {"alone": alone} for item, alone in zip(describe(modules), table, strict=True)],
         "front": front,
     } | found
     lineage = [found["starts"][settings.start]["kl"], *(step["kl"] for step in found["generations"])]
@@ -292,19 +303,20 @@ def _prefills(model: BlockModel, plan: Plan) -> dict[str, float]:
     return prefills({"dense": Surgery(model, Plan(plan.base, plan.blocks)), "winner": Surgery(model, plan)})
 
 
-def prepare(
-    model: BlockModel,
-    modules: Sequence[Module],
-    bounds: Sequence[Limit],
-    tokens: Tensor,
-    settings: Settings,
-    walk: Walk,
-    folder: Path,
-) -> tuple[Search, Table, dict[str, Genome]]:
-    """All that comes before evolution: the level database, what modules lose alone, and the starts."""
-    fitted, pool = split(tokens, settings.search_share)
-    database = build(model, modules, expected_share(bounds), fitted, settings, walk, folder)
-    search = Search(database, bounds, pool, settings)
-    rows = search.draw(settings.stages[0][0] if settings.stages else pool.numel(), torch.Generator().manual_seed(settings.seed))
-    table = tuple(map(tuple, walk.memo("alone", lambda: single_module_table(database, lambda g: search.measure(g, rows)))))
-    return search, table, {"uniform": uniform(database.modules, bounds, table), "knapsack": solve(table, bounds)}
+def _same_search(
+    described: list[dict[str, Any]], folder: Path, pool: Tensor, settings: Settings, lessons: list[Lesson], model: BlockModel
+) -> Search:
+    """The search as a worker has it, which knows no limits."""
+    search = Search(Database(model, restore(model, described), folder), [], pool, settings)
+    search.lessons = lessons
+    return search
+
+
+def prepare(search: Search, memo: Memo) -> tuple[Table, dict[str, Genome]]:
+    """What comes before evolution once there are levels: what modules lose alone, and the starts."""
+    chosen, modules = search.settings, search.database.modules
+    tokens = chosen.stages[0][0] if chosen.stages else search.pool.numel()
+    rows = search.draw(tokens, torch.Generator().manual_seed(chosen.seed))
+    found = memo("alone", lambda: single_module_table(search.database, lambda genomes: search.measure(genomes, rows)))
+    table = tuple(map(tuple, found))
+    return table, {"uniform": uniform(modules, search.bounds, table), "knapsack": solve(table, search.bounds)}

@@ -31,6 +31,7 @@ from duramen.search.constraints import BudgetSettings, Limit, expected_share, li
 from duramen.search.database import Module
 from duramen.search.fitness import Lesson, divergences, losses, teach
 from duramen.search.mutate import mutate_mask
+from duramen.search.team import Team, team_of
 from duramen.shrink.allocate import Scores
 from duramen.shrink.groups import Units, find_units
 from duramen.shrink.model import carry_out
@@ -319,11 +320,13 @@ class Evolution:
         space: Of the candidates.
         pool: Token ids on which they are compared, [N, T].
         settings: The method's settings.
+        team: Workers that measure, if there are any.
     """
 
     space: Space
     pool: Tensor
     settings: Settings
+    team: Team | None = None
 
     @cached_property
     def lessons(self) -> list[Lesson]:
@@ -332,6 +335,8 @@ class Evolution:
 
     def measure(self, candidates: Sequence[Masks], rows: Sequence[int]) -> list[float]:
         """Fitness on some sequences of the pool, the less the better."""
+        if self.team is not None:
+            return self.team.measure(candidates, rows)
         if self.settings.fitness == "kl":
             return divergences(self.space, candidates, self.pool[list(rows)], [self.lessons[row] for row in rows])
         return losses(self.space, candidates, self.pool[list(rows)])
@@ -402,6 +407,11 @@ def space_of(model: BlockModel, settings: Settings, scores: Scores) -> Space:
     return space
 
 
+def _same_evolution(pool: Tensor, settings: Settings, model: BlockModel) -> Evolution:
+    """The evolution as a worker has it, which draws no candidates."""
+    return Evolution(space_of(model, settings, {}), pool, settings)
+
+
 def predicted(model: BlockModel, settings: Settings) -> Surgery:
     """About the same share everywhere, as if all units were alike."""
     alike = {(units.block, units.kind): torch.zeros(units.count) for units in find_units(model, KINDS)}
@@ -432,9 +442,10 @@ def apply(model: Model, tokens: Tensor, *, walk: Walk | None = None, **settings:
     space = space_of(blocks, chosen, {(block, kind): torch.tensor(score) for block, kind, score in found})
     evolution, epochs = Evolution(space, pool, chosen), []
     parents: list[Masks] = []
-    for number in range(chosen.epochs):
-        epochs.append(walk.memo(f"epoch-{number:04d}", partial(evolution.epoch, number, parents)))
-        parents = [tuple(map(tuple, masks)) for masks in epochs[-1]["parents"]]
+    with team_of(blocks, lambda: partial(_same_evolution, pool, chosen), walk) as evolution.team:
+        for number in range(chosen.epochs):
+            epochs.append(walk.memo(f"epoch-{number:04d}", partial(evolution.epoch, number, parents)))
+            parents = [tuple(map(tuple, masks)) for masks in epochs[-1]["parents"]]
     winner = parents[0]
     counts = tuple(map(len, winner))
     made_by = {

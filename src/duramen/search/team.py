@@ -1,0 +1,122 @@
+"""Candidates measured by Ray workers, on this machine or on several that see the same folders.
+
+Every worker opens the model and the levels for itself. A candidate's figure does not depend on who else is measured beside it, and
+figures are put back in the order of the candidates, so that the outcome is the same for any number of workers.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+
+from duramen.calibrate import ranks
+from duramen.calibrate.walker import Walk
+from duramen.families.model import BlockModel
+from duramen.problem import Exit, Problem
+from duramen.search.fitness import Choices
+
+
+class Measurer(Protocol):
+    """What a worker does."""
+
+    def measure(self, candidates: Sequence[Any], rows: Sequence[int]) -> list[float]:
+        """Fitness of candidates on some sequences of the pool."""
+
+
+Make = Callable[[BlockModel], Measurer]
+
+
+class _Worker:
+    """Lives in a process of its own."""
+
+    def __init__(self, folder: Path, dtype: torch.dtype, threads: int, make: Make) -> None:
+        torch.set_num_threads(threads)
+        self.measurer = make(BlockModel.from_folder(folder, dtype=dtype))
+
+    def measure(self, candidates: list[Choices], rows: list[int]) -> list[float]:
+        return self.measurer.measure(candidates, rows)
+
+
+class Team:
+    """Some workers.
+
+    Attributes:
+        actors: Their handles.
+    """
+
+    def __init__(self, actors: list[Any]) -> None:
+        self.actors = actors
+
+    def measure(self, candidates: Sequence[Choices], rows: Sequence[int]) -> list[float]:
+        """Every worker takes a run of the sorted candidates, which have the first blocks in common.
+
+        Raises:
+            Problem: If a worker died.
+        """
+        import ray
+
+        order = sorted(range(len(candidates)), key=lambda number: candidates[number])
+        size = -(-len(order) // len(self.actors))
+        parts = [order[start : start + size] for start in range(0, len(order), size)]
+        asked = [
+            actor.measure.remote([candidates[number] for number in part], list(rows))
+            for actor, part in zip(self.actors, parts, strict=False)
+        ]
+        try:
+            answers = ray.get(asked)
+        except ray.exceptions.RayActorError as error:
+            raise Problem(
+                f"A worker died: {str(error).splitlines()[0]}",
+                why="it ran out of memory, or its machine went away.",
+                fix="the same line again, perhaps with fewer `--workers`; finished generations are kept.",
+                code=Exit.CHECK_FAILED,
+            ) from None
+        found = [0.0] * len(candidates)
+        for part, answer in zip(parts, answers, strict=True):
+            for number, figure in zip(part, answer, strict=True):
+                found[number] = figure
+        return found
+
+
+@contextmanager
+def _running(model: BlockModel, make: Callable[[], Make], count: int, address: str) -> Iterator[Team]:
+    import ray
+
+    assert model.checkpoint is not None
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    own = {} if address else {"num_cpus": count, "include_dashboard": False}
+    ray.init(address=address or "local", log_to_driver=False, logging_level="ERROR", **own)
+    threads = 1 if address else max(1, (os.cpu_count() or 1) // count)
+    try:
+        start = ray.remote(num_cpus=1)(_Worker).remote
+        shared = ray.put(make())
+        yield Team([start(model.checkpoint.folder.resolve(), model.dtype, threads, shared) for _ in range(count)])
+    finally:
+        ray.shutdown()
+
+
+def team_of(model: BlockModel, make: Callable[[], Make], walk: Walk) -> Any:
+    """A context with the workers that a walk asks for; with None if it asks for none.
+
+    Args:
+        model: The dense model.
+        make: Gives what a worker makes its measurer with, from the model that it has opened.
+        walk: Says how many workers, and where.
+
+    Raises:
+        Problem: If Ray is missing, the model is not in a folder, or there are several ranks.
+    """
+    if not walk.workers:
+        return nullcontext()
+    if find_spec("ray") is None:
+        raise Problem("Workers need Ray, which is not installed.", why="it is an extra.", fix="`python -m pip install ray`")
+    if model.checkpoint is None or ranks.count() > 1:
+        reason = "the model is only in memory" if model.checkpoint is None else "this run has several ranks already"
+        raise Problem("No workers can be started.", why=f"{reason}.", fix="`duramen run … --workers N` without torchrun.")
+    return _running(model, make, walk.workers, walk.address)
