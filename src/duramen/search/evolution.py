@@ -35,7 +35,7 @@ from duramen.search.latency import prefills
 from duramen.search.mutate import switch_levels
 from duramen.search.nested import NESTED, write_nested
 from duramen.search.subnet import FORMAT, SEARCH
-from duramen.search.surrogate import Table, single_module_table, solve, thought
+from duramen.search.surrogate import Table, probed_levels, single_module_table, solve, thought
 from duramen.search.team import Make, Team, team_of
 from duramen.shrink.groups import find_units
 from duramen.shrink.model import carry_out
@@ -190,7 +190,7 @@ def evolve(search: Search, table: Table, starts: dict[str, Genome], memo: Memo) 
     """Runs generations until they are over or no longer better, each from the best so far.
 
     Returns:
-        ``starts``: KL of every start; ``generations``; ``winner`` and its ``kl``; ``tokens``: candidate tokens run.
+        ``starts``: KL of every start; ``generations``; ``winner`` and its ``kl``; ``tokens``: candidate tokens run by all generations.
     """
     first = memo("starts", lambda: search.measure(list(starts.values())))
     _check(first, "the starts")
@@ -269,8 +269,9 @@ def _apply(model: BlockModel, tokens: Tensor, settings: Settings, walk: Walk, fo
         return partial(_same_search, describe(database.modules), database.folder, pool, settings, search.lessons)
 
     with team_of(model, make, walk) as search.team:
-        table, starts = prepare(search, walk.memo)
+        table, starts, before = prepare(search, walk.memo)
         found = evolve(search, table, starts, walk.memo)
+        found["tokens"] += before
         winner: Genome = tuple(found["winner"])
         front = walk.memo("front", lambda: search.front(table, winner, found["kl"]))
     costs = {limit.resource: {"dense": limit.whole, "most": limit.most, "winner": limit.cost(winner)} for limit in bounds}
@@ -312,11 +313,13 @@ def _same_search(
     return search
 
 
-def prepare(search: Search, memo: Memo) -> tuple[Table, dict[str, Genome]]:
-    """What comes before evolution once there are levels: what modules lose alone, and the starts."""
+def prepare(search: Search, memo: Memo) -> tuple[Table, dict[str, Genome], int]:
+    """What comes before evolution once there are levels: what modules lose alone, the starts, and the tokens that both run."""
     chosen, modules = search.settings, search.database.modules
     tokens = chosen.stages[0][0] if chosen.stages else search.pool.numel()
     rows = search.draw(tokens, torch.Generator().manual_seed(chosen.seed))
     found = memo("alone", lambda: single_module_table(search.database, lambda genomes: search.measure(genomes, rows)))
     table = tuple(map(tuple, found))
-    return table, {"uniform": uniform(modules, search.bounds, table), "knapsack": solve(table, search.bounds)}
+    starts = {"uniform": uniform(modules, search.bounds, table), "knapsack": solve(table, search.bounds)}
+    trials = sum(len(probed_levels(module)) for module in modules)
+    return table, starts, trials * len(rows) * search.pool.shape[1] + len(starts) * search.pool.numel()
