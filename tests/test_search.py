@@ -24,7 +24,7 @@ from duramen.families.model import BlockModel
 from duramen.problem import Problem
 from duramen.registry import get_method
 from duramen.search.constraints import Limit, limits, repair
-from duramen.search.database import build, describe, plan_of
+from duramen.search.database import Database, build, describe, plan_of, restore
 from duramen.search.evolution import Settings, chosen_modules
 from duramen.search.fitness import bucketed_kl, divergences, log_rest, teach
 from duramen.search.mutate import switch_levels
@@ -195,6 +195,42 @@ def test_switches_within_a_kind_keep_the_budget():
     children = {switch_levels(parent, modules, generator) for _ in range(200)}
     assert len(children) > 10
     assert {bound.cost(child) for child in children} == {bound.cost(parent)}
+
+
+def test_a_runtime_narrows_the_space():
+    _, _, wide = made(levels=6, round_to=8)
+    _, _, narrow = made(levels=6, round_to=8, runtime="vllm")
+    assert {len(m.grid) for m in wide if m.units.kind == "kv_group"} == {2, 3}
+    assert [m.grid for m in narrow if m.units.kind == "kv_group"] == [(0, 2), (0, 2)], "the first attention cannot leave"
+    assert [m.grid for m in narrow if m.units.kind != "kv_group"] == [m.grid for m in wide if m.units.kind != "kv_group"]
+    with pytest.raises(Problem, match="cannot open blocks of several shapes of a model of type gpt2"):
+        made("gpt2", runtime="llama.cpp")
+
+
+@torch.no_grad()
+def test_the_search_comes_near_to_the_best_of_all_candidates(tmp_path):
+    """All 729 candidates of three levels each are run; the winner is among the best hundredth of those inside the limit, on the search's own tokens."""
+    torch.manual_seed(0)
+    tokens = tiny.ids(16, 32)
+    walk, options = Walk(folder=tmp_path), {"levels": 3, "round_to": 16, "off": False, "families": ["ffn_channel", "kv_group"]}
+    chosen = {
+        "target": {"block_parameters": 0.7},
+        "damping": 0.01,
+        "dense_target": 0.0,
+        "generations": 12,
+        "stages": [],
+        "top_k": 300,
+    }
+    get_method("search").apply(tiny.model("llama"), tokens, walk=walk, **options, **chosen)
+    found = json.loads(walk.reshape.files["search.json"])
+    model = BlockModel.from_module(tiny.model("llama"))
+    database = Database(model, restore(model, found["modules"]), tmp_path / "levels")
+    pool = tokens[3::4]
+    (bound,) = limits(model, database.modules, {"block_parameters": 0.7}, bits=16)
+    every = [g for g in product(*(range(len(m.grid)) for m in database.modules)) if bound.cost(g) <= bound.most]
+    kls = sorted(divergences(database, every, pool, teach(model, pool, 300)))
+    assert found["kl"] <= kls[len(kls) // 100], (found["kl"], kls[:5])
+    assert found["starts"]["knapsack"]["kl"] <= kls[len(kls) // 4]
 
 
 def test_measured_levels_are_joined_along_the_error_curve():

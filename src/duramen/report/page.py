@@ -173,6 +173,8 @@ def _search(made_by: dict[str, Any]) -> dict[str, Any]:
     if "prefill" in made_by:
         dense, winner = (made_by["prefill"][name] for name in ("dense", "winner"))
         limits.append(f"measured afterwards, a prefill takes {winner:,.0f} ms and {dense:,.0f} ms by the dense model")
+    if made_by.get("narrowed"):
+        limits.append(made_by["narrowed"])
     measure, front = made_by.get("measure", "KL"), made_by.get("front", [])
     found = {
         "limits": limits, "measure": measure, "tokens": f"{made_by['tokens']:,}", "best": f"{made_by['lineage'][-1]:.3f}",

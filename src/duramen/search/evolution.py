@@ -24,6 +24,7 @@ from pydantic import Field
 from torch import Tensor
 
 from duramen.calibrate.walker import SCRATCH, Memo, Records, Walk
+from duramen.families import OWN
 from duramen.families.model import BlockModel, Model
 from duramen.families.select import filter_layers
 from duramen.problem import Exit, Problem
@@ -55,6 +56,8 @@ class Settings(BudgetSettings):
     """What may be cut."""
     off: bool = True
     """Whether the attention or the MLP of a block may leave altogether; the attention of the first block stays."""
+    runtime: Literal["transformers", "vllm", "llama.cpp"] = "transformers"
+    """Who is to open the result; the others hold fewer shapes, and the search keeps to them."""
     only: tuple[str, ...] = ()
     """Projections that read the units that may go, by role (`down`), block range (`blocks:4-27`) or glob; empty means all."""
     skip: tuple[str, ...] = ()
@@ -211,8 +214,28 @@ def evolve(search: Search, table: Table, starts: dict[str, Genome], memo: Memo) 
     }  # fmt: skip
 
 
+NARROWED = {
+    "transformers": "",
+    "vllm": "for vLLM an attention keeps all its heads or leaves, since its class for blocks of several shapes has one number of query heads (expected, not run here)",
+    "llama.cpp": "for llama.cpp every level can be written (`duramen export gguf`); an MLP that leaves stands as 32 channels of zeros",
+}
+"""What a runtime does to the space of candidates."""
+
+
 def chosen_modules(model: BlockModel, settings: Settings) -> list[Module]:
-    """What may be cut, and how many units each level keeps, in running order; the units are not ordered yet."""
+    """What may be cut, and how many units each level keeps, in running order; the units are not ordered yet.
+
+    Raises:
+        Problem: On filters that match nothing, or a family that the runtime has no place for.
+    """
+    base = str(model.config.model_type).removeprefix(OWN)
+    if settings.runtime != "transformers" and base not in ("llama", "mistral"):
+        raise Problem(
+            f"{settings.runtime} cannot open blocks of several shapes of a model of type {base}.",
+            why="its class for such models has the arithmetic of Llama.",
+            fix="`runtime: transformers`, or `homogenise: true` for one shape.",
+            code=Exit.INCOMPATIBLE,
+        )
     units = {each.reader: each for each in find_units(model, settings.families)}
     roles = {name: role for name, role in model.layer_names().items() if name in units}
     kept = set(filter_layers(roles, settings.only, settings.skip))
@@ -221,6 +244,8 @@ def chosen_modules(model: BlockModel, settings: Settings) -> list[Module]:
         each = units[name]
         off = settings.off and not (each.kind == "kv_group" and each.block == 0)
         grid = grid_of(each, levels=settings.levels, round_to=settings.round_to, off=off)
+        if settings.runtime == "vllm" and each.kind == "kv_group":
+            grid = tuple(kept for kept in grid if kept in (0, each.count))
         if name in kept and len(grid) > 1:
             found.append(Module(each, grid))
     return found
@@ -287,7 +312,7 @@ def _apply(model: BlockModel, tokens: Tensor, settings: Settings, walk: Walk, fo
     made_by = {
         "method": "search", "settings": settings.model_dump(mode="json"), "costs": costs, "kl": found["kl"],
         "starts": {name: start["kl"] for name, start in found["starts"].items()}, "lineage": lineage, "tokens": found["tokens"],
-        "front": [{key: point[key] for key in ("share", "kl")} for point in front],
+        "front": [{key: point[key] for key in ("share", "kl")} for point in front], "narrowed": NARROWED[settings.runtime],
     }  # fmt: skip
     plan = plan_of(model, modules, winner, made_by)
     if "latency" in settings.target:
