@@ -2,8 +2,8 @@
 
     python benchmarks/reformation.py
 
-Cuts half of the input columns of every projection of SmolLM2-135M that reads units, those of least Wanda-sp score, and re-fits the rest: exactly
-(damping 0.001), by ADMM as published with its mistakes repaired (30 iterations, penalties of 0.01 to 100 on the Gram as it is and
+Cuts half of the input columns of every projection of SmolLM2-135M that reads units, those of least Wanda-sp score, and re-fits the rest: exactly (undamped and damped),
+by ADMM as published with its mistakes repaired (30 iterations, penalties of 0.01 to 100 on the Gram as it is and
 on the one of unit diagonal), and not at all. Records for every way the mean over layers of the squared output error relative to the squared output,
 and on how many layers the exact solution's is the larger one. Writes benchmarks/results/reformation.csv. About 25 minutes on one core.
 """
@@ -38,7 +38,8 @@ def compare(layer: Layer, gram: Tensor) -> dict[str, float]:
     weight, gram = layer.read().double(), gram.double()
     columns = wanda_sp(weight, gram.diagonal()).argsort()[: len(gram) // 2]
     scale = gram.diagonal().clamp_min(1e-30).sqrt()
-    ways = {"none": weight.index_fill(1, columns, 0), EXACT: reform(weight, gram, columns=columns, damping=0.001).weight}
+    ways = {"none": weight.index_fill(1, columns, 0), EXACT: reform(weight, gram, columns=columns, damping=1e-9).weight}
+    ways["exact, damping 0.01"] = reform(weight, gram, columns=columns, damping=0.01).weight
     for penalty in PENALTIES:
         ways[f"ADMM, penalty {penalty:g}"] = alternating(weight, gram, columns, penalty=penalty)
         unit = alternating(weight * scale, gram / torch.outer(scale, scale), columns, penalty=penalty)
