@@ -40,7 +40,7 @@ DEFAULT = "search"
 SUBJECTS: dict[str, tuple[str, dict[str, Any]]] = {
     "search": ("search", {}),
     "uniform": ("search", {"start": "uniform", "generations": 0}),
-    "knapsack": ("search", {"generations": 0}),
+    "knapsack": ("search", {"start": "knapsack", "generations": 0}),
     "fusion": ("fusion", {}),
     "search_masks": ("search_masks", {"epochs": 10, "population": 24, "mutants": 12, "crossovers": 7, "parents": 5, "fitness_tokens": 2048}),
 }  # fmt: skip

@@ -66,8 +66,8 @@ class Settings(BudgetSettings):
     """About so many widths for every FFN."""
     round_to: Annotated[int, Field(ge=1)] = 64
     """FFN widths are multiples of it."""
-    start: Literal["knapsack", "uniform"] = "knapsack"
-    """Where evolution begins: at the best sum of what modules lose alone, or at the same share everywhere."""
+    start: Literal["best", "knapsack", "uniform"] = "best"
+    """Where evolution begins: at the best sum of what modules lose alone, at the same share everywhere, or at the better of the two."""
     generations: Annotated[int, Field(ge=0)] = 20
     """How many, at most."""
     patience: Annotated[int, Field(ge=1)] = 8
@@ -198,7 +198,8 @@ def evolve(search: Search, table: Table, starts: dict[str, Genome], memo: Memo) 
     first = memo("starts", lambda: search.measure(list(starts.values())))
     _check(first, "the starts")
     found = dict(zip(starts, first, strict=True))
-    parent, loss = starts[search.settings.start], found[search.settings.start]
+    chosen = min(found, key=lambda name: found[name]) if search.settings.start == "best" else search.settings.start
+    parent, loss = starts[chosen], found[chosen]
     generations: list[dict[str, Any]] = []
     idle = 0
     for number in range(search.settings.generations):
@@ -209,7 +210,7 @@ def evolve(search: Search, table: Table, starts: dict[str, Genome], memo: Memo) 
         if idle == search.settings.patience:
             break
     return {
-        "starts": {name: {"levels": list(genome), "kl": found[name]} for name, genome in starts.items()},
+        "starts": {name: {"levels": list(genome), "kl": found[name]} for name, genome in starts.items()}, "start": chosen,
         "generations": generations, "winner": list(parent), "kl": loss, "tokens": sum(step["tokens"] for step in generations),
     }  # fmt: skip
 
@@ -308,7 +309,7 @@ def _apply(model: BlockModel, tokens: Tensor, settings: Settings, walk: Walk, fo
         "modules": [item | {"alone": alone} for item, alone in zip(describe(modules), table, strict=True)],
         "front": front,
     } | found
-    lineage = [found["starts"][settings.start]["kl"], *(step["kl"] for step in found["generations"])]
+    lineage = [found["starts"][found["start"]]["kl"], *(step["kl"] for step in found["generations"])]
     made_by = {
         "method": "search", "settings": settings.model_dump(mode="json"), "costs": costs, "kl": found["kl"],
         "starts": {name: start["kl"] for name, start in found["starts"].items()}, "lineage": lineage, "tokens": found["tokens"],
