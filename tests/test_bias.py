@@ -42,7 +42,7 @@ def edit(prune, target, sums, settings):
 @pytest.mark.parametrize("alpha", [0.0, 0.5, 1.0])
 def test_weight_and_bias_are_least_squares_with_an_intercept(alpha):
     dense, edited = (x.float().double() for x in inputs())
-    sums, target = Statistics(INPUTS, held_out=False, cross=True, device=torch.device("cpu")), layer()
+    sums, target = Statistics(INPUTS, held_out=False, dense_inputs=INPUTS, device=torch.device("cpu")), layer()
     sums.update(edited.T, dense=dense.T)
     pruned = torch.rand(OUTPUTS, INPUTS, generator=torch.Generator().manual_seed(0)) < 0.5
 
@@ -69,7 +69,7 @@ def test_weight_and_bias_are_least_squares_with_an_intercept(alpha):
 
 def test_a_bias_that_is_corrected_never_hurts():
     _, edited = inputs()
-    sums = Statistics(INPUTS, held_out=False, cross=False, device=torch.device("cpu"))
+    sums = Statistics(INPUTS, held_out=False, device=torch.device("cpu"))
     sums.update(edited.T)
     errors = {
         bias: edit(
@@ -83,7 +83,7 @@ def test_a_bias_that_is_corrected_never_hurts():
 def test_a_layer_without_bias_gets_none():
     bare = layer()
     del bare.stored["bias"]
-    sums = Statistics(INPUTS, held_out=False, cross=False, device=torch.device("cpu"))
+    sums = Statistics(INPUTS, held_out=False, device=torch.device("cpu"))
     sums.update(inputs()[1].T)
     edit(multiweight.prune, bare, sums, multiweight.Settings(sparsity=0.5, damping=0.01))
     assert set(bare.edited) == {"layer.weight"}

@@ -133,7 +133,7 @@ def test_chosen_damping_is_the_best_of_the_grid_on_held_out_tokens():
     x = tiny.correlated(32, 40)
     weight = torch.randn(16, 32, dtype=torch.float64)
 
-    sums = Statistics(32, held_out=True, cross=False, device=torch.device("cpu"))
+    sums = Statistics(32, held_out=True, device=torch.device("cpu"))
     sums.update(x[:, :28].T)
     sums.update(x[:, 28:].T, held_out=True)
     grid = (1e-4, 0.01, 0.1, 1.0)

@@ -136,7 +136,7 @@ def test_both_boundaries(llama):
 
 
 def test_held_out_sums_add_up():
-    sums = Statistics(5, held_out=True, cross=False, device=torch.device("cpu"))
+    sums = Statistics(5, held_out=True, device=torch.device("cpu"))
     batches = torch.randn(3, 7, 5)
     for number, batch in enumerate(batches):
         sums.update(batch, held_out=number == 2)

@@ -72,8 +72,9 @@ def add_up(statistics: Statistics) -> None:
     for moments in (statistics.total, statistics.held_out, statistics.dense):
         if moments is not None:
             _add_up_moments(moments)
-    if statistics.cross is not None:
-        add(statistics.cross)
+    for cross in (statistics.cross, statistics.held_out_cross):
+        if cross is not None:
+            add(cross)
 
 
 def add(tensor: Tensor) -> None:

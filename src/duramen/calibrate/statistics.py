@@ -61,28 +61,39 @@ class Statistics:
         held_out: The part of it from held-out sequences; only if asked for.
         dense: Over all tokens x that the dense model feeds it; only if asked for.
         cross: Σ x x̂ᵀ, [I, I]; only with ``dense``.
+        held_out_cross: The part of it from held-out sequences; only if asked for.
+
+    Args:
+        inputs: Of the layer, I.
+        held_out: Whether some sequences are kept for validation.
+        dense_inputs: Of the layer in the dense model, which may be wider; 0 for no statistics of it.
+        held_out_cross: Whether the cross sums of held-out sequences are kept apart as well.
+        device: Where the sums are.
     """
 
-    def __init__(self, inputs: int, *, held_out: bool, cross: bool, device: torch.device) -> None:
-        kind = torch.float64 if inputs <= DOUBLE_UP_TO else torch.float32
+    def __init__(
+        self, inputs: int, *, held_out: bool, dense_inputs: int = 0, held_out_cross: bool = False, device: torch.device
+    ) -> None:
+        kind = torch.float64 if max(inputs, dense_inputs) <= DOUBLE_UP_TO else torch.float32
 
         def zeros(*shape: int) -> Tensor:
             return torch.zeros(shape, dtype=kind, device=device)
 
-        def moments() -> Moments:
-            return Moments(0, zeros(inputs), zeros(inputs, inputs))
+        def moments(width: int) -> Moments:
+            return Moments(0, zeros(width), zeros(width, width))
 
-        self.total = moments()
-        self.held_out = moments() if held_out else None
-        self.dense = moments() if cross else None
-        self.cross = zeros(inputs, inputs) if cross else None
+        self.total = moments(inputs)
+        self.held_out = moments(inputs) if held_out else None
+        self.dense = moments(dense_inputs) if dense_inputs else None
+        self.cross = zeros(dense_inputs, inputs) if dense_inputs else None
+        self.held_out_cross = zeros(dense_inputs, inputs) if held_out_cross else None
 
     def update(self, edited: Tensor, *, dense: Tensor | None = None, held_out: bool = False) -> None:
         """Adds one batch of inputs.
 
         Args:
             edited: What the edited model feeds the layer, [..., I].
-            dense: What the dense model feeds it, same shape; needed if ``cross`` was asked for.
+            dense: What the dense model feeds it, [..., I]; needed if its statistics were asked for.
             held_out: Whether this batch is kept for validation.
         """
         rows = edited.flatten(0, -2).float()
@@ -93,7 +104,10 @@ class Statistics:
         if self.cross is not None and self.dense is not None:
             assert dense is not None
             source = dense.flatten(0, -2).float()
-            self.cross += source.T @ rows
+            product = source.T @ rows
+            self.cross += product
+            if held_out and self.held_out_cross is not None:
+                self.held_out_cross += product
             self.dense.add(source, gram(source))
 
     @property

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
@@ -111,17 +112,23 @@ class Walk:
 
 @dataclass
 class _Boundary:
-    """Hidden states of every batch before the open block: as the edited model has them, and as the dense one does."""
+    """Hidden states of every batch before the open block, and how blocks are called: in the edited model, and in the dense one."""
 
     edited: Activations
     dense: Activations | None
     calls: list[list[Call]]
+    dense_calls: list[list[Call]]
+    parent: BlockModel | None
     held_out: list[bool]
 
-    def passes(self, module: nn.Module, index: int, *, dense: bool = False) -> Passes:
-        """The passes of block ``index`` from this boundary on."""
-        hidden = self.dense if dense and self.dense else self.edited
-        return Passes(module, [calls[index] for calls in self.calls], hidden)
+    def passes(self, module: nn.Module, index: int) -> Passes:
+        """The passes of block ``index`` of the edited model from this boundary on."""
+        return Passes(module, [calls[index] for calls in self.calls], self.edited)
+
+    def dense_passes(self, module: nn.Module, index: int) -> Passes:
+        """The same of the dense model."""
+        assert self.dense is not None
+        return Passes(module, [calls[index] for calls in self.dense_calls], self.dense)
 
 
 @torch.no_grad()
@@ -134,6 +141,7 @@ def walk_blocks(
     walk: Walk,
     held_out_every: int = 0,
     dense_target: bool = False,
+    parent: BlockModel | None = None,
 ) -> Records:
     """Goes through all blocks and edits the named layers.
 
@@ -145,6 +153,8 @@ def walk_blocks(
         walk: Batch size, store, progress.
         held_out_every: Every n-th sequence is held out for validation; 0 holds out none.
         dense_target: Whether to run the dense model in step, for the statistics of its inputs too.
+        parent: What that is: a model with as many blocks, whose layers the edited ones know as theirs (``layer.parent``); None for
+            the model as it was before.
 
     Returns:
         The records of all layers, in order.
@@ -155,7 +165,9 @@ def walk_blocks(
     batches, held_out = split_batches(tokens, walk.batch_size, held_out_every)
     mine = _share_of_this_rank(len(batches))
     with TemporaryDirectory(dir=walk.scratch, prefix=SCRATCH) as scratch:
-        boundary = _first_boundary(model, [batches[number] for number in mine], walk, Path(scratch), dense=dense_target)
+        boundary = _first_boundary(
+            model, [batches[number] for number in mine], walk, Path(scratch), dense=dense_target, parent=parent
+        )
         boundary.held_out = [held_out[number] for number in mine]
         records: Records = []
         for index in range(_blocks_to_walk(model, names, walk)):
@@ -180,18 +192,25 @@ def _share_of_this_rank(batches: int) -> list[int]:
     return list(range(ranks.rank(), batches, ranks.count()))
 
 
-def _first_boundary(model: BlockModel, batches: list[Tensor], walk: Walk, scratch: Path, *, dense: bool) -> _Boundary:
-    budget, calls = Budget(walk.activation_memory), []
+def _first_boundary(
+    model: BlockModel, batches: list[Tensor], walk: Walk, scratch: Path, *, dense: bool, parent: BlockModel | None
+) -> _Boundary:
+    budget = Budget(walk.activation_memory)
+    calls: list[list[Call]] = []
+    dense_calls: list[list[Call]] = []
 
-    def before_the_first_block() -> Iterator[Tensor]:
+    def before_the_first_block(of: BlockModel, into: list[list[Call]]) -> Iterator[Tensor]:
         for batch in batches:
-            hidden, calls_of_batch = model.capture(batch)
-            calls.append(calls_of_batch)
+            hidden, calls_of_batch = of.capture(batch)
+            into.append(calls_of_batch)
             yield hidden
 
-    edited = Activations(before_the_first_block(), budget, scratch / "edited")
-    copies = (edited[number].clone() for number in range(len(edited)))
-    return _Boundary(edited, Activations(copies, budget, scratch / "dense") if dense else None, calls, [])
+    edited, same = Activations(before_the_first_block(model, calls), budget, scratch / "edited"), None
+    if dense:
+        copies = (edited[number].clone() for number in range(len(edited)))
+        source = before_the_first_block(parent, dense_calls) if parent else copies
+        same = Activations(source, budget, scratch / "dense")
+    return _Boundary(edited, same, calls, dense_calls or calls, parent if dense else None, [])
 
 
 def _blocks_to_walk(model: BlockModel, names: Sequence[str], walk: Walk) -> int:
@@ -214,8 +233,9 @@ def _edit_block(
 ) -> Records:
     """Edits one block and moves the boundary past it."""
     records: Records = []
-    with model.opened(index) as block:
-        dense = boundary.passes(copy.deepcopy(block.module), index, dense=True) if boundary.dense else None
+    with ExitStack() as opened:
+        block = opened.enter_context(model.opened(index))
+        dense = _dense_passes(block, boundary, opened)
         passes = boundary.passes(block.module, index)
         stages = _stages_to_edit(model, block, names)
         for number, layers in enumerate(stages):
@@ -234,6 +254,18 @@ def _edit_block(
         for each in filter(None, (passes, dense)):
             each.advance(f"{model.family.blocks}.{index}")
     return records
+
+
+def _dense_passes(block: OpenBlock, boundary: _Boundary, opened: ExitStack) -> Passes | None:
+    """The passes of the same block of the dense model, if it runs in step; the layers get to know theirs."""
+    if boundary.dense is None:
+        return None
+    if boundary.parent is None:
+        return boundary.dense_passes(copy.deepcopy(block.module), block.index)
+    source = opened.enter_context(boundary.parent.opened(block.index))
+    for path, layer in block.layers.items():
+        layer.parent = source.layers.get(path)
+    return boundary.dense_passes(source.module, block.index)
 
 
 def _edit_stage(layers: list[Layer], statistics: Statistics, edit: Edit) -> Iterator[dict[str, Any]]:
@@ -267,22 +299,29 @@ def _children(layers: Iterable[Layer]) -> set[str]:
 
 def _advance_finished(model: BlockModel, index: int, boundary: _Boundary, edited: dict[str, Tensor]) -> None:
     if boundary.dense:
-        with model.opened(index) as block:
-            boundary.passes(block.module, index, dense=True).advance(f"{model.family.blocks}.{index}")
+        with (boundary.parent or model).opened(index) as block:
+            boundary.dense_passes(block.module, index).advance(f"{model.family.blocks}.{index}")
     with model.opened(index, edited=edited) as block:
         boundary.passes(block.module, index).advance(f"{model.family.blocks}.{index}")
 
 
 def _observe(layer: Layer, passes: Passes, dense: Passes | None, aside: list[bool], *, held_out: bool) -> Statistics:
     """Streams the statistics of the input of one stage over all batches of all ranks."""
-    inputs, device = layer.read().shape[1], passes.hidden[0].device
-    statistics = Statistics(inputs, held_out=held_out, cross=dense is not None, device=device)
+    inputs, device, source_layer = layer.read().shape[1], passes.hidden[0].device, layer.parent or layer
+    source_inputs = source_layer.read().shape[1] if dense else 0
+    statistics = Statistics(
+        inputs,
+        held_out=held_out,
+        dense_inputs=source_inputs,
+        held_out_cross=held_out and layer.parent is not None,
+        device=device,
+    )
     for batch, kept in enumerate(aside):
         seen = passes.stage_input(layer, batch)
         if seen is None:
             raise _never_called(layer.name)
         check_activations(seen, layer.name)
-        source = dense.stage_input(layer, batch) if dense else None
+        source = dense.stage_input(source_layer, batch) if dense else None
         statistics.update(seen, dense=source, held_out=kept)
     ranks.add_up(statistics)
     return statistics

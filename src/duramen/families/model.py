@@ -39,6 +39,7 @@ class Layer:
         stored: Its weight and, if it has one, its bias as stored, not as cast for the forward pass.
         edited: The new ones by full name, in the stored type and layout, once written.
         pruned: What was removed from the weight, bool [O, I], where the edit removed anything.
+        parent: The same layer of the dense model, where a step runs that in step.
     """
 
     name: str
@@ -48,6 +49,7 @@ class Layer:
     stored: dict[str, Tensor]
     edited: dict[str, Tensor] = field(default_factory=dict)
     pruned: Tensor | None = None
+    parent: Layer | None = None
 
     def read(self) -> Tensor:
         """The weight, [O, I], in its stored type."""
