@@ -244,6 +244,7 @@ def _transform(context: Context, folder: Path, step: Step, place: str, results: 
         store=store,
         memo=_kept(context, place),
         folder=context.directory.state / place,
+        parent=None if folder == context.source else context.source,
         workers=context.workers,
         address=context.address,
         progress=lambda record: context.tell("layer", blocks=len(opened.blocks), **record),

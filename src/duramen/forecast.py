@@ -16,6 +16,7 @@ from duramen.families.select import filter_layers
 from duramen.prune.model import PruneSettings
 from duramen.prune.pattern import Scope, parse_pattern
 from duramen.recipe import Recipe, Step
+from duramen.recover import refit
 from duramen.registry import Settings
 from duramen.search import evolution, masks, subnet
 from duramen.shrink import cut, depth
@@ -54,6 +55,8 @@ def forecast(model: BlockModel, recipe: Recipe, steps: list[Step], *, gigaflops:
             flops = _walk_flops(model, shapes, names, tokens) + sum(_solve_flops(step.settings, shapes[name]) for name in names)
             memory = _memory(model, shapes, step.settings, tokens, width)
             entry = {"flops": flops, "memory_bytes": memory} | _coverage(model, shapes, names, step.settings)
+        elif isinstance(step.settings, refit.Settings):
+            entry = _refitted(model, shapes, step.settings, tokens, width)
         else:
             surgery = _surgery(model, step.settings)
             entry = _shrunk(model, shapes, step, surgery, tokens, width)
@@ -124,6 +127,26 @@ def _shrunk(
         ],
         "note": f"{note}; widths will follow the scores, block by block" if scored else note,
     }  # fmt: skip
+
+
+def _refitted(
+    model: BlockModel, shapes: dict[str, tuple[int, int]], settings: refit.Settings, tokens: int, width: int
+) -> dict[str, Any]:
+    """A refit: both models run, three sums for every stage, and a solve for every layer and damping."""
+    names = filter_layers(model.layer_names(), settings.only, settings.skip)
+    tries = len(settings.damping_grid) if settings.damping == "held-out" else 1
+    solves = sum(
+        (tries + 1) * 4 * inputs**3 + 40 * min(outputs, 128) * tries * inputs**2 + 60 * outputs * inputs**2
+        for outputs, inputs in (shapes[name] for name in names)
+    )
+    flops = 3 * _walk_flops(model, shapes, names, tokens) + solves
+    widest = max(shapes[name][1] for name in names)
+    memory = BASE_MEMORY + 8 * _outside(model) + 16 * _largest_block(model, shapes) + 8 * tokens * width + 80 * widest**2
+    return {
+        "flops": flops,
+        "memory_bytes": memory,
+        "note": f"{len(names)} layers, of which those are refitted that lost something",
+    }
 
 
 def _shapes(model: BlockModel) -> dict[str, tuple[int, int]]:

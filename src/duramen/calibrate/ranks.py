@@ -69,12 +69,11 @@ def add_up(statistics: Statistics) -> None:
     """Adds the sums of all ranks, in place."""
     if count() == 1:
         return
-    for moments in (statistics.total, statistics.held_out, statistics.dense):
+    for moments in (statistics.total, statistics.held_out, statistics.dense, statistics.held_out_cross):
         if moments is not None:
             _add_up_moments(moments)
-    for cross in (statistics.cross, statistics.held_out_cross):
-        if cross is not None:
-            add(cross)
+    if statistics.cross is not None:
+        add(statistics.cross)
 
 
 def add(tensor: Tensor) -> None:

@@ -61,7 +61,7 @@ class Statistics:
         held_out: The part of it from held-out sequences; only if asked for.
         dense: Over all tokens x that the dense model feeds it; only if asked for.
         cross: Σ x x̂ᵀ, [I, I]; only with ``dense``.
-        held_out_cross: The part of it from held-out sequences; only if asked for.
+        held_out_cross: The part from held-out sequences of Σ x and Σ x x̂ᵀ; only if asked for.
 
     Args:
         inputs: Of the layer, I.
@@ -86,7 +86,7 @@ class Statistics:
         self.held_out = moments(inputs) if held_out else None
         self.dense = moments(dense_inputs) if dense_inputs else None
         self.cross = zeros(dense_inputs, inputs) if dense_inputs else None
-        self.held_out_cross = zeros(dense_inputs, inputs) if held_out_cross else None
+        self.held_out_cross = Moments(0, zeros(dense_inputs), zeros(dense_inputs, inputs)) if held_out_cross else None
 
     def update(self, edited: Tensor, *, dense: Tensor | None = None, held_out: bool = False) -> None:
         """Adds one batch of inputs.
@@ -107,7 +107,7 @@ class Statistics:
             product = source.T @ rows
             self.cross += product
             if held_out and self.held_out_cross is not None:
-                self.held_out_cross += product
+                self.held_out_cross.add(source, product)
             self.dense.add(source, gram(source))
 
     @property

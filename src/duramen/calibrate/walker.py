@@ -88,6 +88,7 @@ class Walk:
         store: Keeps finished blocks, so that a walk can be resumed.
         memo: (name, compute) -> what ``compute`` gave, now or in an earlier run that is resumed.
         folder: Where a method may keep files of its own, which a resumed run finds again; None for nowhere.
+        parent: Folder of the model that the recipe began with, where an earlier step has edited it since.
         workers: Processes among which a search divides its candidates; 0 for this one alone.
         address: Ray cluster that they belong to; empty for this machine.
         progress: Called with each layer's record as it is finished.
@@ -102,6 +103,7 @@ class Walk:
     store: Store | None = None
     memo: Memo = lambda name, compute: compute()
     folder: Path | None = None
+    parent: Path | None = None
     workers: int = 0
     address: str = ""
     progress: Callable[[dict[str, Any]], None] = lambda record: None

@@ -1,0 +1,1 @@
+"""Winning back what compression cost."""

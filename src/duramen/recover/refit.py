@@ -1,0 +1,280 @@
+"""Closed-form refit: the weights that are left move to where the block comes nearest to the dense model's outputs; no gradients.
+
+For masks that were chosen without solving anything (magnitude, Wanda, foreign ones) and for cuts that were not repaired. Every layer is fitted to
+what the dense model's own layer puts out on its own inputs, from the inputs that the edited model really feeds it, so that later layers
+make up for what earlier ones lost (method sheet of RoRA, 2.6). A layer moves only if sequences that it was not fitted to say that it should.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from duramen.assets import open_model
+from duramen.calibrate.statistics import Statistics
+from duramen.calibrate.walker import Records, Walk, walk_blocks
+from duramen.families.model import BlockModel, Layer, Model
+from duramen.families.select import filter_layers
+from duramen.problem import Exit, Problem
+from duramen.prune.factor import Factor, factorise
+from duramen.prune.layer import GRID, Damping, DampingGrid, HeldOut
+from duramen.prune.pattern import SPARSE_FROM
+from duramen.prune.reconstruct import compute_dtype, reconstruct
+from duramen.registry import Settings as MethodSettings
+from duramen.registry import method
+
+TRIAL_ROWS = 128
+"""Outputs of a layer on which dampings are compared."""
+
+
+class Settings(MethodSettings):
+    """Settings of the refit."""
+
+    parent: str = ""
+    """The dense model: folder, embedded name, GGUF file or hub id; empty for the model that the recipe began with."""
+    damping: Damping = "held-out"
+    """λ as a share of the mean diagonal of the Gram, which holds the weights back; `held-out` chooses it on held-out sequences."""
+    held_out: HeldOut = 0.125
+    """Share of the calibration sequences that are held out: they choose the damping, and whether a layer moves at all."""
+    damping_grid: DampingGrid = GRID
+    """Candidates for `damping: held-out`."""
+    everything: bool = False
+    """Whether to refit layers too that lost nothing themselves, so that they make up for those before them."""
+    only: tuple[str, ...] = ()
+    """Layers to refit, by role (`down`), block range (`blocks:4-27`) or glob; empty means all."""
+    skip: tuple[str, ...] = ()
+    """Layers that stay, in the same words."""
+
+
+def refit(
+    weight: Float[Tensor, "O I"],
+    goal: Float[Tensor, "O J"],
+    cross: Float[Tensor, "J I"],
+    pruned: Bool[Tensor, "O I"],
+    factor: Factor,
+) -> Float[Tensor, "O I"]:
+    """Min over V, zero where pruned, of E‖x_d Wᵀ − x_e Vᵀ‖² + λ‖V − V₀‖².
+
+    Without the mask the solution is (W·C + λV₀)(G + λ)⁻¹; with it, what comes nearest to that under G + λ.
+
+    Args:
+        weight: V₀, as it is now.
+        goal: W of the dense model, whose inputs may be more.
+        cross: C = Σ x_d x_eᵀ.
+        pruned: True where a weight must be zero.
+        factor: G = Σ x_e x_eᵀ with its damping λ, factorised.
+    """
+    kind = factor.hessian.dtype
+    mean = float(factor.hessian.diagonal().mean()) / (1 + factor.damping)
+    free = (goal.to(kind) @ cross.to(kind) + factor.damping * mean * weight.to(kind)) @ factor.inverse
+    return reconstruct(free, factor.hessian, pruned, factor=factor).weight.to(weight.dtype)
+
+
+def distance(
+    weight: Float[Tensor, "O I"], goal: Float[Tensor, "O J"], second: Float[Tensor, "I I"], cross: Float[Tensor, "J I"]
+) -> float:
+    """Σ‖x_d Wᵀ − x_e Vᵀ‖² up to what V does not change: tr(V G Vᵀ) − 2 tr(W C Vᵀ)."""
+    new = weight.double()
+    return float(((new @ second.double() - 2 * (goal.double() @ cross.double())) * new).sum())
+
+
+@method("refit", title="Closed-form refit", paper="masked least squares", kind="recover", needs=("tokens",), settings=Settings)
+def apply(model: Model, tokens: Tensor, *, walk: Walk | None = None, dense: Model | None = None, **settings: object) -> Records:
+    """Refits the layers of a model that lost something.
+
+    Args:
+        model: The edited model; one in memory is refitted in place.
+        tokens: Calibration token ids, [S, T].
+        walk: How to walk; its ``parent`` is the dense model, if nothing else says which.
+        dense: The dense model, in memory.
+        **settings: See ``Settings``.
+
+    Returns:
+        One record per layer that was looked at.
+
+    Raises:
+        Problem: If there is no dense model, it does not fit, nothing was lost, or values are not finite.
+    """
+    chosen, walk = Settings.model_validate(settings), walk or Walk()
+    blocks = BlockModel.of(model)
+    parent = _parent(blocks, chosen, walk, dense)
+    names = _lossy(blocks, parent, chosen)
+    return walk_blocks(
+        blocks, tokens, partial(_prepare, settings=chosen), names, walk=walk,
+        held_out_every=round(1 / chosen.held_out), dense_target=True, parent=parent,
+    )  # fmt: skip
+
+
+def _parent(model: BlockModel, settings: Settings, walk: Walk, given: Model | None) -> BlockModel:
+    """The dense model.
+
+    Raises:
+        Problem: If there is none, or it has other blocks.
+    """
+    folder = open_model(settings.parent) if settings.parent else walk.parent
+    if given is None and folder is None:
+        raise Problem(
+            "There is no dense model to refit to.",
+            why="this recipe begins with the model that is to be refitted.",
+            fix="`parent: MODEL`, or the step that prunes in the same recipe.",
+        )
+    dense = BlockModel.of(given) if given is not None else BlockModel.from_folder(Path(str(folder)), dtype=model.dtype)
+    if (len(dense.blocks), dense.family.name) != (len(model.blocks), model.family.name):
+        raise Problem(
+            f"The dense model has {len(dense.blocks)} blocks of {dense.family.name}, this one {len(model.blocks)} of {model.family.name}.",
+            why="every block is fitted to its own in the dense model.",
+            fix="a `parent` with the same blocks; where blocks were dropped a refit cannot say which is which.",
+            code=Exit.INCOMPATIBLE,
+        )  # fmt: skip
+    return dense
+
+
+def _lossy(model: BlockModel, dense: BlockModel, settings: Settings) -> list[str]:
+    """The layers with as many outputs as in the dense model that have zeros or fewer inputs; all of them with ``everything``.
+
+    Raises:
+        Problem: If there are none.
+    """
+    names = filter_layers(model.layer_names(), settings.only, settings.skip)
+    shapes = {name: (_shape(model, name), _shape(dense, name)) for name in names if _has(dense, name)}
+    whole = [name for name, (now, before) in shapes.items() if now[0] == before[0]]
+    if settings.everything:
+        return whole
+    found: list[str] = []
+    for index in range(len(model.blocks)):
+        with model.opened(index) as block:
+            here = [layer for layer in block.layers.values() if layer.name in whole]
+            found += [each.name for each in here if shapes[each.name][0] != shapes[each.name][1] or _pruned(each).any()]
+    if not found:
+        raise Problem(
+            "No layer of this model lost anything.",
+            why=f"none of {len(names)} layers has at least {SPARSE_FROM:.0%} zeros, or fewer inputs than in the dense model.",
+            fix="a pruned model, or `everything: true`.",
+        )
+    return found
+
+
+def _has(model: BlockModel, name: str) -> bool:
+    return name in model.layer_names()
+
+
+def _shape(model: BlockModel, name: str) -> tuple[int, int]:
+    rows, columns = model.network.get_submodule(name).weight.shape  # type: ignore[misc]
+    return (columns, rows) if model.transposed(name) else (rows, columns)
+
+
+def _pruned(layer: Layer) -> Bool[Tensor, "O I"]:
+    """Where a layer's weights must stay zero."""
+    zeros = layer.read() == 0
+    return zeros if float(zeros.float().mean()) > SPARSE_FROM else torch.zeros_like(zeros)
+
+
+@dataclass(frozen=True)
+class _Sums:
+    """G = Σ x_e x_eᵀ and C = Σ x_d x_eᵀ, about fixed means where biases make up for them."""
+
+    second: Float[Tensor, "I I"]
+    cross: Float[Tensor, "J I"]
+
+    def without(self, part: _Sums) -> _Sums:
+        """Over the tokens that are not in ``part``."""
+        return _Sums(self.second - part.second, self.cross - part.cross)
+
+
+@dataclass(frozen=True)
+class _Stage:
+    """What the layers of a stage share: sums over all tokens, those fitted to, and those held out; the damping; the factorised Grams."""
+
+    total: _Sums
+    held_out: _Sums
+    damping: float
+    trial: Factor
+    factor: Factor
+    with_bias: bool
+    statistics: Statistics
+
+    def refitted(self, layer: Layer) -> Tensor | None:
+        """The layer's new weights, or None where those of the other sequences would leave the held-out ones further off."""
+        assert layer.parent is not None
+        weight, goal, pruned = layer.read(), layer.parent.read(), _pruned(layer)
+        some = slice(None, None, max(1, len(weight) // TRIAL_ROWS))
+        trial = refit(weight[some], goal[some], self.total.without(self.held_out).cross, pruned[some], self.trial)
+        before, after = (
+            distance(each, goal[some], self.held_out.second, self.held_out.cross) for each in (weight[some], trial)
+        )
+        return refit(weight, goal, self.total.cross, pruned, self.factor) if after < before else None
+
+
+def _prepare(layers: list[Layer], statistics: Statistics, *, settings: Settings) -> Callable[[Layer], dict[str, Any]]:
+    """Chooses the damping that the layers of a stage share, on their held-out sequences."""
+    with_bias = all(layer.bias is not None and layer.parent is not None and layer.parent.bias is not None for layer in layers)
+    total, held_out = _sums(statistics, with_bias)
+    train, kind = total.without(held_out), compute_dtype(layers[0].read())
+    grid = settings.damping_grid if settings.damping == "held-out" else (settings.damping,)
+    tried = []
+    for damping in grid:
+        factor, error = factorise(train.second, damping, dtype=kind), 0.0
+        for layer in layers if len(grid) > 1 else ():
+            assert layer.parent is not None
+            some = slice(None, None, max(1, len(layers) * len(layer.read()) // TRIAL_ROWS))
+            weight, goal = layer.read()[some], layer.parent.read()[some]
+            found = refit(weight, goal, train.cross, _pruned(layer)[some], factor)
+            error += distance(found, goal, held_out.second, held_out.cross)
+        tried.append((error, damping, factor))
+    _, damping, trial = min(tried, key=lambda each: each[0])
+    stage = _Stage(total, held_out, damping, trial, factorise(total.second, damping, dtype=kind), with_bias, statistics)
+    return partial(_refit_layer, stage=stage)
+
+
+def _sums(statistics: Statistics, with_bias: bool) -> tuple[_Sums, _Sums]:
+    """Over all tokens, and over those held out."""
+    total, held_out, dense = statistics.total, statistics.held_out, statistics.dense
+    cross, held_out_cross = statistics.cross, statistics.held_out_cross
+    assert held_out is not None
+    assert dense is not None
+    assert cross is not None
+    assert held_out_cross is not None
+    if not with_bias:
+        return _Sums(total.second, cross), _Sums(held_out.second, held_out_cross.second)
+    mine, theirs = total.mean, dense.mean
+    apart = held_out_cross.second - torch.outer(held_out_cross.first, mine)
+    apart -= torch.outer(theirs, held_out.first - held_out.count * mine)
+    return _Sums(total.about(mine), cross - torch.outer(dense.first, mine)), _Sums(held_out.about(mine), apart)
+
+
+def _refit_layer(layer: Layer, *, stage: _Stage) -> dict[str, Any]:
+    """Refits one layer, and says how far its outputs are from the dense model's before and after."""
+    start, weight = time.perf_counter(), layer.read()
+    found = stage.refitted(layer)
+    new = weight if found is None else found
+    assert layer.parent is not None
+    assert stage.statistics.dense is not None
+    goal, dense = layer.parent.read(), stage.statistics.dense
+    spread = dense.about(dense.mean) if stage.with_bias else dense.second
+    whole = max(float(((goal.double() @ spread.double()) * goal.double()).sum()), 1e-30)
+    before, after = (1 + distance(each, goal, stage.total.second, stage.total.cross) / whole for each in (weight, new))
+    if found is not None:
+        layer.write(new, bias=_bias(layer, new, stage.statistics) if stage.with_bias else None)
+    pruned = _pruned(layer)
+    return {
+        "removed": int(pruned.sum()), "size": weight.numel(), "moved": found is not None, "damping": stage.damping,
+        "relative_error": after, "error_before": before, "seconds": time.perf_counter() - start,
+    }  # fmt: skip
+
+
+def _bias(layer: Layer, weight: Tensor, statistics: Statistics) -> Tensor:
+    """B + W·mean(x_d) − V·mean(x_e), with W and b of the dense model; [O]."""
+    assert layer.parent is not None
+    assert layer.parent.bias is not None
+    assert statistics.dense is not None
+    mine, theirs = statistics.total.mean, statistics.dense.mean
+    wanted = layer.parent.bias.to(mine) + layer.parent.read().to(mine) @ theirs
+    return wanted - weight.to(mine) @ mine
