@@ -61,7 +61,7 @@ def refit(
     pruned: Bool[Tensor, "O I"],
     factor: Factor,
 ) -> Float[Tensor, "O I"]:
-    """Min over V, zero where pruned, of E‖x_d Wᵀ − x_e Vᵀ‖² + λ‖V − V₀‖².
+    """Solves min over V, zero where pruned, of E‖x_d Wᵀ − x_e Vᵀ‖² + λ‖V − V₀‖².
 
     Without the mask the solution is (W·C + λV₀)(G + λ)⁻¹; with it, what comes nearest to that under G + λ.
 
@@ -271,7 +271,7 @@ def _refit_layer(layer: Layer, *, stage: _Stage) -> dict[str, Any]:
 
 
 def _bias(layer: Layer, weight: Tensor, statistics: Statistics) -> Tensor:
-    """B + W·mean(x_d) − V·mean(x_e), with W and b of the dense model; [O]."""
+    """The bias b + W·mean(x_d) − V·mean(x_e), with W and b of the dense model; [O]."""
     assert layer.parent is not None
     assert layer.parent.bias is not None
     assert statistics.dense is not None

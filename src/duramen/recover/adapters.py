@@ -1,0 +1,163 @@
+"""Linear layers with a low-rank change beside their weight: y = x Wᵀ + γ (x Aᵀ) Bᵀ, and forms that keep a sparse weight sparse.
+
+A change that is masked only after training throws most of itself away. *Masked* (MaskLoRA of arXiv 2312.15230, SparsePEFT of arXiv 2410.03750)
+masks it in every forward pass, so that merging changes nothing. *SPP* (arXiv 2405.16057) multiplies the weights that are there. *DoRA*
+(arXiv 2402.09353) learns the length of every row apart.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+
+Mode = Literal["side", "masked", "spp"]
+
+
+def side_linear(
+    x: Float[Tensor, "... I"], weight: Float[Tensor, "O I"], a: Float[Tensor, "r I"], b: Float[Tensor, "O r"], gamma: float
+) -> Float[Tensor, "... O"]:
+    """Outputs x (W + γBA)ᵀ along two paths; the product BA is never formed."""
+    change = (x @ a.T.to(x.dtype)) @ b.T.to(x.dtype)
+    return nn.functional.linear(x, weight) + gamma * change
+
+
+def masked_linear(
+    x: Float[Tensor, "... I"],
+    weight: Float[Tensor, "O I"],
+    kept: Bool[Tensor, "O I"],
+    a: Float[Tensor, "r I"],
+    b: Float[Tensor, "O r"],
+    gamma: float,
+) -> Float[Tensor, "... O"]:
+    """Outputs x (W + M⊙γBA)ᵀ, M = ``kept``. The changed weight is formed in both passes and kept in neither."""
+    result: Tensor = _Masked.apply(x, weight, kept, a, b, gamma)
+    return result
+
+
+class _Masked(torch.autograd.Function):
+    """dx = g Ŵ; with S = M⊙(gᵀx) summed in float32: dB = γ S Aᵀ, dA = γ Bᵀ S."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, kept: Tensor, a: Tensor, b: Tensor, gamma: float) -> Tensor:
+        ctx.save_for_backward(x, weight, kept, a, b)
+        ctx.gamma = gamma
+        return nn.functional.linear(x, changed(weight, kept, a, b, gamma))
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, kept, a, b = ctx.saved_tensors
+        by_x = upstream @ changed(weight, kept, a, b, ctx.gamma) if ctx.needs_input_grad[0] else None
+        kind = a.dtype
+        sums = (upstream.flatten(0, -2).T.to(kind) @ x.flatten(0, -2).to(kind)).masked_fill_(~kept, 0)
+        return by_x, None, None, ctx.gamma * (b.T @ sums), ctx.gamma * (sums @ a.T), None
+
+
+def changed(
+    weight: Float[Tensor, "O I"],
+    kept: Bool[Tensor, "O I"] | None,
+    a: Float[Tensor, "r I"],
+    b: Float[Tensor, "O r"],
+    gamma: float,
+) -> Float[Tensor, "O I"]:
+    """W + [M⊙]γBA, added up in the type of the factors and rounded once."""
+    change = gamma * (b @ a)
+    if kept is not None:
+        change = change.masked_fill_(~kept, 0) if not change.requires_grad else change.masked_fill(~kept, 0)
+    return (weight.to(change.dtype) + change).to(weight.dtype)
+
+
+def spp_linear(
+    x: Float[Tensor, "... I"], weight: Float[Tensor, "O I"], a: Float[Tensor, "r I"], beta: Float[Tensor, "O"], strength: float
+) -> Float[Tensor, "... O"]:
+    """Outputs x (W⊙(1 + s·β·RA))ᵀ: rows of W in r slices, every slice with one row of A; no product of the weight's size is kept."""
+    slices = [
+        nn.functional.linear(x * row.to(x.dtype), part) for row, part in zip(a, torch.tensor_split(weight, len(a)), strict=True)
+    ]
+    return nn.functional.linear(x, weight) + strength * beta.to(x.dtype) * torch.cat(slices, -1)
+
+
+def spp_weight(
+    weight: Float[Tensor, "O I"], a: Float[Tensor, "r I"], beta: Float[Tensor, "O"], strength: float
+) -> Float[Tensor, "O I"]:
+    """W⊙(1 + s·β·RA), rounded once; zeros stay."""
+    rows = torch.cat([row.expand(len(part), -1) for row, part in zip(a, torch.tensor_split(weight, len(a)), strict=True)])
+    return (weight.to(a.dtype) * (1 + strength * beta[:, None] * rows)).to(weight.dtype)
+
+
+class Adapter(nn.Module):
+    """A frozen linear layer with its low-rank change.
+
+    Attributes:
+        base: The layer; its weight is [O, I], or [I, O] in a Conv1D.
+        kept: Where the weight may be other than zero, bool [O, I]; None for a dense one.
+        gamma: γ; the strength s in ``spp``.
+        a: [r, I] in float32; uniform in ±1/√I at the start, as in LoRA.
+        b: [O, r], zeros at the start; in ``spp`` β, [O].
+        length: DoRA's row lengths, [O]; None without them.
+    """
+
+    def __init__(
+        self,
+        base: nn.Module,
+        *,
+        rank: int,
+        gamma: float,
+        mode: Mode,
+        kept: Tensor | None = None,
+        lengths: bool = False,
+        transposed: bool = False,
+        generator: torch.Generator | None = None,
+    ) -> None:
+        super().__init__()
+        self.base, self.gamma, self.mode, self.transposed = base.requires_grad_(False), gamma, mode, transposed
+        self.register_buffer("kept", kept, persistent=False)
+        outputs, inputs = self.weight.shape
+        start = (2 * torch.rand(rank, inputs, generator=generator) - 1) / inputs**0.5
+        self.a = nn.Parameter(start.to(self.weight.device))
+        self.b = nn.Parameter(self.a.new_zeros(outputs) if mode == "spp" else self.a.new_zeros(outputs, rank))
+        self.length = nn.Parameter(_row_lengths(self.weight)) if lengths else None
+
+    @property
+    def weight(self) -> Tensor:
+        """The frozen weight, [O, I]."""
+        weight: Tensor = self.base.weight  # type: ignore[assignment]
+        return weight.T if self.transposed else weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., I] -> [..., O]."""
+        if self.mode == "spp":
+            y = spp_linear(x, self.weight, self.a, self.b, self.gamma)
+        elif self.mode == "masked":
+            assert isinstance(self.kept, Tensor)
+            y = masked_linear(x, self.weight, self.kept, self.a, self.b, self.gamma)
+        else:
+            y = side_linear(x, self.weight, self.a, self.b, self.gamma)
+        if self.length is not None:
+            with torch.no_grad():
+                lengths = _row_lengths(self._changed())
+            y = y * (self.length / lengths).to(y.dtype)
+        bias = self.base.bias
+        return y if bias is None else y + bias  # type: ignore[operator]
+
+    def _changed(self) -> Tensor:
+        if self.mode == "spp":
+            return spp_weight(self.weight.float(), self.a, self.b, self.gamma)
+        return changed(self.weight.float(), self.kept if self.mode == "masked" else None, self.a, self.b, self.gamma)  # type: ignore[arg-type]
+
+    @torch.no_grad()
+    def merged(self) -> Float[Tensor, "O I"]:
+        """The weight with its change, added up in float32 and rounded once to the type of the weight."""
+        found = self._changed()
+        if self.length is not None:
+            found = found * (self.length / _row_lengths(found))[:, None]
+        merged: Tensor = found.to(self.weight.dtype)
+        return merged
+
+
+def _row_lengths(weight: Tensor) -> Tensor:
+    """Norm of every row, no less than a hair, [O] in float32."""
+    lengths: Tensor = torch.linalg.vector_norm(weight.float(), dim=1).clamp_min(1e-12)
+    return lengths
