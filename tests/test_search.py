@@ -26,13 +26,14 @@ from duramen.registry import get_method
 from duramen.search.constraints import Limit, limits, repair
 from duramen.search.database import Database, build, describe, plan_of, restore
 from duramen.search.evolution import Settings, chosen_modules
-from duramen.search.fitness import bucketed_kl, divergences, log_rest, teach
+from duramen.search.fitness import divergences, teach
 from duramen.search.mutate import switch_levels
 from duramen.search.nested import open_nested, write_nested
 from duramen.search.surrogate import filled, solve, thought
 from duramen.shrink.plan import digest
 from duramen.shrink.reform import reform
 from duramen.shrink.surgery import Surgery, masked
+from duramen.train.objective import Lesson, bucketed_kl, log_rest
 
 SMALL = {"levels": 6, "round_to": 8, "damping": 0.01, "dense_target": 0.0}
 
@@ -140,8 +141,6 @@ def test_candidates_side_by_side_are_the_models_that_they_stand_for(name, tmp_pa
 @given(st.integers(2, 40), st.integers(1, 40), st.integers(0, 10**6))
 @settings(max_examples=50, deadline=None, derandomize=True)
 def test_one_bucket_for_the_rest_never_overstates(vocabulary, top_k, seed):
-    from duramen.search.fitness import Lesson
-
     generator = torch.Generator().manual_seed(seed)
     p, q = (
         (2 * torch.randn(3, vocabulary, generator=generator)).log_softmax(-1),

@@ -14,7 +14,7 @@ from torch import Tensor
 from duramen.calibrate.statistics import Statistics
 from duramen.families.model import Layer
 from duramen.prune.factor import factorise
-from duramen.prune.pattern import SPARSE_FROM
+from duramen.prune.pattern import lasting_zeros
 from duramen.prune.pruned import Pruned
 from duramen.prune.reconstruct import compute_dtype, output_error, reconstruct, target_weight
 
@@ -125,8 +125,8 @@ def aim(weight: Tensor, stage: Stage, alpha: float) -> Tensor:
         return weight
     factor = stage.options["factor"]
     wanted = target_weight(weight, stage.gram, stage.cross, alpha=alpha, factor=factor)
-    zeros = weight == 0
-    if float(zeros.float().mean()) > SPARSE_FROM:  # among weights that are zero there, the same problem
+    zeros = lasting_zeros(weight)
+    if bool(zeros.any()):  # among weights that are zero there, the same problem
         wanted = reconstruct(wanted, stage.gram, zeros, factor=factor).weight
     return wanted
 

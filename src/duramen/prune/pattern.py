@@ -197,3 +197,9 @@ def existing_zeros(weight: Float[Tensor, "O I"], pattern: Pattern) -> Bool[Tenso
             fix="ask for a higher sparsity, or leave this layer out with `skip`.",
         )
     return zeros
+
+
+def lasting_zeros(weight: Tensor) -> Tensor:
+    """Where a weight must stay zero, bool [O, I]: at all of its zeros if it is sparse, which starts at ``SPARSE_FROM``; else nowhere."""
+    zeros = weight == 0
+    return zeros if float(zeros.float().mean()) > SPARSE_FROM else torch.zeros_like(zeros)

@@ -26,7 +26,7 @@ from duramen.families.select import filter_layers
 from duramen.problem import Exit, Problem
 from duramen.prune.factor import Factor, factorise
 from duramen.prune.layer import GRID, Damping, DampingGrid, HeldOut
-from duramen.prune.pattern import SPARSE_FROM
+from duramen.prune.pattern import SPARSE_FROM, lasting_zeros
 from duramen.prune.reconstruct import compute_dtype, reconstruct
 from duramen.registry import Settings as MethodSettings
 from duramen.registry import method
@@ -152,7 +152,9 @@ def _lossy(model: BlockModel, dense: BlockModel, settings: Settings) -> list[str
     for index in range(len(model.blocks)):
         with model.opened(index) as block:
             here = [layer for layer in block.layers.values() if layer.name in whole]
-            found += [each.name for each in here if shapes[each.name][0] != shapes[each.name][1] or _pruned(each).any()]
+            found += [
+                each.name for each in here if shapes[each.name][0] != shapes[each.name][1] or lasting_zeros(each.read()).any()
+            ]
     if not found:
         raise Problem(
             "No layer of this model lost anything.",
@@ -169,12 +171,6 @@ def _has(model: BlockModel, name: str) -> bool:
 def _shape(model: BlockModel, name: str) -> tuple[int, int]:
     rows, columns = model.network.get_submodule(name).weight.shape  # type: ignore[misc]
     return (columns, rows) if model.transposed(name) else (rows, columns)
-
-
-def _pruned(layer: Layer) -> Bool[Tensor, "O I"]:
-    """Where a layer's weights must stay zero."""
-    zeros = layer.read() == 0
-    return zeros if float(zeros.float().mean()) > SPARSE_FROM else torch.zeros_like(zeros)
 
 
 @dataclass(frozen=True)
@@ -204,7 +200,7 @@ class _Stage:
     def refitted(self, layer: Layer) -> Tensor | None:
         """The layer's new weights, or None where those of the other sequences would leave the held-out ones further off."""
         assert layer.parent is not None
-        weight, goal, pruned = layer.read(), layer.parent.read(), _pruned(layer)
+        weight, goal, pruned = layer.read(), layer.parent.read(), lasting_zeros(layer.read())
         some = slice(None, None, max(1, len(weight) // TRIAL_ROWS))
         trial = refit(weight[some], goal[some], self.total.without(self.held_out).cross, pruned[some], self.trial)
         before, after = (
@@ -226,7 +222,7 @@ def _prepare(layers: list[Layer], statistics: Statistics, *, settings: Settings)
             assert layer.parent is not None
             some = slice(None, None, max(1, len(layers) * len(layer.read()) // TRIAL_ROWS))
             weight, goal = layer.read()[some], layer.parent.read()[some]
-            found = refit(weight, goal, train.cross, _pruned(layer)[some], factor)
+            found = refit(weight, goal, train.cross, lasting_zeros(layer.read())[some], factor)
             error += distance(found, goal, held_out.second, held_out.cross)
         tried.append((error, damping, factor))
     _, damping, trial = min(tried, key=lambda each: each[0])
@@ -263,7 +259,7 @@ def _refit_layer(layer: Layer, *, stage: _Stage) -> dict[str, Any]:
     before, after = (1 + distance(each, goal, stage.total.second, stage.total.cross) / whole for each in (weight, new))
     if found is not None:
         layer.write(new, bias=_bias(layer, new, stage.statistics) if stage.with_bias else None)
-    pruned = _pruned(layer)
+    pruned = lasting_zeros(layer.read())
     return {
         "removed": int(pruned.sum()), "size": weight.numel(), "moved": found is not None, "damping": stage.damping,
         "relative_error": after, "error_before": before, "seconds": time.perf_counter() - start,

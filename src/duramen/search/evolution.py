@@ -31,7 +31,7 @@ from duramen.problem import Exit, Problem
 from duramen.registry import method
 from duramen.search.constraints import BudgetSettings, Limit, expected_share, limits, repair, split
 from duramen.search.database import Database, Genome, Module, build, describe, grid_of, plan_of, restore
-from duramen.search.fitness import Lesson, divergences, teach
+from duramen.search.fitness import divergences, teach
 from duramen.search.latency import prefills
 from duramen.search.mutate import switch_levels
 from duramen.search.nested import NESTED, write_nested
@@ -42,6 +42,7 @@ from duramen.shrink.groups import find_units
 from duramen.shrink.model import carry_out
 from duramen.shrink.plan import Plan, digest
 from duramen.shrink.surgery import Surgery, homogenised
+from duramen.train.objective import Lesson
 
 SHARES = (0.5, 0.6, 0.7, 0.8, 0.9)
 """Of the first resource, at which the front has a point."""

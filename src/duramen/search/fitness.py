@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -16,6 +15,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from duramen.families.model import BlockModel, OpenBlock, run_block
+from duramen.train.objective import Lesson, bucketed_kl, log_rest, negative_log_likelihood
 
 Choices = tuple[Any, ...]
 """What a candidate is: one choice for every module, in running order; choices can be sorted."""
@@ -33,27 +33,6 @@ class Variants(Protocol):
 
     def at(self, block: OpenBlock, choices: Mapping[int, Any]) -> AbstractContextManager[None]:
         """An open block with some of its modules, by number, as chosen for a while."""
-
-
-@dataclass(frozen=True)
-class Lesson:
-    """The dense model's distributions over one sequence: its likeliest tokens [T, K], their log-probabilities, and that of all others."""
-
-    tokens: Int[Tensor, "T K"]
-    logs: Float[Tensor, "T K"]
-    rest: Float[Tensor, "T"]
-
-
-def log_rest(logs: Float[Tensor, "T K"]) -> Float[Tensor, "T"]:
-    """log(1 − Σ exp): the log-probability of all other tokens, no less than e⁻⁶⁰."""
-    return torch.log1p(-logs.exp().sum(-1).clamp_max(1 - 2**-24)).clamp_min(-60)
-
-
-def bucketed_kl(lesson: Lesson, logs: Float[Tensor, "T V"]) -> Float[Tensor, "T"]:
-    """KL(dense ‖ candidate) over the likeliest tokens and one bucket for all others; never more than the KL over all tokens."""
-    mine = logs.gather(-1, lesson.tokens)
-    among = (lesson.logs.exp() * (lesson.logs - mine)).sum(-1)
-    return among + lesson.rest.exp() * (lesson.rest - log_rest(mine))
 
 
 @torch.no_grad()
@@ -123,6 +102,6 @@ def _loss(model: BlockModel, hidden: Float[Tensor, "N T D"], sequences: Int[Tens
     total, count = 0.0, 0
     for state, tokens in zip(torch.split(hidden, 1), sequences, strict=True):
         logs = torch.cat(list(model.log_probabilities(state[:, :-1])))
-        total -= float(logs.gather(-1, tokens[1:, None]).sum(dtype=torch.float64))
+        total += float(negative_log_likelihood(logs, tokens[1:]).sum(dtype=torch.float64))
         count += len(logs)
     return total / count

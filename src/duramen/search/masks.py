@@ -29,7 +29,7 @@ from duramen.prune.factor import factorise
 from duramen.registry import method
 from duramen.search.constraints import BudgetSettings, Limit, expected_share, limits, split
 from duramen.search.database import Module
-from duramen.search.fitness import Lesson, divergences, losses, teach
+from duramen.search.fitness import divergences, losses, teach
 from duramen.search.mutate import mutate_mask
 from duramen.search.team import Team, team_of
 from duramen.shrink.allocate import Scores
@@ -37,6 +37,7 @@ from duramen.shrink.groups import Units, find_units
 from duramen.shrink.model import carry_out
 from duramen.shrink.plan import Plan, digest
 from duramen.shrink.surgery import Surgery, homogenised, silenced, zeroed
+from duramen.train.objective import Lesson
 
 Masks = tuple[tuple[int, ...], ...]
 """A candidate: for every module the units that stay, sorted; none of a block's where it left."""

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from duramen.prune.factor import Factor
-from duramen.prune.pattern import SPARSE_FROM
+from duramen.prune.pattern import lasting_zeros
 from duramen.prune.pruned import Pruned, finish
 from duramen.prune.reconstruct import reconstruct
 
@@ -39,10 +39,7 @@ def reform(
         damping: λ as a share of the mean diagonal of the Gram.
         factor: The Gram with this damping, factorised, where the caller has it already.
     """
-    pruned = torch.zeros(weight.shape, dtype=torch.bool, device=weight.device)
-    zeros = weight == 0
-    if float(zeros.float().mean()) > SPARSE_FROM:
-        pruned |= zeros
+    pruned = lasting_zeros(weight)
     pruned[:, columns.to(weight.device)] = True
     if not solve:
         return finish(weight, weight.masked_fill(pruned, 0), pruned, gram)
