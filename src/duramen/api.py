@@ -37,7 +37,7 @@ from duramen.rundir import BlockStore, RunDirectory, hash_file, hash_tokens, wri
 from duramen.shrink.groups import find_units, known_kinds
 
 Progress = Callable[[str, dict[str, Any]], None]
-"""(event, fields); events are step, layer, evaluated, saved and done."""
+"""(event, fields); events are step, layer, trained, part, evaluating, saved and done."""
 
 
 def _silent(event: str, fields: dict[str, Any]) -> None:
@@ -247,6 +247,7 @@ def _transform(context: Context, folder: Path, step: Step, place: str, results: 
         parent=None if folder == context.source else context.source,
         workers=context.workers,
         address=context.address,
+        told=lambda step, loss: context.tell("trained", steps=step, loss=loss),
         progress=lambda record: context.tell("layer", blocks=len(opened.blocks), **record),
     )
     records = get_method(step.method).apply(opened, context.tokens, walk=walk, **step.settings.model_dump())
@@ -270,7 +271,7 @@ def _assemble(
     return {
         "id": step.id, "method": step.method, "settings": step.lock(), "reopened": check, "layers": records,
         "skipped": [name for name in opened.layer_names() if name not in edited], "copied_unchanged": copied,
-        "shape": walk.reshape.summary if walk.reshape else None,
+        "shape": walk.reshape.summary if walk.reshape else None, "training": walk.training,
     }  # fmt: skip
 
 

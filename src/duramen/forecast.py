@@ -16,7 +16,7 @@ from duramen.families.select import filter_layers
 from duramen.prune.model import PruneSettings
 from duramen.prune.pattern import Scope, parse_pattern
 from duramen.recipe import Recipe, Step
-from duramen.recover import refit
+from duramen.recover import refit, rora
 from duramen.registry import Settings
 from duramen.search import evolution, masks, subnet
 from duramen.shrink import cut, depth
@@ -57,6 +57,8 @@ def forecast(model: BlockModel, recipe: Recipe, steps: list[Step], *, gigaflops:
             entry = {"flops": flops, "memory_bytes": memory} | _coverage(model, shapes, names, step.settings)
         elif isinstance(step.settings, refit.Settings):
             entry = _refitted(model, shapes, step.settings, tokens, width)
+        elif isinstance(step.settings, rora.Settings):
+            entry = _trained(model, shapes, step.settings, recipe.calibration.length, tokens)
         else:
             surgery = _surgery(model, step.settings)
             entry = _shrunk(model, shapes, step, surgery, tokens, width)
@@ -147,6 +149,25 @@ def _refitted(
         "memory_bytes": memory,
         "note": f"{len(names)} layers, of which those are refitted that lost something",
     }
+
+
+def _trained(
+    model: BlockModel, shapes: dict[str, tuple[int, int]], settings: rora.Settings, length: int, tokens: int
+) -> dict[str, Any]:
+    """Adapters: three times a forward pass for every token, one more by the teacher, and a walk that merges them."""
+    names = filter_layers(model.layer_names(), settings.only, settings.skip)
+    everything = sum(map(prod, shapes.values())) + _head(model)
+    distils = settings.objective != "ce"
+    looked = (settings.steps // settings.every + 1) * settings.held_out * tokens
+    seen = settings.steps * settings.batch * length
+    flops = 2.0 * everything * (seen * (4 if distils else 3) + looked * (2 if distils else 1))
+    trained = sum(settings.rank * sum(shapes[name]) for name in names)
+    logits = 12 * settings.at_once * length * model.config.vocab_size
+    activations = 40 * settings.at_once * length * sum(inputs for _, inputs in shapes.values())
+    whole = 4 * (sum(map(prod, shapes.values())) + _outside(model)) * (2 if distils else 1)
+    note = f"{trained:,} parameters in {len(names)} layers, γ {settings.gamma:.3g}, learning rate {settings.rate:.2g}"
+    memory = BASE_MEMORY + whole + 16 * trained + logits + activations
+    return {"flops": flops + _walk_flops(model, shapes, names, tokens), "memory_bytes": memory, "note": note}
 
 
 def _shapes(model: BlockModel) -> dict[str, tuple[int, int]]:

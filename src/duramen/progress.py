@@ -40,6 +40,8 @@ def describe(event: str, fields: dict[str, Any]) -> str:
         return f"{fields['layer']}: {fields['removed']:,} of {fields['size']:,} removed, error {fields['relative_error']:.4f}"
     if event == "evaluating":
         return f"evaluating: {fields['part']}"
+    if event == "trained":
+        return f"{fields['steps']} steps: held-out loss {fields['loss']:.4f}"
     if event == "part":
         return f"{fields['part']}: done"
     if event == "saved":

@@ -92,6 +92,8 @@ class Walk:
         workers: Processes among which a search divides its candidates; 0 for this one alone.
         address: Ray cluster that they belong to; empty for this machine.
         progress: Called with each layer's record as it is finished.
+        told: Called with (steps done, held-out loss) while a step trains.
+        training: What a step that trains has to say of it, set by the step.
         final_hidden: Hidden states of the first batch after the last block that was walked, [B, T, D], set by the walk.
         first_batch: Its token ids, [B, T].
         reshape: What else becomes of the finished blocks, set by methods that change shapes.
@@ -107,6 +109,8 @@ class Walk:
     workers: int = 0
     address: str = ""
     progress: Callable[[dict[str, Any]], None] = lambda record: None
+    told: Callable[[int, float], None] = lambda step, loss: None
+    training: dict[str, Any] | None = None
     final_hidden: Tensor | None = field(default=None, repr=False)
     first_batch: Tensor | None = field(default=None, repr=False)
     reshape: Reshape | None = field(default=None, repr=False)

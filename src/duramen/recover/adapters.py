@@ -142,18 +142,24 @@ class Adapter(nn.Module):
         bias = self.base.bias
         return y if bias is None else y + bias  # type: ignore[operator]
 
-    def _changed(self) -> Tensor:
+    def _changed(self, weight: Tensor | None = None) -> Tensor:
+        weight = (self.weight if weight is None else weight).float()
         if self.mode == "spp":
-            return spp_weight(self.weight.float(), self.a, self.b, self.gamma)
-        return changed(self.weight.float(), self.kept if self.mode == "masked" else None, self.a, self.b, self.gamma)  # type: ignore[arg-type]
+            return spp_weight(weight, self.a, self.b, self.gamma)
+        kept = self.kept if self.mode == "masked" else None
+        return changed(weight, kept, self.a, self.b, self.gamma)  # type: ignore[arg-type]
 
     @torch.no_grad()
-    def merged(self) -> Float[Tensor, "O I"]:
-        """The weight with its change, added up in float32 and rounded once to the type of the weight."""
-        found = self._changed()
+    def merged(self, weight: Float[Tensor, "O I"] | None = None) -> Float[Tensor, "O I"]:
+        """The weight with its change, added up in float32 and rounded once to the type of the weight.
+
+        Args:
+            weight: The weight as stored, if the layer runs in another type.
+        """
+        found = self._changed(weight)
         if self.length is not None:
             found = found * (self.length / _row_lengths(found))[:, None]
-        merged: Tensor = found.to(self.weight.dtype)
+        merged: Tensor = found.to((self.weight if weight is None else weight).dtype)
         return merged
 
 

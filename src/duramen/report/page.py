@@ -138,10 +138,23 @@ def _step(step: dict[str, Any]) -> dict[str, Any]:
             (block, [(errors[block].get(role), shade(errors[block].get(role))) for role in roles]) for block in sorted(errors)
         ],
         "shape": _shape(step["shape"]) if step.get("shape") else None,
+        "training": _training(step["training"]) if step.get("training") else None,
         "treated": len(layers),
         "skipped": step["skipped"],
         "copied": step["copied_unchanged"],
     }
+
+
+def _training(found: dict[str, Any]) -> dict[str, Any]:
+    """What the page shows of a step that trained."""
+    (_, before), *_ = found["held_out"]
+    after = min(loss for _, loss in found["held_out"])
+    return {
+        "words": f"{found['trained_parameters']:,} parameters in {found['layers']} layers, which have {found['covered']:.0%} of the blocks' parameters, "
+        f"in {len(found['losses'])} steps at a learning rate of {found['learning_rate']:.2g}; {'text and the dense model' if found['distilled'] else 'text'} learned. "
+        f"Held-out loss {before:.4f} before, {after:.4f} after {found['best']} steps, which were merged.",
+        "thin": found["thin"], "chart": line_chart(found["held_out"], "steps", "held-out loss"),
+    }  # fmt: skip
 
 
 def _shape(shape: dict[str, Any]) -> dict[str, Any]:

@@ -1,0 +1,358 @@
+"""RoRA: low-rank adapters whose strength does not fade with rank, trained on what compression left, and merged into it.
+
+"RoRA" (Liu et al., arXiv 2501.04315): a change γBA of every weight with γ = α/√r. On a sparse weight the change is masked in every forward
+pass, so that merging keeps each zero; the learning rate follows γ and the rank (``scaling``). Where the dense model is at hand its
+distributions are half of what is learned. The result is an ordinary model: adapters are merged at the end of the step, and the merge is checked.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from duramen.assets import open_model
+from duramen.calibrate.statistics import Statistics
+from duramen.calibrate.walker import Records, Walk, walk_blocks
+from duramen.families import register_own
+from duramen.families.model import BlockModel, Layer, Model
+from duramen.families.select import filter_layers
+from duramen.problem import Problem
+from duramen.prune.pattern import lasting_zeros
+from duramen.prune.reconstruct import output_error
+from duramen.recover.adapters import Adapter
+from duramen.recover.merge import check_zeros, merge
+from duramen.recover.scaling import Rule, coupled_rate, scale
+from duramen.registry import Settings as MethodSettings
+from duramen.registry import method
+from duramen.train.loop import History, Schedule, train
+from duramen.train.objective import divergence, negative_log_likelihood
+
+RATE = 3e-4
+"""Learning rate at the reference strength (``scaling.REFERENCE``): LoRA's published one."""
+TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-10}
+"""Largest difference of a merged layer's outputs, relative to the largest; 2⁻⁵ for half types."""
+ENOUGH = 0.5
+"""Share of the block parameters below which the coverage is too small to pass without a word."""
+
+
+class Settings(MethodSettings):
+    """Settings of RoRA."""
+
+    rank: Annotated[int, Field(ge=1)] = 16
+    """Rank of the change of every weight, r."""
+    alpha: Annotated[float, Field(gt=0)] = 16.0
+    """α of the strength γ."""
+    scaling: Rule = "alpha_over_sqrt_r"
+    """γ: α/√r (RoRA), α/r (LoRA), or α."""
+    mode: Literal["auto", "side", "masked", "spp"] = "auto"
+    """`masked` changes only what a sparse weight has, `spp` multiplies it, `side` changes everything; `auto` is masked on sparse weights and side on others."""
+    dora: bool = False
+    """Whether the length of every row is learned apart."""
+    learning_rate: Annotated[float, Field(gt=0)] | Literal["auto"] = "auto"
+    """Of AdamW at its height; `auto` couples it to γ and the rank, 3e-4 at γ·r = 64."""
+    plus_ratio: Annotated[float, Field(gt=0)] = 1.0
+    """How many times the rate of A that of B is."""
+    steps: Annotated[int, Field(ge=1)] = 100
+    """How many."""
+    batch: Annotated[int, Field(ge=1)] = 8
+    """Sequences of a step."""
+    at_once: Annotated[int, Field(ge=1)] = 8
+    """Sequences that run together; fewer take less memory and give the same."""
+    warmup: Annotated[float, Field(ge=0, lt=1)] = 0.1
+    """Share of the steps in which the rate rises; then it falls to zero."""
+    clip: Annotated[float, Field(gt=0)] = 1.0
+    """Largest norm of a step's gradient."""
+    every: Annotated[int, Field(ge=1)] = 10
+    """Steps between checkpoints, at which the held-out loss is taken; the best of them is merged."""
+    held_out: Annotated[float, Field(gt=0, le=0.5)] = 0.125
+    """Share of the sequences that are not trained on."""
+    objective: Literal["auto", "ce", "distill"] = "auto"
+    """`ce` learns the text, `distill` the text and the dense model's distributions, half and half; `auto` distils where there is a dense model."""
+    distill_weight: Annotated[float, Field(ge=0, le=1)] = 0.5
+    """Share of the divergence from the dense model in `distill`."""
+    temperature: Annotated[float, Field(gt=0)] = 1.0
+    """By which both models' logits are divided in the divergence, which then counts its square."""
+    parent: str = ""
+    """The dense model: folder, embedded name, GGUF file or hub id; empty for the model that the recipe began with."""
+    only: tuple[str, ...] = ()
+    """Layers to change, by role (`down`), block range (`blocks:4-27`) or glob; empty means all."""
+    skip: tuple[str, ...] = ()
+    """Layers that stay, in the same words."""
+    seed: int = 0
+    """Of the start of A and the order of the sequences."""
+
+    @property
+    def gamma(self) -> float:
+        """γ."""
+        return scale(self.alpha, self.rank, self.scaling)
+
+    @property
+    def rate(self) -> float:
+        """The learning rate of A."""
+        return coupled_rate(RATE, self.gamma, self.rank) if self.learning_rate == "auto" else self.learning_rate
+
+    @property
+    def schedule(self) -> Schedule:
+        """How long and how fast."""
+        return Schedule(self.steps, self.batch, self.at_once, self.warmup, self.clip, self.every, self.seed)
+
+
+def adapt(network: nn.Module, model: BlockModel, settings: Settings) -> dict[str, Adapter]:
+    """Puts an adapter in the place of every chosen layer of a network; everything else is frozen.
+
+    Args:
+        network: The transformers model.
+        model: Says which layers there are.
+        settings: Rank, strength, mode, filters.
+
+    Returns:
+        The adapters by the layers' full names.
+
+    Raises:
+        Problem: If filters match nothing, or name a layer that its block never calls.
+    """
+    network.requires_grad_(False)
+    generator, found = torch.Generator().manual_seed(settings.seed), {}
+    for name in _targets(model, settings):
+        base = network.get_submodule(name)
+        transposed = model.transposed(name)
+        stored = network.get_parameter(f"{name}.weight")
+        zeros = lasting_zeros(stored.T if transposed else stored)
+        sparse = bool(zeros.any())
+        mode = ("masked" if sparse else "side") if settings.mode == "auto" else settings.mode
+        adapter = Adapter(
+            base, rank=settings.rank, gamma=settings.gamma, mode=mode, lengths=settings.dora, transposed=transposed,
+            kept=~zeros if sparse or mode == "masked" else None, generator=generator,
+        )  # fmt: skip
+        holder, _, child = name.rpartition(".")
+        setattr(network.get_submodule(holder), child, adapter)
+        found[name] = adapter
+    return found
+
+
+def _targets(model: BlockModel, settings: Settings) -> list[str]:
+    """The layers to change; those that a block reads without calling them are left out, unless they are asked for by name."""
+    untouchable = {
+        f"{model.family.blocks}.{index}.{item.path}"
+        for index in range(len(model.blocks))
+        for stage in model.stages(index)
+        for item in stage
+        if item.tap
+    }
+    names = filter_layers(model.layer_names(), settings.only, settings.skip)
+    if untouchable & set(names) and settings.only:
+        name = sorted(untouchable & set(names))[0]
+        raise Problem(
+            f"{name} cannot have an adapter.",
+            why="its block reads the weight without calling the layer.",
+            fix="leave its role out of `only`.",
+        )
+    return [name for name in names if name not in untouchable]
+
+
+@contextmanager
+def adapted(network: nn.Module, model: BlockModel, settings: Settings) -> Iterator[dict[str, Adapter]]:
+    """The same for a while; afterwards the layers are in their places again, as they were."""
+    before = {name: parameter.requires_grad for name, parameter in network.named_parameters()}
+    adapters = adapt(network, model, settings)
+    try:
+        yield adapters
+    finally:
+        for name, adapter in adapters.items():
+            holder, _, child = name.rpartition(".")
+            setattr(network.get_submodule(holder), child, adapter.base)
+        for name, parameter in network.named_parameters():
+            parameter.requires_grad_(before[name])
+
+
+@dataclass
+class Text:
+    """Sequences of tokens to learn, and those that are not trained on; every token but the first of a sequence is a target.
+
+    Attributes:
+        network: The student.
+        teacher: The dense model; None to learn the text alone.
+        tokens: To train on, [S, T].
+        aside: Held out, [N, T].
+        settings: Weights of the parts of the loss.
+    """
+
+    network: nn.Module
+    teacher: nn.Module | None
+    tokens: Tensor
+    aside: Tensor
+    settings: Settings
+
+    @property
+    def sequences(self) -> int:
+        """How many there are."""
+        return len(self.tokens)
+
+    def targets(self, index: int) -> int:
+        """Target tokens of one sequence."""
+        return self.tokens.shape[1] - 1
+
+    def loss(self, indices: Sequence[int]) -> Tensor:
+        """Sum over the target tokens of some sequences."""
+        return self._loss(self.tokens[list(indices)])
+
+    def held_out(self) -> float:
+        """Mean over the held-out sequences."""
+        total = sum(float(self._loss(part)) for part in torch.split(self.aside, self.settings.at_once))
+        return total / (self.aside.numel() - len(self.aside))
+
+    def _loss(self, tokens: Tensor) -> Tensor:
+        logits = self.network(tokens, use_cache=False).logits[:, :-1].float()
+        loss = negative_log_likelihood(logits.log_softmax(-1), tokens[:, 1:]).sum()
+        if self.teacher is None:
+            return loss
+        share, heat = self.settings.distill_weight, self.settings.temperature
+        with torch.no_grad():
+            wanted = (self.teacher(tokens, use_cache=False).logits[:, :-1].float() / heat).log_softmax(-1)
+        apart = heat**2 * divergence(wanted, (logits / heat).log_softmax(-1)).sum()
+        return (1 - share) * loss + share * apart
+
+
+@method("rora", title="RoRA", paper="arXiv 2501.04315", kind="recover", needs=("tokens",), settings=Settings)
+def apply(model: Model, tokens: Tensor, *, walk: Walk | None = None, dense: Model | None = None, **settings: object) -> Records:
+    """Trains adapters on a model and merges them into it.
+
+    Args:
+        model: The model; one in memory is changed in place.
+        tokens: Token ids to learn, [S, T].
+        walk: How to walk; its ``parent`` is the dense model, if nothing else says which.
+        dense: The dense model, in memory.
+        **settings: See ``Settings``.
+
+    Returns:
+        One record per layer that was changed.
+
+    Raises:
+        Problem: On filters that match nothing, a teacher that is missing or does not fit, a loss that is not finite, a merge that
+            would fill zeros.
+    """
+    chosen, walk = Settings.model_validate(settings), walk or Walk()
+    blocks = BlockModel.of(model)
+    network, teacher = _whole(blocks), _teacher(blocks, chosen, walk, dense)
+    every = round(1 / chosen.held_out)
+    aside = torch.arange(len(tokens)) % every == every - 1
+    if not bool(aside.any()):
+        raise Problem(
+            f"{len(tokens)} sequences leave none to watch the training by.",
+            why=f"one in {every} is set apart for it (`held_out`).",
+            fix=f"at least {every} sequences (`calibration.sequences`).",
+        )
+    with adapted(network, blocks, chosen) as adapters:
+        text = Text(network, teacher, tokens[~aside], tokens[aside], chosen)
+        history = train(_groups(adapters, chosen), text, chosen.schedule, folder=walk.folder, tell=walk.told)
+        changes = _checked(network, adapters, tokens[:1])
+    walk.training = _summary(blocks, adapters, history, chosen, distilled=teacher is not None)
+    return walk_blocks(blocks, tokens, partial(_edit, adapters=adapters, changes=changes), list(adapters), walk=walk)
+
+
+def _whole(model: BlockModel) -> nn.Module:
+    """The network in memory, with all its blocks."""
+    from transformers import AutoModelForCausalLM
+
+    if model.checkpoint is None:
+        return model.network
+    register_own(str(model.config.model_type))
+    network: nn.Module = AutoModelForCausalLM.from_pretrained(model.checkpoint.folder, dtype=model.dtype).eval()
+    return network
+
+
+def _teacher(model: BlockModel, settings: Settings, walk: Walk, given: Model | None) -> nn.Module | None:
+    """The dense model, frozen; None where only the text is learned.
+
+    Raises:
+        Problem: If there is none to distil from, or it has another vocabulary.
+    """
+    if settings.objective == "ce":
+        return None
+    folder = open_model(settings.parent) if settings.parent else walk.parent
+    if given is None and folder is None:
+        if settings.objective == "auto":
+            return None
+        raise Problem(
+            "There is no dense model to distil from.",
+            why="this recipe begins with the model that is to be recovered.",
+            fix="`parent: MODEL`, or `objective: ce`.",
+        )
+    dense = BlockModel.of(given) if given is not None else BlockModel.from_folder(Path(str(folder)), dtype=model.dtype)
+    if dense.config.vocab_size != model.config.vocab_size:
+        raise Problem(
+            f"The dense model has {dense.config.vocab_size:,} tokens, this one {model.config.vocab_size:,}.",
+            why="their distributions cannot be compared.",
+            fix="a `parent` with the same tokenizer, or `objective: ce`.",
+        )
+    return _whole(dense).requires_grad_(False)
+
+
+def _groups(adapters: dict[str, Adapter], settings: Settings) -> list[dict[str, Any]]:
+    """What is trained: A and row lengths at one rate, B at ``plus_ratio`` times it."""
+    slow = [p for adapter in adapters.values() for p in (adapter.a, adapter.length) if p is not None]
+    fast = [adapter.b for adapter in adapters.values()]
+    return [{"params": slow, "lr": settings.rate}, {"params": fast, "lr": settings.rate * settings.plus_ratio}]
+
+
+@torch.no_grad()
+def _checked(network: nn.Module, adapters: dict[str, Adapter], tokens: Tensor) -> dict[str, float]:
+    """Merges every adapter on the inputs of some tokens, to see that nothing changes; the differences of outputs by layer."""
+    inputs: dict[str, Tensor] = {}
+
+    def keep(name: str) -> Callable[..., None]:
+        return lambda _, args: inputs.__setitem__(name, args[0].detach())
+
+    handles = [adapter.register_forward_pre_hook(keep(name)) for name, adapter in adapters.items()]
+    network(tokens, use_cache=False)
+    for handle in handles:
+        handle.remove()
+    return {
+        name: merge(name, adapter, inputs[name], tolerance=TOLERANCE.get(adapter.weight.dtype, 2**-5)).difference
+        for name, adapter in adapters.items()
+        if name in inputs
+    }
+
+
+def _edit(
+    layers: list[Layer], statistics: Statistics, *, adapters: dict[str, Adapter], changes: dict[str, float]
+) -> Callable[[Layer], dict[str, Any]]:
+    """Merges the adapters into the weights as stored."""
+
+    def write(layer: Layer) -> dict[str, Any]:
+        adapter, weight = adapters[layer.name], layer.read()
+        new = adapter.merged(weight)
+        if isinstance(adapter.kept, Tensor):
+            check_zeros(layer.name, new, adapter.kept)
+        second = statistics.total.second
+        whole = max(output_error(weight, torch.zeros_like(weight), second), 1e-30)
+        layer.write(new)
+        return {
+            "removed": int(lasting_zeros(new).sum()), "size": new.numel(), "relative_error": output_error(weight, new, second) / whole,
+            "mode": adapter.mode, "merge_difference": changes.get(layer.name, 0.0), "seconds": 0.0,
+        }  # fmt: skip
+
+    return write
+
+
+def _summary(
+    model: BlockModel, adapters: dict[str, Adapter], history: History, settings: Settings, *, distilled: bool
+) -> dict[str, Any]:
+    """For the report: what was trained, and how the loss went."""
+    inside = f"{model.family.blocks}."
+    changed = sum(adapter.weight.numel() for adapter in adapters.values())
+    everything = sum(p.numel() for name, p in model.network.named_parameters() if name.startswith(inside))
+    trained = sum(p.numel() for adapter in adapters.values() for p in adapter.parameters() if p.requires_grad)
+    return {
+        "layers": len(adapters), "covered": changed / everything, "thin": changed < ENOUGH * everything, "trained_parameters": trained,
+        "gamma": settings.gamma, "learning_rate": settings.rate, "distilled": distilled,
+        "losses": history.losses, "held_out": history.held_out, "best": history.best,
+    }  # fmt: skip

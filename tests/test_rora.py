@@ -1,0 +1,154 @@
+"""RoRA on whole models: sparse stays sparse, merged is unmerged, runs go on, teachers help, bad input is refused."""
+
+import json
+import math
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+import duramen
+import tiny
+from duramen.calibrate.walker import Walk
+from duramen.families.model import BlockModel
+from duramen.problem import Problem
+from duramen.recover.rora import Settings, Text, adapted
+from duramen.registry import get_method
+
+QUICK = {"steps": 12, "batch": 4, "every": 4, "rank": 4, "learning_rate": 0.01}
+
+
+def pruned(name, **settings):
+    network = tiny.model(name)
+    get_method("magnitude").apply(network, tiny.ids(4, 16), **(settings or {"sparsity": 0.5}))
+    return network
+
+
+@torch.no_grad()
+def divergence(model, dense, tokens):
+    p, q = (network(tokens).logits.log_softmax(-1) for network in (dense, model))
+    return float((p.exp() * (p - q)).sum(-1).mean())
+
+
+@pytest.mark.parametrize("name", ["llama", "opt", "gpt2", "mamba", "jamba"])
+@pytest.mark.parametrize("mode", ["auto", "spp"])
+def test_a_pruned_model_is_recovered_and_stays_sparse(name, mode):
+    network, dense, tokens, walk = pruned(name), tiny.model(name), tiny.ids(24, 24), Walk()
+    zeros = {key: value == 0 for key, value in network.state_dict().items()}
+    before = divergence(network, dense, tokens)
+    records = get_method("rora").apply(
+        network, tokens, walk=walk, dense=dense, distill_weight=1.0, mode=mode, **QUICK | {"steps": 24, "learning_rate": 0.005}
+    )
+    assert divergence(network, dense, tokens) < before
+    (_, first), *_ = walk.training["held_out"]
+    assert min(loss for _, loss in walk.training["held_out"]) < first
+    for record in records:
+        if mode == "spp" or record["mode"] == "masked":
+            weight = network.state_dict()[f"{record['layer']}.weight"]
+            assert (weight[zeros[f"{record['layer']}.weight"]] == 0).all()
+    assert {record["mode"] for record in records} <= {"spp"} if mode == "spp" else {"masked", "side"}
+    assert not any(type(module).__name__ == "Adapter" for module in network.modules())
+
+
+def test_merged_is_what_was_trained():
+    network, tokens = pruned("llama", pattern="2:4"), tiny.ids(8, 24)
+    model, chosen = BlockModel.from_module(network), Settings(**QUICK)
+    with adapted(network, model, chosen) as adapters, torch.no_grad():
+        for adapter in adapters.values():
+            adapter.b.normal_(std=0.05)
+        unmerged = network(tokens).logits
+        weights = {name: adapter.merged() for name, adapter in adapters.items()}
+    with torch.no_grad():
+        for name, weight in weights.items():
+            network.get_submodule(name).weight.copy_(weight)
+        torch.testing.assert_close(network(tokens).logits, unmerged, rtol=1e-4, atol=1e-4)
+    assert all(((weight != 0).reshape(len(weight), -1, 4).sum(2) <= 2).all() for weight in weights.values())
+
+
+def test_the_loss_of_a_sequence_does_not_depend_on_its_batch():
+    network, tokens = tiny.model("llama"), tiny.ids(6, 24)
+    text = Text(network, tiny.model("qwen2"), tokens, tokens, Settings(at_once=2))
+    with torch.no_grad():
+        together = float(text.loss(range(6)))
+        assert together == pytest.approx(sum(float(text.loss([index])) for index in range(6)), rel=1e-5)
+        assert text.held_out() == pytest.approx(together / sum(map(text.targets, range(6))), rel=1e-5)
+        alone = Text(network, None, tokens, tokens, Settings(objective="ce"))
+        expected = torch.nn.functional.cross_entropy(network(tokens).logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten())
+        assert alone.held_out() == pytest.approx(float(expected), rel=1e-5)
+
+
+def recipe_of(tmp_path, **more):
+    text = tmp_path / "prose.txt"
+    text.write_text(tiny.prose(1, 4000))
+    steps = [{"method": "magnitude", "pattern": "2:4"}, {"method": "rora", **QUICK, **more}]
+    recipe = {"calibration": {"text": [str(text)], "sequences": 16, "length": 32}, "dtype": "float32", "steps": steps}
+    (tmp_path / "recipe.json").write_text(json.dumps(recipe))
+    return tmp_path / "recipe.json", tiny.save("llama", tmp_path / "llama")
+
+
+def test_killed_it_ends_with_the_same_bytes(tmp_path):
+    recipe, folder = recipe_of(tmp_path)
+    duramen.run(str(recipe), str(folder), tmp_path / "whole")
+    results = json.loads((tmp_path / "whole" / "results.json").read_text())
+    training = results["steps"][1]["training"]
+    assert training["distilled"]
+    assert training["covered"] == pytest.approx(1, abs=0.05)
+    assert [steps for steps, _ in training["held_out"]] == [0, 4, 8, 12]
+    assert "what was trained" in (tmp_path / "whole" / "report.html").read_text()
+    found = duramen.inspect(str(tmp_path / "whole"))
+    assert found["masks"]["broken"] == []
+    assert found["masks"]["removed"] * 2 == found["masks"]["size"]
+    slow = (
+        "import sys, time, duramen; import duramen.train.loop as loop; step = loop._step\n"
+        "def wait(*a): time.sleep(0.2); return step(*a)\n"
+        "loop._step = wait; duramen.run(*sys.argv[1:])"
+    )
+    worker = subprocess.Popen(
+        [sys.executable, "-c", slow, str(recipe), str(folder), str(tmp_path / "out")], stderr=subprocess.DEVNULL
+    )
+    while worker.poll() is None and not list((tmp_path / "out").glob(".duramen/*/training.pt")):
+        time.sleep(0.01)
+    time.sleep(0.3)
+    worker.send_signal(signal.SIGKILL)
+    worker.wait()
+    assert not (tmp_path / "out" / "manifest.json").is_file()
+    again = duramen.run(str(recipe), str(folder), tmp_path / "out")
+    assert again["steps"][1]["training"] == training
+    for file in (tmp_path / "whole").glob("*.safetensors"):
+        assert file.read_bytes() == (tmp_path / "out" / file.name).read_bytes(), file.name
+
+
+def test_the_automatic_rate_and_scale_are_those_of_the_paper():
+    assert Settings().gamma == 4
+    assert Settings().rate == pytest.approx(3e-4)
+    assert Settings(rank=64).rate == pytest.approx(1.5e-4)
+    assert Settings(rank=32, alpha=64.0, scaling="alpha_over_r").rate == pytest.approx(3e-4)
+    assert Settings(learning_rate=0.5).rate == 0.5
+
+
+def test_bad_input_is_refused(tmp_path):
+    network, tokens = pruned("llama"), tiny.ids(16, 24)
+
+    def run(model=network, ids=tokens, **settings):
+        get_method("rora").apply(model, ids, **QUICK | settings)
+
+    with pytest.raises(Problem, match="matches no layer"):
+        run(only=["expert"])
+    with pytest.raises(Problem, match="leave none to watch"):
+        run(ids=tokens[:4])
+    with pytest.raises(Problem, match="no dense model to distil from"):
+        run(objective="distill")
+    with pytest.raises(ValueError, match="rank"):
+        run(rank=0)
+    with pytest.raises(Problem, match="would fill"):
+        run(mode="side")
+    with pytest.raises(Problem, match="cannot have an adapter"):
+        run(model=tiny.model("mamba"), only=["dt"])
+    before = {key: value.clone() for key, value in network.state_dict().items()}
+    with pytest.raises(Problem, match="loss of step"):
+        run(learning_rate=math.inf)
+    assert all(torch.equal(value, before[key]) for key, value in network.state_dict().items())
+    assert not any(type(module).__name__ == "Adapter" for module in network.modules())
