@@ -43,6 +43,24 @@ def test_two_ranks_give_the_model_of_one(llama, texts, tmp_path):
             torch.testing.assert_close(tensor, load_file(tmp_path / "two" / file.name)[name], rtol=1e-5, atol=1e-6)
 
 
+def test_two_ranks_train_the_adapters_of_one(llama, texts, tmp_path):
+    calibration = {"text": [str(texts[0])], "sequences": 24, "length": 32}
+    train = {"method": "rora", "steps": 8, "batch": 5, "every": 4, "rank": 4, "learning_rate": 0.005}
+    steps = ({"method": "magnitude", "sparsity": 0.5}, {"method": "refit", "damping": 0.01}, train)
+    recipe = write_recipe(tmp_path / "r.yaml", texts, steps=steps, calibration=calibration)
+    one = duramen.run(recipe, str(llama), tmp_path / "one")
+    line = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "duramen"]
+    words = ["run", recipe, str(llama), str(tmp_path / "two")]
+    subprocess.run([*line, *words], check=True, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, timeout=240)
+    two = json.loads((tmp_path / "two" / "results.json").read_text())
+    mine, theirs = (found["steps"][2]["training"] for found in (one, two))
+    assert theirs["losses"] == pytest.approx(mine["losses"], rel=1e-4)
+    assert theirs["best"] == mine["best"]
+    for file in (tmp_path / "one").glob("model*.safetensors"):
+        for name, tensor in load_file(file).items():
+            torch.testing.assert_close(tensor, load_file(tmp_path / "two" / file.name)[name], rtol=1e-3, atol=1e-4)
+
+
 @pytest.mark.parametrize("alpha", [0.0, 0.5])
 def test_activations_on_disk_change_nothing(llama, tmp_path, alpha):
     tokens, weights, records = tiny.ids(12, 20), [], []

@@ -163,7 +163,7 @@ def _trained(
     flops = 2.0 * everything * (seen * (4 if distils else 3) + looked * (2 if distils else 1))
     trained = sum(settings.rank * sum(shapes[name]) for name in names)
     logits = 12 * settings.at_once * length * model.config.vocab_size
-    activations = 40 * settings.at_once * length * sum(inputs for _, inputs in shapes.values())
+    activations = 12 * settings.at_once * length * sum(inputs for _, inputs in shapes.values())
     whole = 4 * (sum(map(prod, shapes.values())) + _outside(model)) * (2 if distils else 1)
     note = f"{trained:,} parameters in {len(names)} layers, γ {settings.gamma:.3g}, learning rate {settings.rate:.2g}"
     memory = BASE_MEMORY + whole + 16 * trained + logits + activations

@@ -1,0 +1,127 @@
+"""Adapters in PEFT's folder format, written and read without PEFT.
+
+Engines read the scale of an adapter differently: some know α/r only, whatever the config says. So the default form is *portable*: plain LoRA with
+α = r, whose scale is 1, and γ folded into B. The other form, ``rslora``, keeps α and B for further training, which folding would change.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from duramen.problem import Exit, Problem
+from duramen.recover.adapters import Adapter
+from duramen.recover.scaling import scale
+from duramen.rundir import write_json, write_tensors
+
+CONFIG = "adapter_config.json"
+WEIGHTS = "adapter_model.safetensors"
+PREFIX = "base_model.model."
+KNOWN = {
+    "peft_type", "task_type", "base_model_name_or_path", "inference_mode", "r", "lora_alpha", "use_rslora", "target_modules",
+    "rank_pattern", "alpha_pattern", "fan_in_fan_out", "bias", "lora_dropout", "init_lora_weights",
+}  # fmt: skip
+Form = Literal["portable", "rslora"]
+
+
+@dataclass(frozen=True)
+class Change:
+    """The change γBA of one layer: A [r, I], B [O, r], γ."""
+
+    a: Tensor
+    b: Tensor
+    gamma: float
+
+
+def write_peft(folder: Path, adapters: Mapping[str, Adapter], *, alpha: float, form: Form = "portable", base: str = "") -> None:
+    """Writes adapters that PEFT loads with equal output.
+
+    Args:
+        folder: Where to.
+        adapters: By the layers' full names.
+        alpha: α, for ``rslora``, where γ = α/√r.
+        form: See above.
+        base: Name of the model that they belong to.
+
+    Raises:
+        Problem: If an adapter is more than a low-rank change, or ``rslora`` would mean another γ.
+    """
+    for name, adapter in adapters.items():
+        if adapter.mode != "side" or adapter.length is not None:
+            kind = "row lengths" if adapter.length is not None else f"the mode {adapter.mode}"
+            raise Problem(
+                f"The adapter of {name} cannot be written on its own: it has {kind}.",
+                why="its change is not of low rank, and other programs would apply it without the mask.",
+                fix="the merged model, which keeps every zero.",
+                code=Exit.INCOMPATIBLE,
+            )
+    rank = len(next(iter(adapters.values())).a)
+    if form == "rslora" and any(abs(each.gamma - scale(alpha, rank)) > 1e-9 * each.gamma for each in adapters.values()):
+        raise Problem(
+            "These adapters cannot be written as `rslora`.", why="their strength is not α/√r.", fix="the form `portable`."
+        )
+    factor = 1.0 if form == "rslora" else None
+    tensors = {}
+    for name, adapter in adapters.items():
+        tensors[f"{PREFIX}{name}.lora_A.weight"] = adapter.a.detach().float()
+        tensors[f"{PREFIX}{name}.lora_B.weight"] = adapter.b.detach().float() * (adapter.gamma if factor is None else factor)
+    write_tensors(folder / WEIGHTS, tensors)
+    write_json(
+        folder / CONFIG,
+        {
+            "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base, "inference_mode": True, "r": rank,
+            "lora_alpha": alpha if form == "rslora" else rank, "use_rslora": form == "rslora", "target_modules": sorted(adapters),
+            "rank_pattern": {}, "alpha_pattern": {}, "bias": "none", "lora_dropout": 0.0,
+            "fan_in_fan_out": any(adapter.transposed for adapter in adapters.values()), "init_lora_weights": True,
+        },
+    )  # fmt: skip
+
+
+def read_peft(folder: Path) -> dict[str, Change]:
+    """Reads what PEFT or ``write_peft`` has written; by the layers' full names.
+
+    Raises:
+        Problem: If it is no such folder, or holds more than low-rank changes.
+    """
+    try:
+        config: dict[str, Any] = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+        tensors = load_file(folder / WEIGHTS)
+    except (OSError, ValueError) as error:
+        raise Problem(
+            f"{folder} is no adapter in PEFT's format.", why=f"{error}.", fix=f"a folder with {CONFIG} and {WEIGHTS}."
+        ) from None
+    more = sorted(key for key, value in config.items() if key not in KNOWN and value not in (None, False, [], {}, "", 0))
+    harmless = {"qalora_group_size", "peft_version", "auto_mapping", "revision", "megatron_core", "layer_replication"}
+    if config.get("peft_type") != "LORA" or set(more) - harmless:
+        raise Problem(
+            f"The adapter {folder} holds more than low-rank changes: {', '.join(sorted(set(more) - harmless)) or config.get('peft_type')}.",
+            why="what it means cannot be kept.",
+            fix="merge it by PEFT, and go on with the merged model.",
+            code=Exit.INCOMPATIBLE,
+        )
+    found = {}
+    for key, a in tensors.items():
+        name, mark, _ = key.removeprefix(PREFIX).partition(".lora_A.")
+        if mark:
+            rank = len(a)
+            alpha = _pattern(config.get("alpha_pattern") or {}, name, config["lora_alpha"])
+            rule: Any = "alpha_over_sqrt_r" if config.get("use_rslora") else "alpha_over_r"
+            found[name] = Change(a, tensors[key.replace(".lora_A.", ".lora_B.")], scale(float(alpha), rank, rule))
+    return found
+
+
+def _pattern(patterns: Mapping[str, float], name: str, default: float) -> float:
+    """The value of a layer: of the entry that its name ends with, or the default."""
+    return next((value for key, value in patterns.items() if name == key or name.endswith(f".{key}")), default)
+
+
+def delta(change: Change) -> Tensor:
+    """γBA, [O, I]."""
+    return torch.as_tensor(change.gamma * (change.b.float() @ change.a.float()))
