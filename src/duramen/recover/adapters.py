@@ -38,7 +38,7 @@ def masked_linear(
 
 
 class _Masked(torch.autograd.Function):
-    """dx = g Ŵ; with S = M⊙(gᵀx) summed in float32: dB = γ S Aᵀ, dA = γ Bᵀ S."""
+    """dx = g Ŵ; with S = M⊙(gᵀx): dB = γ S Aᵀ, dA = γ Bᵀ S."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, kept: Tensor, a: Tensor, b: Tensor, gamma: float) -> Tensor:
@@ -50,8 +50,7 @@ class _Masked(torch.autograd.Function):
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, kept, a, b = ctx.saved_tensors
         by_x = upstream @ changed(weight, kept, a, b, ctx.gamma) if ctx.needs_input_grad[0] else None
-        kind = a.dtype
-        sums = (upstream.flatten(0, -2).T.to(kind) @ x.flatten(0, -2).to(kind)).masked_fill_(~kept, 0)
+        sums = (upstream.flatten(0, -2).T @ x.flatten(0, -2)).to(a.dtype).masked_fill_(~kept, 0)
         return by_x, None, None, ctx.gamma * (b.T @ sums), ctx.gamma * (sums @ a.T), None
 
 

@@ -211,13 +211,14 @@ class Text:
 
     def _loss(self, tokens: Tensor) -> Tensor:
         logits = self.network(tokens, use_cache=False).logits[:, :-1].float()
-        loss = negative_log_likelihood(logits.log_softmax(-1), tokens[:, 1:]).sum()
+        logs = logits.log_softmax(-1)
+        loss = negative_log_likelihood(logs, tokens[:, 1:]).sum()
         if self.teacher is None:
             return loss
         share, heat = self.settings.distill_weight, self.settings.temperature
         with torch.no_grad():
             wanted = (self.teacher(tokens, use_cache=False).logits[:, :-1].float() / heat).log_softmax(-1)
-        apart = heat**2 * divergence(wanted, (logits / heat).log_softmax(-1)).sum()
+        apart = heat**2 * divergence(wanted, logs if heat == 1 else (logits / heat).log_softmax(-1)).sum()
         return (1 - share) * loss + share * apart
 
 

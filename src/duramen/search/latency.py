@@ -26,6 +26,8 @@ DEPTH = 8
 """Blocks of a stack that is timed, at most."""
 ROUNDS = 3
 """How often all is timed; of the medians of the rounds the least counts, since other work on a machine only ever adds."""
+TURNS = 20
+"""Prefills of each whole model, after one that warms up."""
 STEADY = 0.5
 """How far the slowest round of the dense stack may be above the fastest."""
 PARTS = ("attention", "mlp")
@@ -64,18 +66,20 @@ def prefill_costs(model: BlockModel, modules: Sequence[Module]) -> dict[str, Any
     return {"rest": everything - sum(levels[-1] for levels in table), "table": table, "spread": spread}
 
 
-def prefills(surgeries: Mapping[str, Surgery]) -> dict[str, float]:
-    """Milliseconds of a whole prefill by what each surgery leaves, in turns, with constant weights; all are in memory together."""
-    networks = {name: _empty(surgery) for name, surgery in surgeries.items()}
-    rounds = [{name: _milliseconds(network) for name, network in networks.items()} for _ in range(ROUNDS)]
-    return {name: min(each[name] for each in rounds) for name in networks}
-
-
 @torch.no_grad()
-def _milliseconds(network: Any) -> float:
-    """Median of some prefills."""
-    tokens = prompt(network.config.vocab_size)
-    return 1000 * float(median(repeated(lambda: network(tokens, use_cache=False)).tolist()))
+def prefills(surgeries: Mapping[str, Surgery]) -> dict[str, float]:
+    """Milliseconds of a whole prefill by what each surgery leaves, with constant weights: the median of many, taken in turns.
+
+    A machine that others use is now faster, now slower; taken in turns, all see the same. The models are in memory together.
+    """
+    networks = {name: _empty(surgery) for name, surgery in surgeries.items()}
+    seconds: dict[str, list[float]] = {name: [] for name in networks}
+    for _ in range(TURNS + 1):
+        for name, network in networks.items():
+            tokens, start = prompt(network.config.vocab_size), now()
+            network(tokens, use_cache=False)
+            seconds[name].append(now() - start)
+    return {name: 1000 * median(found[1:]) for name, found in seconds.items()}
 
 
 def _stack(model: BlockModel, widths: Mapping[str, int], start: int) -> dict[str, float]:
@@ -87,10 +91,10 @@ def _stack(model: BlockModel, widths: Mapping[str, int], start: int) -> dict[str
         dropped=tuple(index for index in range(len(model.blocks)) if index not in blocks),
     )  # fmt: skip
     surgery = Surgery(model, plan)
-    network = _empty(surgery)
+    network, tokens = _empty(surgery), prompt(surgery.config["vocab_size"])
     times: dict[str, list[float]] = {name: [] for name in ("block", *PARTS)}
-    with _timed(network, model.family.blocks, surgery.base_type, times):
-        whole = _milliseconds(network)
+    with torch.no_grad(), _timed(network, model.family.blocks, surgery.base_type, times):
+        whole = 1000 * median(repeated(lambda: network(tokens, use_cache=False)).tolist())
     found = {name: 1000 * median(seconds) for name, seconds in times.items()}
     return found | {"whole": whole, "outside": whole - len(blocks) * found["block"]}
 
