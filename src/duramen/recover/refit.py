@@ -11,14 +11,12 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from duramen.assets import open_model
 from duramen.calibrate.statistics import Statistics
 from duramen.calibrate.walker import Records, Walk, walk_blocks
 from duramen.families.model import BlockModel, Layer, Model
@@ -28,6 +26,7 @@ from duramen.prune.factor import Factor, factorise
 from duramen.prune.layer import GRID, Damping, DampingGrid, HeldOut
 from duramen.prune.pattern import SPARSE_FROM, lasting_zeros
 from duramen.prune.reconstruct import compute_dtype, reconstruct
+from duramen.recover.parent import find_parent
 from duramen.registry import Settings as MethodSettings
 from duramen.registry import method
 
@@ -119,14 +118,13 @@ def _parent(model: BlockModel, settings: Settings, walk: Walk, given: Model | No
     Raises:
         Problem: If there is none, or it has other blocks.
     """
-    folder = open_model(settings.parent) if settings.parent else walk.parent
-    if given is None and folder is None:
+    dense = find_parent(model, settings.parent, walk, given)
+    if dense is None:
         raise Problem(
             "There is no dense model to refit to.",
             why="this recipe begins with the model that is to be refitted.",
             fix="`parent: MODEL`, or the step that prunes in the same recipe.",
         )
-    dense = BlockModel.of(given) if given is not None else BlockModel.from_folder(Path(str(folder)), dtype=model.dtype)
     if (len(dense.blocks), dense.family.name) != (len(model.blocks), model.family.name):
         raise Problem(
             f"The dense model has {len(dense.blocks)} blocks of {dense.family.name}, this one {len(model.blocks)} of {model.family.name}.",

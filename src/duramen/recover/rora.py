@@ -11,14 +11,12 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from duramen.assets import open_model
 from duramen.calibrate.statistics import Statistics
 from duramen.calibrate.walker import Records, Walk, walk_blocks
 from duramen.families import register_own
@@ -29,6 +27,7 @@ from duramen.prune.pattern import lasting_zeros
 from duramen.prune.reconstruct import output_error
 from duramen.recover.adapters import Adapter
 from duramen.recover.merge import check_zeros, merge
+from duramen.recover.parent import find_parent
 from duramen.recover.scaling import Rule, coupled_rate, scale
 from duramen.registry import Settings as MethodSettings
 from duramen.registry import method
@@ -278,8 +277,8 @@ def _teacher(model: BlockModel, settings: Settings, walk: Walk, given: Model | N
     """
     if settings.objective == "ce":
         return None
-    folder = open_model(settings.parent) if settings.parent else walk.parent
-    if given is None and folder is None:
+    dense = find_parent(model, settings.parent, walk, given)
+    if dense is None:
         if settings.objective == "auto":
             return None
         raise Problem(
@@ -287,7 +286,6 @@ def _teacher(model: BlockModel, settings: Settings, walk: Walk, given: Model | N
             why="this recipe begins with the model that is to be recovered.",
             fix="`parent: MODEL`, or `objective: ce`.",
         )
-    dense = BlockModel.of(given) if given is not None else BlockModel.from_folder(Path(str(folder)), dtype=model.dtype)
     if dense.config.vocab_size != model.config.vocab_size:
         raise Problem(
             f"The dense model has {dense.config.vocab_size:,} tokens, this one {model.config.vocab_size:,}.",
