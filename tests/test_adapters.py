@@ -12,7 +12,7 @@ import tiny
 from duramen.problem import Problem
 from duramen.prune.factor import factorise
 from duramen.recover.adapters import Adapter, masked_linear, side_linear, spp_linear, spp_weight
-from duramen.recover.merge import merge, resize, weighted_svd
+from duramen.recover.merge import check_outputs, check_zeros, resize, weighted_svd
 from duramen.recover.refit import distance, refit
 from duramen.recover.scaling import coupled_rate, first_step_decrease, scale
 
@@ -109,8 +109,11 @@ def test_at_first_nothing_changes_and_merged_is_unmerged(mode, lengths, transpos
         if lengths:
             adapter.length.mul_(1.5)
     assert not torch.allclose(adapter(x), expected)
-    found = merge("layer", adapter, x, tolerance=1e-5)
-    assert (found.weight[~kept] == 0).all() == (mode != "side")
+    found = adapter.merged()
+    assert check_outputs("layer", found, base.bias, x.flatten(0, 1), adapter(x).detach().flatten(0, 1), tolerance=1e-5) < 1e-5
+    assert (found[~kept] == 0).all() == (mode != "side")
+    with pytest.raises(Problem, match="changes its outputs"):
+        check_outputs("layer", 1.1 * found, base.bias, x.flatten(0, 1), adapter(x).detach().flatten(0, 1), tolerance=1e-5)
     assert {name for name, parameter in adapter.named_parameters() if parameter.requires_grad} == {
         "a",
         "b",
@@ -138,20 +141,21 @@ def test_a_merge_keeps_every_zero_of_every_pattern(pattern, seed, kind):
     adapter = Adapter(base, rank=2, gamma=1.0, mode="masked", kept=kept, generator=generator)
     with torch.no_grad():
         adapter.b.normal_(generator=generator)
-    found = merge("layer", adapter, torch.randn(3, 4 * m, generator=generator).to(kind), tolerance=0.05).weight
+    found = adapter.merged()
+    check_zeros("layer", found, kept)
     assert (found[~kept] == 0).all()
     assert ((found != 0).reshape(5, 4, m).sum(2) <= n).all()
 
 
 def test_a_dense_change_of_a_sparse_weight_is_refused():
-    x, weight, kept, _, b = layer(3, kind=torch.float32)
+    _, weight, kept, _, b = layer(3, kind=torch.float32)
     base = nn.Linear(8, 6, bias=False)
     base.weight.data = weight
     adapter = Adapter(base, rank=3, gamma=0.5, mode="side", kept=kept)
     with torch.no_grad():
         adapter.b.copy_(b)
     with pytest.raises(Problem, match="would fill") as caught:
-        merge("model.layers.0.mlp.up_proj", adapter, x, tolerance=1e-5)
+        check_zeros("model.layers.0.mlp.up_proj", adapter.merged(), kept)
     assert "masked" in caught.value.fix
 
 

@@ -137,6 +137,9 @@ def test_a_recipe_prunes_and_refits(tmp_path):
         duramen.run(head | {"steps": [{"method": "refit"}]}, str(tmp_path / "first"), tmp_path / "third")
     with pytest.raises(Problem, match="No layer of this model lost anything"):
         duramen.run(again, str(folder), tmp_path / "fourth")
+    few = head | {"calibration": {"text": [str(text)], "sequences": 4, "length": 32}, "steps": [prune, {"method": "refit"}]}
+    with pytest.raises(Problem, match="leave none to set apart"):
+        duramen.run(few, str(folder), tmp_path / "sixth")
     dropped = head | {"steps": [{"method": "depth", "count": 1}, {"method": "refit"}]}
     with pytest.raises(Problem, match="The dense model has 3 blocks"):
         duramen.run(dropped, str(folder), tmp_path / "fifth")

@@ -68,6 +68,23 @@ def test_merged_is_what_was_trained():
     assert all(((weight != 0).reshape(len(weight), -1, 4).sum(2) <= 2).all() for weight in weights.values())
 
 
+def test_the_mask_beside_a_model_counts_however_few_it_removed(tmp_path):
+    recipe, folder = recipe_of(tmp_path, learning_rate=0.003)
+    steps = json.loads(recipe.read_text())
+    steps["steps"][0] = {"method": "magnitude", "sparsity": 0.04}
+    duramen.run(steps, str(folder), tmp_path / "out")
+    found = duramen.inspect(str(tmp_path / "out"))["masks"]
+    assert found["broken"] == []
+    assert found["removed"] > 0.03 * found["size"]
+    layers = json.loads((tmp_path / "out" / "results.json").read_text())["steps"][1]
+    assert {layer["mode"] for layer in layers["layers"]} == {"masked"}
+    trained = (
+        sum(4 * (rows + columns) for rows, columns in [(32, 32), (16, 32), (16, 32), (32, 32), (48, 32), (48, 32), (32, 48)])
+        * 3
+    )
+    assert layers["training"]["trained_parameters"] == trained
+
+
 def test_the_loss_of_a_sequence_does_not_depend_on_its_batch():
     network, tokens = tiny.model("llama"), tiny.ids(6, 24)
     text = Text(network, tiny.model("qwen2"), tokens, tokens, Settings(at_once=2))
@@ -137,7 +154,7 @@ def test_bad_input_is_refused(tmp_path):
 
     with pytest.raises(Problem, match="matches no layer"):
         run(only=["expert"])
-    with pytest.raises(Problem, match="leave none to watch"):
+    with pytest.raises(Problem, match="leave none to set apart"):
         run(ids=tokens[:4])
     with pytest.raises(Problem, match="no dense model to distil from"):
         run(objective="distill")
@@ -147,6 +164,10 @@ def test_bad_input_is_refused(tmp_path):
         run(mode="side")
     with pytest.raises(Problem, match="cannot have an adapter"):
         run(model=tiny.model("mamba"), only=["dt"])
+    run(model=tiny.model("mamba"), only=["blocks:0"], steps=1)
+    with pytest.raises(Problem, match="and the rank is 40"):
+        run(rank=40)
+    assert all(parameter.requires_grad for parameter in network.parameters())
     before = {key: value.clone() for key, value in network.state_dict().items()}
     with pytest.raises(Problem, match="loss of step"):
         run(learning_rate=math.inf)

@@ -427,5 +427,5 @@ def test_in_memory_and_with_a_dense_target(tmp_path):
 
 
 def test_too_few_sequences_are_refused():
-    with pytest.raises(Problem, match="leave none for comparing"):
+    with pytest.raises(Problem, match="leave none to set apart"):
         get_method("search").apply(tiny.model("llama"), tiny.ids(3, 32), target={"parameters": 0.8}, round_to=8)

@@ -143,7 +143,7 @@ def _refitted(
     )
     flops = 3 * _walk_flops(model, shapes, names, tokens) + solves
     widest = max(shapes[name][1] for name in names)
-    memory = BASE_MEMORY + 8 * _outside(model) + 16 * _largest_block(model, shapes) + 8 * tokens * width + 80 * widest**2
+    memory = BASE_MEMORY + 8 * _outside(model) + 16 * _largest_block(model, shapes) + 8 * tokens * width + 130 * widest**2
     return {
         "flops": flops,
         "memory_bytes": memory,

@@ -23,6 +23,7 @@ from torch import Tensor
 from duramen.problem import Exit, Problem
 
 STATE = ".duramen"
+MASKS = "masks.safetensors"
 
 
 @contextmanager

@@ -234,6 +234,22 @@ def split_batches(tokens: Tensor, size: int, held_out_every: int) -> tuple[list[
     return train + kept, [False] * len(train) + [True] * len(kept)
 
 
+def set_aside(sequences: int, share: float, setting: str) -> Tensor:
+    """Which of so many sequences are set apart: every n-th, bool [S].
+
+    Raises:
+        Problem: If there are too few to set one apart.
+    """
+    every = round(1 / share)
+    if sequences < every:
+        raise Problem(
+            f"{sequences} calibration sequences leave none to set apart.",
+            why=f"one in {every} is (`{setting}`), to choose by what nothing was fitted to.",
+            fix=f"at least {every} sequences (`calibration.sequences`).",
+        )
+    return torch.arange(sequences) % every == every - 1
+
+
 def _edit_block(
     model: BlockModel, index: int, boundary: _Boundary, edit: Edit, names: set[str], walk: Walk, *, held_out: bool
 ) -> Records:

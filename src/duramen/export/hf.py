@@ -21,9 +21,8 @@ from duramen.calibrate.walker import Reshape
 from duramen.families.checkpoint import INDEX, Checkpoint
 from duramen.families.model import BlockModel
 from duramen.problem import Exit, Problem
-from duramen.rundir import BlockStore, unpack_mask, write_json, write_tensors, write_text
+from duramen.rundir import MASKS, BlockStore, unpack_mask, write_json, write_tensors, write_text
 
-MASKS = "masks.safetensors"
 TOLERANCE = 1e-3
 """Largest difference of logits after reopening, relative to the largest logit."""
 _OWN = {

@@ -65,7 +65,7 @@ def changed(
     change = gamma * (b @ a)
     if kept is not None:
         change = change.masked_fill_(~kept, 0) if not change.requires_grad else change.masked_fill(~kept, 0)
-    return (weight.to(change.dtype) + change).to(weight.dtype)
+    return (weight.to(torch.promote_types(change.dtype, weight.dtype)) + change).to(weight.dtype)
 
 
 def spp_linear(
@@ -142,7 +142,8 @@ class Adapter(nn.Module):
         return y if bias is None else y + bias  # type: ignore[operator]
 
     def _changed(self, weight: Tensor | None = None) -> Tensor:
-        weight = (self.weight if weight is None else weight).float()
+        weight = self.weight if weight is None else weight
+        weight = weight if weight.dtype == torch.float64 else weight.float()
         if self.mode == "spp":
             return spp_weight(weight, self.a, self.b, self.gamma)
         kept = self.kept if self.mode == "masked" else None

@@ -2,52 +2,46 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
 from duramen.problem import Exit, Problem
-from duramen.recover.adapters import Adapter
-
-
-@dataclass(frozen=True)
-class Merged:
-    """A merged weight, [O, I], and the largest difference of outputs from those of the unmerged layer, as a share of the largest output."""
-
-    weight: Float[Tensor, "O I"]
-    difference: float
 
 
 @torch.no_grad()
-def merge(name: str, adapter: Adapter, x: Float[Tensor, "... I"], *, tolerance: float) -> Merged:
-    """The merged weight, checked.
+def check_outputs(
+    name: str,
+    weight: Float[Tensor, "O I"],
+    bias: Tensor | None,
+    x: Float[Tensor, "N I"],
+    y: Float[Tensor, "N O"],
+    *,
+    tolerance: float,
+) -> float:
+    """The largest difference of a merged layer's outputs from those of the unmerged one, as a share of the largest.
 
     Args:
         name: For errors.
-        adapter: The layer with its change.
-        x: Some of its inputs.
-        tolerance: Largest difference of outputs, as a share of the largest.
+        weight: The merged weight, as stored.
+        bias: The layer's, [O].
+        x: Some inputs.
+        y: What the layer with its adapter made of them.
+        tolerance: How large it may be.
 
     Raises:
-        Problem: If a removed weight would come back, or the outputs differ by more.
+        Problem: If it is larger.
     """
-    weight = adapter.merged()
-    if isinstance(adapter.kept, Tensor):
-        check_zeros(name, weight, adapter.kept)
-    expected = adapter(x).float()
-    bias = adapter.base.bias
-    found = torch.nn.functional.linear(x, weight, bias if isinstance(bias, Tensor) else None).float()
-    difference = float((found - expected).abs().max()) / max(float(expected.abs().max()), 1e-30)
-    if difference > tolerance:
+    found = torch.nn.functional.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype)).float()
+    difference = float((found - y.float()).abs().max()) / max(float(y.float().abs().max()), 1e-30)
+    if not difference <= tolerance:
         raise Problem(
             f"Merging {name} changes its outputs by {difference:.2g} of the largest one.",
             why=f"the weight is stored in {weight.dtype}, whose rounding should change them by {tolerance:.2g} at most.",
-            fix="keep the adapter beside the weight, or store the model in float32.",
+            fix="`dtype: float32`, and a model that is stored in float32.",
             code=Exit.CHECK_FAILED,
         )
-    return Merged(weight, difference)
+    return difference
 
 
 def check_zeros(name: str, weight: Float[Tensor, "O I"], kept: Bool[Tensor, "O I"]) -> None:
@@ -61,7 +55,7 @@ def check_zeros(name: str, weight: Float[Tensor, "O I"], kept: Bool[Tensor, "O I
         raise Problem(
             f"Merging into {name} would fill {back:,} of {int((~kept).sum()):,} removed weights.",
             why="its adapter was trained without the mask.",
-            fix="`mode: masked` or `spp`, whose merge keeps every zero; or keep the adapter beside the weight.",
+            fix="`mode: masked` or `spp`, whose merge keeps every zero.",
             code=Exit.CHECK_FAILED,
         )
 

@@ -7,6 +7,7 @@ Engines read the scale of an adapter differently: some know α/r only, whatever 
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +29,10 @@ KNOWN = {
     "peft_type", "task_type", "base_model_name_or_path", "inference_mode", "r", "lora_alpha", "use_rslora", "target_modules",
     "rank_pattern", "alpha_pattern", "fan_in_fan_out", "bias", "lora_dropout", "init_lora_weights",
 }  # fmt: skip
+HARMLESS = {"qalora_group_size", "peft_version", "auto_mapping", "revision", "megatron_core"}
+"""Entries that say nothing by themselves."""
+PLAIN = (None, True, False, "gaussian", "kaiming")
+"""Starts that leave the base as it is."""
 Form = Literal["portable", "rslora"]
 
 
@@ -62,7 +67,12 @@ def write_peft(folder: Path, adapters: Mapping[str, Adapter], *, alpha: float, f
                 fix="the merged model, which keeps every zero.",
                 code=Exit.INCOMPATIBLE,
             )
-    rank = len(next(iter(adapters.values())).a)
+    ranks = {len(adapter.a) for adapter in adapters.values()}
+    if len(ranks) != 1:
+        raise Problem(
+            f"The adapters have ranks {sorted(ranks)}.", why="one folder has one rank.", fix="`duramen.recover.merge.resize`."
+        )
+    (rank,) = ranks
     if form == "rslora" and any(abs(each.gamma - scale(alpha, rank)) > 1e-9 * each.gamma for each in adapters.values()):
         raise Problem(
             "These adapters cannot be written as `rslora`.", why="their strength is not α/√r.", fix="the form `portable`."
@@ -97,29 +107,34 @@ def read_peft(folder: Path) -> dict[str, Change]:
         raise Problem(
             f"{folder} is no adapter in PEFT's format.", why=f"{error}.", fix=f"a folder with {CONFIG} and {WEIGHTS}."
         ) from None
-    more = sorted(key for key, value in config.items() if key not in KNOWN and value not in (None, False, [], {}, "", 0))
-    harmless = {"qalora_group_size", "peft_version", "auto_mapping", "revision", "megatron_core", "layer_replication"}
-    if config.get("peft_type") != "LORA" or set(more) - harmless:
+    odd = [key for key, value in config.items() if key not in KNOWN | HARMLESS and value not in (None, False, [], {}, "", 0)]
+    odd += [
+        key
+        for key, fine in (("peft_type", ("LORA",)), ("bias", ("none",)), ("init_lora_weights", PLAIN))
+        if config.get(key) not in fine
+    ]
+    names = [key.removeprefix(PREFIX).removesuffix(".lora_A.weight") for key in tensors if key.endswith(".lora_A.weight")]
+    expected = {f"{PREFIX}{name}.lora_{half}.weight" for name in names for half in "AB"}
+    odd += sorted(expected ^ tensors.keys())
+    if odd or "lora_alpha" not in config or any(tensor.ndim != 2 for tensor in tensors.values()):
         raise Problem(
-            f"The adapter {folder} holds more than low-rank changes: {', '.join(sorted(set(more) - harmless)) or config.get('peft_type')}.",
+            f"The adapter {folder} holds more or less than low-rank changes: {', '.join(odd[:5]) or 'no lora_alpha'}.",
             why="what it means cannot be kept.",
             fix="merge it by PEFT, and go on with the merged model.",
             code=Exit.INCOMPATIBLE,
         )
     found = {}
-    for key, a in tensors.items():
-        name, mark, _ = key.removeprefix(PREFIX).partition(".lora_A.")
-        if mark:
-            rank = len(a)
-            alpha = _pattern(config.get("alpha_pattern") or {}, name, config["lora_alpha"])
-            rule: Any = "alpha_over_sqrt_r" if config.get("use_rslora") else "alpha_over_r"
-            found[name] = Change(a, tensors[key.replace(".lora_A.", ".lora_B.")], scale(float(alpha), rank, rule))
+    rule: Any = "alpha_over_sqrt_r" if config.get("use_rslora") else "alpha_over_r"
+    for name in names:
+        a, b = (tensors[f"{PREFIX}{name}.lora_{half}.weight"] for half in "AB")
+        alpha = _pattern(config.get("alpha_pattern") or {}, name, config["lora_alpha"])
+        found[name] = Change(a, b, scale(float(alpha), len(a), rule))
     return found
 
 
 def _pattern(patterns: Mapping[str, float], name: str, default: float) -> float:
-    """The value of a layer: of the entry that its name ends with, or the default."""
-    return next((value for key, value in patterns.items() if name == key or name.endswith(f".{key}")), default)
+    """The value of a layer: of the first entry that matches its name or the end of it, as PEFT reads them, or the default."""
+    return next((value for key, value in patterns.items() if re.match(rf"(.*\.)?({key})$", name)), default)
 
 
 def delta(change: Change) -> Tensor:

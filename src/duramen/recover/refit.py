@@ -1,4 +1,4 @@
-"""Closed-form refit: the weights that are left move to where the block comes nearest to the dense model's outputs; no gradients.
+"""Closed-form refit: the weights that are left move to where every layer comes nearest to the dense model's outputs; no gradients.
 
 For masks that were chosen without solving anything (magnitude, Wanda, foreign ones) and for cuts that were not repaired. Every layer is fitted to
 what the dense model's own layer puts out on its own inputs, from the inputs that the edited model really feeds it, so that later layers
@@ -18,14 +18,15 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from duramen.calibrate.statistics import Statistics
-from duramen.calibrate.walker import Records, Walk, walk_blocks
+from duramen.calibrate.walker import Records, Walk, set_aside, walk_blocks
 from duramen.families.model import BlockModel, Layer, Model
 from duramen.families.select import filter_layers
 from duramen.problem import Exit, Problem
 from duramen.prune.factor import Factor, factorise
 from duramen.prune.layer import GRID, Damping, DampingGrid, HeldOut
-from duramen.prune.pattern import SPARSE_FROM, lasting_zeros
+from duramen.prune.pattern import SPARSE_FROM
 from duramen.prune.reconstruct import compute_dtype, reconstruct
+from duramen.recover.masks import Masks
 from duramen.recover.parent import find_parent
 from duramen.registry import Settings as MethodSettings
 from duramen.registry import method
@@ -104,10 +105,11 @@ def apply(model: Model, tokens: Tensor, *, walk: Walk | None = None, dense: Mode
     """
     chosen, walk = Settings.model_validate(settings), walk or Walk()
     blocks = BlockModel.of(model)
-    parent = _parent(blocks, chosen, walk, dense)
-    names = _lossy(blocks, parent, chosen)
+    set_aside(len(tokens), chosen.held_out, "held_out")
+    parent, masks = _parent(blocks, chosen, walk, dense), Masks(blocks)
+    names = _lossy(blocks, parent, chosen, masks)
     return walk_blocks(
-        blocks, tokens, partial(_prepare, settings=chosen), names, walk=walk,
+        blocks, tokens, partial(_prepare, settings=chosen, masks=masks), names, walk=walk,
         held_out_every=round(1 / chosen.held_out), dense_target=True, parent=parent,
     )  # fmt: skip
 
@@ -125,17 +127,21 @@ def _parent(model: BlockModel, settings: Settings, walk: Walk, given: Model | No
             why="this recipe begins with the model that is to be refitted.",
             fix="`parent: MODEL`, or the step that prunes in the same recipe.",
         )
-    if (len(dense.blocks), dense.family.name) != (len(model.blocks), model.family.name):
+    shapes = [
+        f"{len(each.blocks)} blocks of {each.family.name}, width {each.config.hidden_size}, {each.config.vocab_size:,} tokens"
+        for each in (dense, model)
+    ]
+    if shapes[0] != shapes[1]:
         raise Problem(
-            f"The dense model has {len(dense.blocks)} blocks of {dense.family.name}, this one {len(model.blocks)} of {model.family.name}.",
-            why="every block is fitted to its own in the dense model.",
+            f"The dense model has {shapes[0]}; this one {shapes[1]}.",
+            why="every layer is fitted to its own in the dense model, on the same tokens.",
             fix="a `parent` with the same blocks; where blocks were dropped a refit cannot say which is which.",
             code=Exit.INCOMPATIBLE,
         )  # fmt: skip
     return dense
 
 
-def _lossy(model: BlockModel, dense: BlockModel, settings: Settings) -> list[str]:
+def _lossy(model: BlockModel, dense: BlockModel, settings: Settings, masks: Masks) -> list[str]:
     """The layers with as many outputs as in the dense model that have zeros or fewer inputs; all of them with ``everything``.
 
     Raises:
@@ -144,19 +150,16 @@ def _lossy(model: BlockModel, dense: BlockModel, settings: Settings) -> list[str
     names = filter_layers(model.layer_names(), settings.only, settings.skip)
     shapes = {name: (_shape(model, name), _shape(dense, name)) for name in names if _has(dense, name)}
     whole = [name for name, (now, before) in shapes.items() if now[0] == before[0]]
-    if settings.everything:
-        return whole
-    found: list[str] = []
-    for index in range(len(model.blocks)):
+    narrow = {name for name in whole if shapes[name][0] != shapes[name][1]}
+    found: list[str] = list(whole) if settings.everything else []
+    for index in range(0 if settings.everything else len(model.blocks)):
         with model.opened(index) as block:
             here = [layer for layer in block.layers.values() if layer.name in whole]
-            found += [
-                each.name for each in here if shapes[each.name][0] != shapes[each.name][1] or lasting_zeros(each.read()).any()
-            ]
+            found += [each.name for each in here if each.name in narrow or masks.removed(each.name, each.read()).any()]
     if not found:
         raise Problem(
             "No layer of this model lost anything.",
-            why=f"none of {len(names)} layers has at least {SPARSE_FROM:.0%} zeros, or fewer inputs than in the dense model.",
+            why=f"none of {len(names)} layers has a mask, at least {SPARSE_FROM:.0%} zeros, or fewer inputs than in the dense model.",
             fix="a pruned model, or `everything: true`.",
         )
     return found
@@ -185,20 +188,21 @@ class _Sums:
 
 @dataclass(frozen=True)
 class _Stage:
-    """What the layers of a stage share: sums over all tokens, those fitted to, and those held out; the damping; the factorised Grams."""
+    """What the layers of a stage share: sums over all tokens and over those held out; the factorised Grams of the others and of all."""
 
     total: _Sums
     held_out: _Sums
-    damping: float
     trial: Factor
     factor: Factor
     with_bias: bool
     statistics: Statistics
+    masks: Masks
 
     def refitted(self, layer: Layer) -> Tensor | None:
         """The layer's new weights, or None where those of the other sequences would leave the held-out ones further off."""
         assert layer.parent is not None
-        weight, goal, pruned = layer.read(), layer.parent.read(), lasting_zeros(layer.read())
+        weight, goal = layer.read(), layer.parent.read()
+        pruned = self.masks.removed(layer.name, weight)
         some = slice(None, None, max(1, len(weight) // TRIAL_ROWS))
         trial = refit(weight[some], goal[some], self.total.without(self.held_out).cross, pruned[some], self.trial)
         before, after = (
@@ -207,24 +211,28 @@ class _Stage:
         return refit(weight, goal, self.total.cross, pruned, self.factor) if after < before else None
 
 
-def _prepare(layers: list[Layer], statistics: Statistics, *, settings: Settings) -> Callable[[Layer], dict[str, Any]]:
+def _prepare(
+    layers: list[Layer], statistics: Statistics, *, settings: Settings, masks: Masks
+) -> Callable[[Layer], dict[str, Any]]:
     """Chooses the damping that the layers of a stage share, on their held-out sequences."""
     with_bias = all(layer.bias is not None and layer.parent is not None and layer.parent.bias is not None for layer in layers)
     total, held_out = _sums(statistics, with_bias)
     train, kind = total.without(held_out), compute_dtype(layers[0].read())
     grid = settings.damping_grid if settings.damping == "held-out" else (settings.damping,)
-    tried = []
+    best: tuple[float, float, Factor] | None = None
     for damping in grid:
         factor, error = factorise(train.second, damping, dtype=kind), 0.0
         for layer in layers if len(grid) > 1 else ():
             assert layer.parent is not None
             some = slice(None, None, max(1, len(layers) * len(layer.read()) // TRIAL_ROWS))
             weight, goal = layer.read()[some], layer.parent.read()[some]
-            found = refit(weight, goal, train.cross, lasting_zeros(layer.read())[some], factor)
-            error += distance(found, goal, held_out.second, held_out.cross)
-        tried.append((error, damping, factor))
-    _, damping, trial = min(tried, key=lambda each: each[0])
-    stage = _Stage(total, held_out, damping, trial, factorise(total.second, damping, dtype=kind), with_bias, statistics)
+            pruned = masks.removed(layer.name, layer.read())[some]
+            error += distance(refit(weight, goal, train.cross, pruned, factor), goal, held_out.second, held_out.cross)
+        if best is None or error < best[0]:
+            best = error, damping, factor
+    assert best is not None
+    _, damping, trial = best
+    stage = _Stage(total, held_out, trial, factorise(total.second, damping, dtype=kind), with_bias, statistics, masks)
     return partial(_refit_layer, stage=stage)
 
 
@@ -257,9 +265,9 @@ def _refit_layer(layer: Layer, *, stage: _Stage) -> dict[str, Any]:
     before, after = (1 + distance(each, goal, stage.total.second, stage.total.cross) / whole for each in (weight, new))
     if found is not None:
         layer.write(new, bias=_bias(layer, new, stage.statistics) if stage.with_bias else None)
-    pruned = lasting_zeros(layer.read())
+    pruned = stage.masks.removed(layer.name, weight)
     return {
-        "removed": int(pruned.sum()), "size": weight.numel(), "moved": found is not None, "damping": stage.damping,
+        "removed": int(pruned.sum()), "size": weight.numel(), "moved": found is not None, "damping": stage.factor.damping,
         "relative_error": after, "error_before": before, "seconds": time.perf_counter() - start,
     }  # fmt: skip
 

@@ -18,15 +18,15 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from duramen.calibrate.statistics import Statistics
-from duramen.calibrate.walker import Records, Walk, walk_blocks
+from duramen.calibrate.walker import Records, Walk, set_aside, walk_blocks
 from duramen.families import register_own
 from duramen.families.model import BlockModel, Layer, Model
 from duramen.families.select import filter_layers
 from duramen.problem import Problem
-from duramen.prune.pattern import lasting_zeros
 from duramen.prune.reconstruct import output_error
 from duramen.recover.adapters import Adapter
-from duramen.recover.merge import check_zeros, merge
+from duramen.recover.masks import Masks
+from duramen.recover.merge import check_outputs, check_zeros
 from duramen.recover.parent import find_parent
 from duramen.recover.scaling import Rule, coupled_rate, scale
 from duramen.registry import Settings as MethodSettings
@@ -36,8 +36,12 @@ from duramen.train.objective import divergence, negative_log_likelihood
 
 RATE = 3e-4
 """Learning rate at the reference strength (``scaling.REFERENCE``): LoRA's published one."""
-TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-10}
-"""Largest difference of a merged layer's outputs, relative to the largest; 2⁻⁵ for half types."""
+SPP_RATE, SPP_STRENGTH = 4e-3, 2.0
+"""The published learning rate and strength of SPP."""
+TOLERANCE = 1e-4
+"""Largest difference of a merged layer's outputs, relative to the largest; 2⁻⁵ where a half type runs or is stored."""
+WITNESSES = 64
+"""Tokens by whose outputs a merge is checked."""
 ENOUGH = 0.5
 """Share of the block parameters below which the coverage is too small to pass without a word."""
 
@@ -56,7 +60,7 @@ class Settings(MethodSettings):
     dora: bool = False
     """Whether the length of every row is learned apart."""
     learning_rate: Annotated[float, Field(gt=0)] | Literal["auto"] = "auto"
-    """Of AdamW at its height; `auto` couples it to γ and the rank, 3e-4 at γ·r = 64."""
+    """Of AdamW at its height; `auto` couples it to γ and the rank, 3e-4 at γ·r = 64 (in `spp` to γ alone, 4e-3 at 2)."""
     plus_ratio: Annotated[float, Field(gt=0)] = 1.0
     """How many times the rate of A that of B is."""
     steps: Annotated[int, Field(ge=1)] = 100
@@ -96,7 +100,11 @@ class Settings(MethodSettings):
     @property
     def rate(self) -> float:
         """The learning rate of A."""
-        return coupled_rate(RATE, self.gamma, self.rank) if self.learning_rate == "auto" else self.learning_rate
+        if self.learning_rate != "auto":
+            return self.learning_rate
+        if self.mode == "spp":  # every output meets one row of A, whatever the rank
+            return coupled_rate(SPP_RATE, self.gamma, 1, reference=SPP_STRENGTH)
+        return coupled_rate(RATE, self.gamma, self.rank)
 
     @property
     def schedule(self) -> Schedule:
@@ -104,41 +112,79 @@ class Settings(MethodSettings):
         return Schedule(self.steps, self.batch, self.at_once, self.warmup, self.clip, self.every, self.seed)
 
 
-def adapt(network: nn.Module, model: BlockModel, settings: Settings) -> dict[str, Adapter]:
-    """Puts an adapter in the place of every chosen layer of a network; everything else is frozen.
+@contextmanager
+def adapted(network: nn.Module, model: BlockModel, settings: Settings) -> Iterator[dict[str, Adapter]]:
+    """A network with an adapter in the place of every chosen layer, and all else frozen, for a while.
 
     Args:
         network: The transformers model.
-        model: Says which layers there are.
+        model: The same, block by block: says which layers there are, and which weights stay zero.
         settings: Rank, strength, mode, filters.
 
-    Returns:
+    Yields:
         The adapters by the layers' full names.
 
     Raises:
-        Problem: If filters match nothing, or name a layer that its block never calls.
+        Problem: If filters match nothing, or nothing but layers that their blocks never call; if a rank is larger than a weight, or a
+            change would fill the zeros of a sparse one.
     """
-    network.requires_grad_(False)
-    generator, found = torch.Generator().manual_seed(settings.seed), {}
-    for name in _targets(model, settings):
-        base = network.get_submodule(name)
-        transposed = model.transposed(name)
-        stored = network.get_parameter(f"{name}.weight")
-        zeros = lasting_zeros(stored.T if transposed else stored)
-        sparse = bool(zeros.any())
-        mode = ("masked" if sparse else "side") if settings.mode == "auto" else settings.mode
-        adapter = Adapter(
-            base, rank=settings.rank, gamma=settings.gamma, mode=mode, lengths=settings.dora, transposed=transposed,
-            kept=~zeros if sparse or mode == "masked" else None, generator=generator,
-        )  # fmt: skip
-        holder, _, child = name.rpartition(".")
-        setattr(network.get_submodule(holder), child, adapter)
-        found[name] = adapter
-    return found
+    names = _targets(model, settings)
+    before = {name: parameter.requires_grad for name, parameter in network.named_parameters()}
+    generator, masks = torch.Generator().manual_seed(settings.seed), Masks(model)
+    adapters: dict[str, Adapter] = {}
+    try:
+        network.requires_grad_(False)
+        for index in range(len(model.blocks)):
+            removed = _removed(model, index, names, masks)
+            for name, zeros in removed.items():
+                base = network.get_submodule(name)
+                adapters[name] = _adapter(name, base, zeros, settings, generator, transposed=model.transposed(name))
+                _put(network, name, adapters[name])
+        yield adapters
+    finally:
+        for name, adapter in adapters.items():
+            _put(network, name, adapter.base)
+        for name, parameter in network.named_parameters():
+            parameter.requires_grad_(before[name])
 
 
-def _targets(model: BlockModel, settings: Settings) -> list[str]:
-    """The layers to change; those that a block reads without calling them are left out, unless they are asked for by name."""
+def _removed(model: BlockModel, index: int, names: set[str], masks: Masks) -> dict[str, Tensor]:
+    """Which weights of a block's chosen layers stay zero, as stored."""
+    with model.opened(index) as block:
+        return {each.name: masks.removed(each.name, each.read()) for each in block.layers.values() if each.name in names}
+
+
+def _adapter(
+    name: str, base: nn.Module, zeros: Tensor, settings: Settings, generator: torch.Generator, *, transposed: bool
+) -> Adapter:
+    """The adapter of one layer."""
+    sparse = bool(zeros.any())
+    mode = ("masked" if sparse else "side") if settings.mode == "auto" else settings.mode
+    if sparse and mode == "side":
+        raise Problem(
+            f"The change of {name} would fill its {int(zeros.sum()):,} removed weights.",
+            why="in the mode `side` every weight changes.",
+            fix="`mode: auto`, `masked` or `spp`, whose merge keeps every zero.",
+        )
+    if settings.rank > min(zeros.shape):
+        raise Problem(
+            f"{name} has {zeros.shape[0]} outputs and {zeros.shape[1]} inputs, and the rank is {settings.rank}.",
+            why="more directions than the smaller of the two add nothing.",
+            fix=f"`rank: {min(zeros.shape)}` or less, or `skip` for this layer.",
+        )
+    return Adapter(
+        base, rank=settings.rank, gamma=settings.gamma, mode=mode, lengths=settings.dora, transposed=transposed,
+        kept=~zeros if sparse or mode == "masked" else None, generator=generator,
+    )  # fmt: skip
+
+
+def _put(network: nn.Module, name: str, module: nn.Module) -> None:
+    holder, _, child = name.rpartition(".")
+    setattr(network.get_submodule(holder), child, module)
+
+
+def _targets(model: BlockModel, settings: Settings) -> set[str]:
+    """The layers to change; those that a block reads without calling them are left out, unless nothing else is asked for."""
     untouchable = {
         f"{model.family.blocks}.{index}.{item.path}"
         for index in range(len(model.blocks))
@@ -146,30 +192,14 @@ def _targets(model: BlockModel, settings: Settings) -> list[str]:
         for item in stage
         if item.tap
     }
-    names = filter_layers(model.layer_names(), settings.only, settings.skip)
-    if untouchable & set(names) and settings.only:
-        name = sorted(untouchable & set(names))[0]
+    names = set(filter_layers(model.layer_names(), settings.only, settings.skip))
+    if names <= untouchable:
         raise Problem(
-            f"{name} cannot have an adapter.",
+            f"{min(names)} cannot have an adapter.",
             why="its block reads the weight without calling the layer.",
-            fix="leave its role out of `only`.",
+            fix="other layers in `only`.",
         )
-    return [name for name in names if name not in untouchable]
-
-
-@contextmanager
-def adapted(network: nn.Module, model: BlockModel, settings: Settings) -> Iterator[dict[str, Adapter]]:
-    """The same for a while; afterwards the layers are in their places again, as they were."""
-    before = {name: parameter.requires_grad for name, parameter in network.named_parameters()}
-    adapters = adapt(network, model, settings)
-    try:
-        yield adapters
-    finally:
-        for name, adapter in adapters.items():
-            holder, _, child = name.rpartition(".")
-            setattr(network.get_submodule(holder), child, adapter.base)
-        for name, parameter in network.named_parameters():
-            parameter.requires_grad_(before[name])
+    return names - untouchable
 
 
 @dataclass
@@ -242,20 +272,15 @@ def apply(model: Model, tokens: Tensor, *, walk: Walk | None = None, dense: Mode
     chosen, walk = Settings.model_validate(settings), walk or Walk()
     blocks = BlockModel.of(model)
     network, teacher = _whole(blocks), _teacher(blocks, chosen, walk, dense)
-    every = round(1 / chosen.held_out)
-    aside = torch.arange(len(tokens)) % every == every - 1
-    if not bool(aside.any()):
-        raise Problem(
-            f"{len(tokens)} sequences leave none to watch the training by.",
-            why=f"one in {every} is set apart for it (`held_out`).",
-            fix=f"at least {every} sequences (`calibration.sequences`).",
-        )
+    aside = set_aside(len(tokens), chosen.held_out, "held_out")
     with adapted(network, blocks, chosen) as adapters:
         text = Text(network, teacher, tokens[~aside], tokens[aside], chosen)
         history = train(_groups(adapters, chosen), text, chosen.schedule, folder=walk.folder, tell=walk.told)
-        changes = _checked(network, adapters, tokens[:1])
-    walk.training = _summary(blocks, adapters, history, chosen, distilled=teacher is not None)
-    return walk_blocks(blocks, tokens, partial(_edit, adapters=adapters, changes=changes), list(adapters), walk=walk)
+        witnesses = _witnesses(network, adapters, tokens[:1])
+        walk.training = _summary(blocks, adapters, history, chosen, distilled=teacher is not None)
+    del network, teacher, text
+    edit = partial(_edit, adapters=adapters, witnesses=witnesses, untrained=history.best == 0)
+    return walk_blocks(blocks, tokens, edit, list(adapters), walk=walk)
 
 
 def _whole(model: BlockModel) -> nn.Module:
@@ -292,7 +317,7 @@ def _teacher(model: BlockModel, settings: Settings, walk: Walk, given: Model | N
             why="their distributions cannot be compared.",
             fix="a `parent` with the same tokenizer, or `objective: ce`.",
         )
-    return _whole(dense).requires_grad_(False)
+    return _whole(dense)
 
 
 def _groups(adapters: dict[str, Adapter], settings: Settings) -> list[dict[str, Any]]:
@@ -303,40 +328,50 @@ def _groups(adapters: dict[str, Adapter], settings: Settings) -> list[dict[str, 
 
 
 @torch.no_grad()
-def _checked(network: nn.Module, adapters: dict[str, Adapter], tokens: Tensor) -> dict[str, float]:
-    """Merges every adapter on the inputs of some tokens, to see that nothing changes; the differences of outputs by layer."""
-    inputs: dict[str, Tensor] = {}
+def _witnesses(network: nn.Module, adapters: dict[str, Adapter], tokens: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
+    """Some inputs of every adapted layer, [N, I], and what it makes of them, [N, O], by name."""
+    found: dict[str, tuple[Tensor, Tensor]] = {}
 
     def keep(name: str) -> Callable[..., None]:
-        return lambda _, args: inputs.__setitem__(name, args[0].detach())
+        def look(_: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+            found[name] = args[0].flatten(0, -2)[:WITNESSES].clone(), output.flatten(0, -2)[:WITNESSES].clone()
 
-    handles = [adapter.register_forward_pre_hook(keep(name)) for name, adapter in adapters.items()]
+        return look
+
+    handles = [adapter.register_forward_hook(keep(name)) for name, adapter in adapters.items()]
     network(tokens, use_cache=False)
     for handle in handles:
         handle.remove()
-    return {
-        name: merge(name, adapter, inputs[name], tolerance=TOLERANCE.get(adapter.weight.dtype, 2**-5)).difference
-        for name, adapter in adapters.items()
-        if name in inputs
-    }
+    return found
 
 
 def _edit(
-    layers: list[Layer], statistics: Statistics, *, adapters: dict[str, Adapter], changes: dict[str, float]
+    layers: list[Layer],
+    statistics: Statistics,
+    *,
+    adapters: dict[str, Adapter],
+    witnesses: dict[str, tuple[Tensor, Tensor]],
+    untrained: bool,
 ) -> Callable[[Layer], dict[str, Any]]:
-    """Merges the adapters into the weights as stored."""
+    """Merges the adapters into the weights as stored, and compares the outputs; nothing changes where the start was the best."""
 
     def write(layer: Layer) -> dict[str, Any]:
-        adapter, weight = adapters[layer.name], layer.read()
-        new = adapter.merged(weight)
+        adapter, weight, difference = adapters[layer.name], layer.read(), 0.0
+        new = weight if untrained else adapter.merged(weight)
         if isinstance(adapter.kept, Tensor):
             check_zeros(layer.name, new, adapter.kept)
+        if not untrained:
+            if layer.name in witnesses:
+                x, y = witnesses[layer.name]
+                half = min(torch.finfo(new.dtype).bits, torch.finfo(x.dtype).bits) < 32
+                difference = check_outputs(layer.name, new, layer.bias, x, y, tolerance=2**-5 if half else TOLERANCE)
+            layer.write(new)
         second = statistics.total.second
         whole = max(output_error(weight, torch.zeros_like(weight), second), 1e-30)
-        layer.write(new)
         return {
-            "removed": int(lasting_zeros(new).sum()), "size": new.numel(), "relative_error": output_error(weight, new, second) / whole,
-            "mode": adapter.mode, "merge_difference": changes.get(layer.name, 0.0), "seconds": 0.0,
+            "removed": int((~adapter.kept).sum()) if isinstance(adapter.kept, Tensor) else 0, "size": new.numel(),
+            "relative_error": output_error(weight, new, second) / whole,
+            "mode": adapter.mode, "merge_difference": difference, "seconds": 0.0,
         }  # fmt: skip
 
     return write
@@ -349,7 +384,7 @@ def _summary(
     inside = f"{model.family.blocks}."
     changed = sum(adapter.weight.numel() for adapter in adapters.values())
     everything = sum(p.numel() for name, p in model.network.named_parameters() if name.startswith(inside))
-    trained = sum(p.numel() for adapter in adapters.values() for p in adapter.parameters() if p.requires_grad)
+    trained = sum(p.numel() for group in _groups(adapters, settings) for p in group["params"])
     return {
         "layers": len(adapters), "covered": changed / everything, "thin": changed < ENOUGH * everything, "trained_parameters": trained,
         "gamma": settings.gamma, "learning_rate": settings.rate, "distilled": distilled,

@@ -9,11 +9,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
-import torch
 from pydantic import Field
 from torch import Tensor
 
-from duramen.calibrate.walker import Memo
+from duramen.calibrate.walker import Memo, set_aside
 from duramen.families import OWN
 from duramen.families.model import BlockModel
 from duramen.problem import Problem
@@ -45,14 +44,7 @@ def split(tokens: Tensor, share: float) -> tuple[Tensor, Tensor]:
     Raises:
         Problem: If there are too few.
     """
-    every = round(1 / share)
-    aside = torch.arange(len(tokens)) % every == every - 1
-    if not bool(aside.any()):
-        raise Problem(
-            f"{len(tokens)} calibration sequences leave none for comparing candidates.",
-            why=f"one in {every} is set apart for it (`search_share`).",
-            fix=f"at least {every} sequences (`calibration.sequences`).",
-        )
+    aside = set_aside(len(tokens), share, "search_share")
     return tokens[~aside], tokens[aside]
 
 

@@ -1,4 +1,4 @@
-"""The training loop: AdamW on a few parameters, the same result however often it is stopped and by however many processes it is run.
+"""The training loop: AdamW on a few parameters; the same bits however often it is stopped, the same but for rounding by any number of processes.
 
 Which sequences a step sees follows from its number alone; a checkpoint holds parameters, moments and the number; the loss of a step is the
 sum over all its target tokens divided by how many there are in all processes together.
@@ -151,7 +151,7 @@ def _step(parameters: list[Tensor], optimizer: Any, task: Task, schedule: Schedu
         raise Problem(
             f"The loss of step {step + 1} is {float(total):.4g}, its gradient has norm {float(norm):.4g}.",
             why="the learning rate is too high, or the model overflows in this type.",
-            fix=f"half the `learning_rate`, or `dtype: float32`; the checkpoint before (every {schedule.every} steps) is kept.",
+            fix="half the `learning_rate`, or `dtype: float32`, and another OUT folder; this one goes on from its last checkpoint.",
             code=Exit.CHECK_FAILED,
         )
     optimizer.step()
@@ -164,6 +164,13 @@ def _look(
     """Takes the held-out loss; the parameters of the least one."""
     with torch.no_grad():
         loss = task.held_out()
+    if not math.isfinite(loss):
+        raise Problem(
+            f"The held-out loss after {done} steps is {loss:.4g}.",
+            why="training diverged." if done else "the model overflows in this type, before any training.",
+            fix="half the `learning_rate`, and another OUT folder." if done else "`dtype: float32`.",
+            code=Exit.CHECK_FAILED,
+        )
     better = not history.held_out or loss < min(found for _, found in history.held_out)
     history.held_out.append((done, loss))
     tell(done, loss)
