@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerF
 
 import duramen
 import tiny
-from duramen.export.gguf import SPLIT_LLAMA3, SPLIT_QWEN2, _split_name, export_gguf, llama_cpp_agrees
+from duramen.export.gguf import SPLIT_LLAMA3, _split_name, export_gguf, llama_cpp_agrees
 from duramen.families.model import BlockModel
 from duramen.problem import Problem
 from duramen.shrink.plan import Plan, digest
@@ -47,7 +47,18 @@ def fields(file):
     return {name: field.contents() for name, field in gguf.GGUFReader(file).fields.items()}
 
 
-@pytest.mark.parametrize("skipped", [{}, {1: ("mlp",)}, {1: ("attention",), 2: ("mlp",)}, {1: ("attention", "mlp")}], ids=str)
+@pytest.mark.parametrize(
+    "skipped",
+    [
+        {},
+        {1: ("mlp",)},
+        {1: ("attention",), 2: ("mlp",)},
+        {1: ("attention", "mlp")},
+        {2: ("attention", "mlp")},
+        {2: ("attention",)},
+    ],
+    ids=str,
+)
 def test_llama_cpp_goes_on_as_transformers_does(skipped, tmp_path):
     folder = cut(tmp_path / "model", skipped=skipped)
     found = export_gguf(folder, tmp_path / "model.gguf", kind="f32")
@@ -56,7 +67,7 @@ def test_llama_cpp_goes_on_as_transformers_does(skipped, tmp_path):
     assert llama_cpp_agrees(tmp_path / "model.gguf", folder, PROMPTS) == 20
     header = fields(tmp_path / "model.gguf")
     assert header["deci.attention.head_count"] == [
-        0 if "attention" in skipped.get(b, ()) else n for b, n in enumerate((4, 2, 4))
+        0 if "attention" in skipped.get(b, ()) else n for b, n in enumerate((4, 2, 4)) if len(skipped.get(b, ())) < 2
     ]
 
 
@@ -118,6 +129,15 @@ def test_other_arithmetic_is_refused(name, tmp_path):
     assert not list(tmp_path.glob("*.gguf*"))
 
 
+def test_another_activation_and_a_first_block_without_attention_are_refused(tmp_path):
+    odd = cut(tmp_path / "gelu", skipped={}, config=LlamaConfig(**tiny._LLAMA, hidden_act="gelu"))
+    with pytest.raises(Problem, match="with gelu as activation"):
+        export_gguf(odd, tmp_path / "model.gguf")
+    headless = cut(tmp_path / "headless", skipped={1: ("attention",)}, dropped=(0,))
+    with pytest.raises(Problem, match="first block of this model has no attention"):
+        export_gguf(headless, tmp_path / "model.gguf")
+
+
 def test_a_rotary_table_that_depends_on_the_length_is_refused(tmp_path):
     rope = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64, "rope_theta": 1e4}
     folder = cut(tmp_path / "model", skipped={}, config=LlamaConfig(**tiny._LLAMA, rope_parameters=rope))
@@ -139,7 +159,7 @@ def test_splits_have_the_names_that_llama_cpp_gives_them():
     assert named([level(add_prefix_space=False)]) == "gpt-2"
     assert named([pre_tokenizers.Digits(individual_digits=True), level(add_prefix_space=False)]) == "smollm"
     assert named([split(SPLIT_LLAMA3), level(add_prefix_space=False, use_regex=False)]) == "llama-bpe"
-    assert named([split(SPLIT_QWEN2), level(add_prefix_space=False, use_regex=False)]) == "qwen2"
+    assert named([level(add_prefix_space=True)]) is None
     assert named([split(r"\d+"), level(add_prefix_space=False, use_regex=False)]) is None
     assert _split_name(None) is None
 

@@ -26,8 +26,8 @@ def test_a_candidate_costs_what_its_parts_take(monkeypatch):
     """With clocks that count units: 5 ms outside, 1 for a block, 0.25 a channel, 2 a KV group."""
     model, modules = made()
 
-    def stack(model, widths, start):
-        sizes = model.sizes(start)
+    def stack(model, widths, blocks):
+        sizes = model.sizes(blocks[0])
         mlp, heads = 0.25 * widths.get("ffn_channel", sizes.ffn), 2.0 * widths.get("kv_group", sizes.groups)
         return {"whole": 100.0, "outside": 5.0, "block": 1 + mlp + heads, "mlp": mlp, "attention": heads}
 
@@ -78,12 +78,20 @@ def test_a_search_under_it_runs_through_and_says_what_was_measured(monkeypatch):
 
 def test_a_clock_that_is_not_steady_is_refused(monkeypatch):
     model, modules = made()
-    rounds = iter([10.0, 30.0, 20.0])
+    rounds = iter([10.0, 1.0, 1.0, 30.0, 1.0, 1.0, 20.0, 1.0, 1.0])  # the whole, then FFNs and attentions in full width
     part = {"outside": 1.0, "block": 2.0, "mlp": 1.0, "attention": 1.0}
-    monkeypatch.setattr(latency, "_stack", lambda model, widths, start: part | {"whole": 1.0 if widths else next(rounds)})
+    monkeypatch.setattr(
+        latency,
+        "_stack",
+        lambda model, widths, blocks: part | {"whole": next(rounds) if len(blocks) == 3 and not widths else 1.0},
+    )
     with pytest.raises(Problem, match="10 to 30 ms") as caught:
         latency.prefill_costs(model, modules)
     assert "macs" in caught.value.fix
+
+
+def test_a_level_never_takes_longer_than_a_wider_one():
+    assert latency._falling([0.0, 4.0, 4.5, 4.4]) == [0.0, 4.0, 4.4, 4.4]
 
 
 def test_masks_are_counted_and_not_timed():

@@ -159,6 +159,11 @@ def test_parents_meet_their_children_on_the_same_tokens():
     assert lineage == sorted(lineage, reverse=True)
 
 
+def test_more_children_than_a_population_are_refused():
+    with pytest.raises(ValueError, match="more than a population of 20"):
+        Settings(target={"parameters": 0.8}, population=20)
+
+
 def test_what_masks_cannot_reach_is_refused():
     with pytest.raises(Problem, match="these masks leave") as caught:
         get_method("search_masks").apply(tiny.model("llama"), tiny.ids(16, 32), target={"parameters": 0.45}, **FEW)

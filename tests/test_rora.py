@@ -144,6 +144,7 @@ def test_the_automatic_rate_and_scale_are_those_of_the_paper():
     assert Settings(rank=64).rate == pytest.approx(1.5e-4)
     assert Settings(rank=32, alpha=64.0, scaling="alpha_over_r").rate == pytest.approx(3e-4)
     assert Settings(learning_rate=0.5).rate == 0.5
+    assert Settings(mode="spp", alpha=2.0, scaling="constant", rank=64).rate == pytest.approx(4e-3), "SPP's own, at any rank"
 
 
 def test_bad_input_is_refused(tmp_path):

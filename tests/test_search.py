@@ -426,6 +426,16 @@ def test_in_memory_and_with_a_dense_target(tmp_path):
     assert made_by["costs"]["kv_bytes"]["winner"] <= made_by["costs"]["kv_bytes"]["most"]
 
 
+def test_what_would_undo_a_search_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="undoes a search"):
+        get_method("search").apply(tiny.model("llama"), tiny.ids(16, 32), target={"parameters": 0.8}, homogenise=True)
+    with pytest.raises(Problem, match="no folder for a nested"):
+        get_method("search").apply(tiny.model("llama"), tiny.ids(16, 32), target={"parameters": 0.8}, nested=True, **SMALL)
+    (tmp_path / "nested.safetensors").write_bytes(b"no such file at all")
+    with pytest.raises(Problem, match="is no finished search"):
+        open_nested(tmp_path / "nested.safetensors", 0)
+
+
 def test_too_few_sequences_are_refused():
     with pytest.raises(Problem, match="leave none to set apart"):
         get_method("search").apply(tiny.model("llama"), tiny.ids(3, 32), target={"parameters": 0.8}, round_to=8)

@@ -97,6 +97,8 @@ def run(
     with ranks.joined():
         context, steps = _prepare(load_recipe(recipe, overrides), model, Path(out), allow_generic, progress)
         context.workers, context.address = workers, address
+        if address and not workers:
+            raise Problem("An address needs workers.", why="it says where they are.", fix="`--workers N --address ADDRESS`.")
         if workers and not any(get_method(step.method).kind == "search" for step in steps):
             raise Problem(
                 f"{workers} workers have nothing to do in this recipe.",

@@ -106,7 +106,7 @@ def export_tables(found: dict[str, Any]) -> list[Printable]:
     """What was written, and how it was checked."""
     agreed = found["agreed"]
     ran = (
-        "llama.cpp was not run: `python -m pip install xllamacpp`" if agreed is None
+        "llama.cpp was not run (`python -m pip install xllamacpp`, and memory for both)" if agreed is None
         else f"llama.cpp continued {agreed} of {found['prompts']} prompts as transformers does"
     )  # fmt: skip
     return [

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import datetime
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TypeVar
 
@@ -63,6 +63,11 @@ def shared(value: T | None, owner: int = 0) -> T:
         distributed.broadcast_object_list(box, src=owner)
     assert box[0] is not None
     return box[0]
+
+
+def led(compute: Callable[[], T]) -> T:
+    """What the first rank computes, on every rank; the others wait."""
+    return shared(compute() if leads() else None)
 
 
 def add_up(statistics: Statistics) -> None:

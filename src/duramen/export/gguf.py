@@ -21,6 +21,7 @@ from torch import Tensor
 
 from duramen.families import OWN, register_own
 from duramen.families.model import BlockModel
+from duramen.hardware.machine import total_memory
 from duramen.problem import Exit, Problem
 from duramen.rundir import replacing
 
@@ -39,13 +40,13 @@ NAMES = {
 SPLIT_LLAMA3 = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-SPLIT_QWEN2 = SPLIT_LLAMA3.replace(r"\p{N}{1,3}", r"\p{N}")
 
 
 @dataclass(frozen=True)
 class Shape:
-    """Widths of one block; zeros where a part is left out."""
+    """Widths of one block, and which one it is; zeros where a part is left out."""
 
+    block: int
     heads: int
     groups: int
     ffn: int
@@ -61,17 +62,22 @@ def export_gguf(folder: Path, file: Path, *, kind: Type = "f16") -> dict[str, An
 
     Returns:
         ``architecture``, ``bytes``, ``tensors``; ``largest_error`` of an entry read back, relative to its tensor's largest; ``prompts``
-        that llama.cpp was given, and ``agreed``: how many it continued as transformers does, None if it was not there.
+        that llama.cpp was given, and ``agreed``: how many it continued as transformers does, None if it was not there, or if both would
+        not fit in memory.
 
     Raises:
         Problem: If the model cannot be expressed, a tensor does not come back, or llama.cpp says something else.
     """
+    if find_spec("gguf") is None:
+        raise Problem(
+            "GGUF needs the package gguf, which is not installed.", why="it is an extra.", fix="`python -m pip install gguf`"
+        )
     import gguf
 
     register_own(str(json.loads((folder / "config.json").read_text(encoding="utf-8")).get("model_type")))
     model = BlockModel.from_folder(folder, dtype=torch.float32)
     shapes = _shapes(model)
-    alike = len(set(shapes)) == 1 and 0 not in (shapes[0].heads, shapes[0].ffn)
+    alike = _alike(shapes) and 0 not in (shapes[0].heads, shapes[0].ffn)
     architecture = "llama" if alike else "deci"
     with replacing(file) as partial:
         writer = gguf.GGUFWriter(partial, architecture)
@@ -87,7 +93,8 @@ def export_gguf(folder: Path, file: Path, *, kind: Type = "f16") -> dict[str, An
             writer.write_tensor_data(_packed(tensor, kind)[0])
         writer.close()
         count, error = _read_back(partial, _tensors(model, shapes), kind)
-        agreed = llama_cpp_agrees(partial, folder, PROMPTS) if find_spec("xllamacpp") else None
+        small = 16 * sum(p.numel() for p in model.network.parameters()) < total_memory()
+        agreed = llama_cpp_agrees(partial, folder, PROMPTS) if find_spec("xllamacpp") and small else None
     return {
         "architecture": architecture, "bytes": file.stat().st_size, "tensors": count, "largest_error": error,
         "prompts": len(PROMPTS), "agreed": agreed,
@@ -111,7 +118,15 @@ def llama_cpp_agrees(file: Path, folder: Path, prompts: Sequence[str], new_token
     parameters.model.path, parameters.n_ctx, parameters.n_parallel, parameters.warmup = str(file), 1024, 1, False
     parameters.cache_type_k = parameters.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
     parameters.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
-    server, equal = xllamacpp.Server(parameters), 0
+    try:
+        server, equal = xllamacpp.Server(parameters), 0
+    except RuntimeError as error:
+        raise Problem(
+            f"llama.cpp does not open {file}.",
+            why=f"{error}; it said why above.",
+            fix="please report it.",
+            code=Exit.CHECK_FAILED,
+        ) from None
     for prompt in prompts:
         ids = tokenizer(prompt)["input_ids"]
         question = {
@@ -141,17 +156,19 @@ def llama_cpp_agrees(file: Path, folder: Path, prompts: Sequence[str], new_token
 
 
 def _shapes(model: BlockModel) -> list[Shape]:
-    """Widths of all blocks.
+    """Widths of all blocks; those that have neither part pass their input on, and are left out.
 
     Raises:
-        Problem: If the architecture, a bias or the rotary table has no counterpart.
+        Problem: If the architecture, a bias or the activation has no counterpart, or the first block has no attention.
     """
     base = str(model.config.model_type).removeprefix(OWN)
-    biased = [name for name, _ in model.network.named_parameters() if name.endswith(".bias")]
-    if base not in FAMILIES or biased:
+    odd = " with biases" if any(name.endswith(".bias") for name, _ in model.network.named_parameters()) else ""
+    if getattr(model.config, "hidden_act", "silu") != "silu":
+        odd += f" with {model.config.hidden_act} as activation"
+    if base not in FAMILIES or odd:
         raise Problem(
-            f"A model of type {base}{' with biases' if biased else ''} cannot be written as GGUF.",
-            why=f"its arithmetic is not that of llama.cpp's `llama` and `deci`; {', '.join(FAMILIES)} without biases are.",
+            f"A model of type {base}{odd} cannot be written as GGUF.",
+            why=f"its arithmetic is not that of llama.cpp's `llama` and `deci`; {', '.join(FAMILIES)} without biases, with SiLU, are.",
             fix="the folder itself opens in transformers; for a uniform model llama.cpp's own converter may do.",
             code=Exit.INCOMPATIBLE,
         )
@@ -160,20 +177,33 @@ def _shapes(model: BlockModel) -> list[Shape]:
         sizes, skipped = model.sizes(index), getattr(model.config.per_layer_config[index], "skip", None) or ()
         attention, mlp = "attention" not in skipped, "mlp" not in skipped
         ffn = sizes.ffn if mlp else ZEROS if attention else 0
-        found.append(Shape(sizes.heads if attention else 0, sizes.groups if attention else 0, ffn))
-    return found
+        found.append(Shape(index, sizes.heads if attention else 0, sizes.groups if attention else 0, ffn))
+    stay = [shape for shape in found if shape.heads or shape.ffn]
+    if not stay or not stay[0].heads:
+        raise Problem(
+            "The first block of this model has no attention, which llama.cpp cannot open.",
+            why="it takes the sizes of heads from the first block.",
+            fix="keep the attention of the first block (`skip: [blocks:0]` in the step that cuts).",
+            code=Exit.INCOMPATIBLE,
+        )
+    return stay
+
+
+def _alike(shapes: Sequence[Shape]) -> bool:
+    return len({(shape.heads, shape.groups, shape.ffn) for shape in shapes}) == 1
 
 
 def _write_header(writer: Any, model: BlockModel, shapes: Sequence[Shape], name: str) -> None:
     config, head = model.config, model.sizes(0).head
-    same = len(set(shapes)) == 1
+    same = _alike(shapes)
+    window = getattr(config, "sliding_window", None) or config.max_position_embeddings
 
     def of(values: Sequence[int]) -> Any:
         return values[0] if same else list(values)
 
     writer.add_name(name)
     writer.add_block_count(len(shapes))
-    writer.add_context_length(config.max_position_embeddings)
+    writer.add_context_length(min(window, config.max_position_embeddings))
     writer.add_embedding_length(config.hidden_size)
     writer.add_feed_forward_length(of([shape.ffn for shape in shapes]))
     writer.add_head_count(of([shape.heads for shape in shapes]))
@@ -197,8 +227,8 @@ def _tensors(model: BlockModel, shapes: Sequence[Shape]) -> Iterator[tuple[str, 
     if factors is not None:
         yield "rope_freqs.weight", factors
     width = model.config.hidden_size
-    for index, shape in enumerate(shapes):
-        with model.opened(index) as block:
+    for number, shape in enumerate(shapes):
+        with model.opened(shape.block) as block:
             state = {path: tensor.detach().clone() for path, tensor in block.module.state_dict().items()}
         if shape.ffn == ZEROS and "mlp.gate_proj.weight" not in state:
             for name, size in (("gate", (ZEROS, width)), ("up", (ZEROS, width)), ("down", (width, ZEROS))):
@@ -209,7 +239,7 @@ def _tensors(model: BlockModel, shapes: Sequence[Shape]) -> Iterator[tuple[str, 
                 tensor = state[f"{path}.weight"]
                 if name in ("attn_q", "attn_k"):
                     tensor = _interleaved(tensor, shape.heads if name == "attn_q" else shape.groups)
-                yield f"blk.{index}.{name}.weight", tensor
+                yield f"blk.{number}.{name}.weight", tensor
 
 
 def _interleaved(weight: Tensor, heads: int) -> Tensor:
@@ -289,7 +319,7 @@ def _write_tokenizer(writer: Any, folder: Path) -> None:
     if found.get("model", {}).get("type") != "BPE" or found.get("normalizer") or split is None:
         raise Problem(
             f"The tokenizer of {folder} cannot be written as GGUF.",
-            why="only byte-level BPE whose splitting of text llama.cpp has a name for (GPT-2, SmolLM, Llama 3, Qwen2) can.",
+            why="only byte-level BPE whose splitting of text llama.cpp has a name for (GPT-2, SmolLM, Llama 3) can.",
             fix="llama.cpp's own converter for the dense model, whose tokenizer keys fit the cut one too.",
             code=Exit.INCOMPATIBLE,
         )
@@ -328,10 +358,12 @@ def _split_name(found: dict[str, Any] | None) -> str | None:
     """llama.cpp's name for a way to split text before BPE."""
     steps = (found or {}).get("pretokenizers", [found] if found else [])
     kinds = [step["type"] for step in steps]
+    if any(step.get("add_prefix_space") for step in steps):
+        return None
     if kinds == ["ByteLevel"] and steps[0].get("use_regex", True):
         return "gpt-2"
     if kinds == ["Digits", "ByteLevel"] and steps[0]["individual_digits"]:
         return "smollm"
     if kinds == ["Split", "ByteLevel"] and not steps[1].get("use_regex", True):
-        return {SPLIT_LLAMA3: "llama-bpe", SPLIT_QWEN2: "qwen2"}.get(steps[0]["pattern"].get("Regex"))
+        return "llama-bpe" if steps[0]["pattern"].get("Regex") == SPLIT_LLAMA3 else None
     return None

@@ -35,6 +35,7 @@ _OWN = {
     "log.jsonl",
     "report.html",
     "README.md",
+    "nested.safetensors",
 }
 
 

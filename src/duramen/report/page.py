@@ -183,7 +183,7 @@ def _search(made_by: dict[str, Any]) -> dict[str, Any]:
         f"{cost['winner']:,.0f} {resource.replace('_', ' ')} of at most {cost['most']:,.0f} (dense {cost['dense']:,.0f})"
         for resource, cost in made_by["costs"].items()
     ]
-    if "prefill" in made_by:
+    if made_by.get("prefill"):
         dense, winner = (made_by["prefill"][name] for name in ("dense", "winner"))
         limits.append(f"measured afterwards, a prefill takes {winner:,.0f} ms and {dense:,.0f} ms by the dense model")
     if made_by.get("narrowed"):

@@ -9,9 +9,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor
 
+from duramen.calibrate import ranks
 from duramen.calibrate.walker import Memo, set_aside
 from duramen.families import OWN
 from duramen.families.model import BlockModel
@@ -36,6 +37,16 @@ class BudgetSettings(RepairSettings):
     """Share of the calibration sequences on which candidates are compared; what is fitted is fitted to the others."""
     seed: int = 0
     """Of mutations, and of the sequences on which candidates are compared."""
+
+    @model_validator(mode="after")
+    def _no_zeros_in_gaps(self) -> BudgetSettings:
+        if self.homogenise:
+            raise Problem(
+                "`homogenise` undoes a search.",
+                why="zeros fill what was cut, and the limit no longer holds.",
+                fix="`fusion` with `allocation: local`, which gives one shape to all blocks.",
+            )
+        return self
 
 
 def split(tokens: Tensor, share: float) -> tuple[Tensor, Tensor]:
@@ -97,7 +108,7 @@ def limits(
     found = []
     for resource, wanted in target.items():
         if resource == "latency":
-            measured = memo("latency", lambda: prefill_costs(model, modules))
+            measured = memo("latency", lambda: ranks.led(lambda: prefill_costs(model, modules)))
             rest, table = measured["rest"], tuple(map(tuple, measured["table"]))
         else:
             rest, table = _costs(model, modules, resource, bits)

@@ -23,6 +23,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from duramen.calibrate import ranks
 from duramen.calibrate.walker import SCRATCH, Memo, Records, Walk
 from duramen.families import OWN
 from duramen.families.model import BlockModel, Model
@@ -41,7 +42,7 @@ from duramen.search.team import Make, Team, team_of
 from duramen.shrink.groups import find_units
 from duramen.shrink.model import carry_out
 from duramen.shrink.plan import Plan, digest
-from duramen.shrink.surgery import Surgery, homogenised
+from duramen.shrink.surgery import Surgery
 from duramen.train.objective import Lesson
 
 SHARES = (0.5, 0.6, 0.7, 0.8, 0.9)
@@ -235,7 +236,7 @@ def chosen_modules(model: BlockModel, settings: Settings) -> list[Module]:
         raise Problem(
             f"{settings.runtime} cannot open blocks of several shapes of a model of type {base}.",
             why="its class for such models has the arithmetic of Llama.",
-            fix="`runtime: transformers`, or `homogenise: true` for one shape.",
+            fix="`runtime: transformers`, or `fusion` with `allocation: local`, which gives one shape to all blocks.",
             code=Exit.INCOMPATIBLE,
         )
     units = {each.reader: each for each in find_units(model, settings.families)}
@@ -267,7 +268,7 @@ def predicted(model: BlockModel, settings: Settings) -> Surgery:
     bounds = limits(model, modules, settings.target, bits=settings.bits)
     losses = [[1 - kept / module.units.count for kept in module.grid] for module in modules]
     plan = plan_of(model, modules, uniform(modules, bounds, losses), {})
-    return Surgery(model, homogenised(model, plan) if settings.homogenise else plan)
+    return Surgery(model, plan)
 
 
 @method("search", title="Sub-network search", paper="arXiv 2409.17372", kind="search", needs=("tokens",), settings=Settings)
@@ -281,6 +282,12 @@ def apply(model: Model, tokens: Tensor, *, walk: Walk | None = None, **settings:
     blocks = BlockModel.of(model)
     if walk.folder is not None:
         return _apply(blocks, tokens, chosen, walk, walk.folder)
+    if chosen.nested:
+        raise Problem(
+            "There is no folder for a nested checkpoint.",
+            why="the model is only in memory.",
+            fix="`duramen run`, or `nested: false`.",
+        )
     with TemporaryDirectory(dir=walk.scratch, prefix=SCRATCH) as place:
         return _apply(blocks, tokens, chosen, walk, Path(place))
 
@@ -318,11 +325,13 @@ def _apply(model: BlockModel, tokens: Tensor, settings: Settings, walk: Walk, fo
     }  # fmt: skip
     plan = plan_of(model, modules, winner, made_by)
     if "latency" in settings.target:
-        made_by["prefill"] = walk.memo("prefill", lambda: _prefills(model, plan))
+        made_by["prefill"] = walk.memo("prefill", lambda: ranks.led(lambda: _prefills(model, plan)))
     files: dict[str, str | Path] = {SEARCH: json.dumps(report)}
     if settings.nested:
         files[NESTED] = folder / NESTED
-        write_nested(folder / NESTED, search.database, report)
+        if ranks.leads():
+            write_nested(folder / NESTED, search.database, report)
+        ranks.wait()
     return carry_out(plan, model, tokens, settings, walk, [module.units for module in modules], files)
 
 

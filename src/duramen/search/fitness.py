@@ -6,7 +6,7 @@ what a child has in common with its parent is computed once, exactly, and every 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
@@ -17,6 +17,8 @@ from torch import Tensor
 from duramen.families.model import BlockModel, OpenBlock, run_block
 from duramen.train.objective import Lesson, bucketed_kl, log_rest, negative_log_likelihood
 
+TOKENS_AT_ONCE = 2**17
+"""Tokens of all candidates together whose hidden states are held at once, before and after a block."""
 Choices = tuple[Any, ...]
 """What a candidate is: one choice for every module, in running order; choices can be sorted."""
 
@@ -80,13 +82,33 @@ def divergences(
         sequences: Token ids, the same for all.
         lessons: What the dense model says of them.
     """
-    return [_divergence(variants.model, state, lessons) for state in last_states(variants, candidates, sequences)]
+    return _in_runs(
+        candidates,
+        sequences,
+        lambda run: [_divergence(variants.model, s, lessons) for s in last_states(variants, run, sequences)],
+    )
 
 
 @torch.no_grad()
 def losses(variants: Variants, candidates: Sequence[Choices], sequences: Int[Tensor, "N T"]) -> list[float]:
     """Mean negative log-likelihood per token of every candidate, in nats."""
-    return [_loss(variants.model, state, sequences) for state in last_states(variants, candidates, sequences)]
+    return _in_runs(
+        candidates, sequences, lambda run: [_loss(variants.model, s, sequences) for s in last_states(variants, run, sequences)]
+    )
+
+
+def _in_runs(
+    candidates: Sequence[Choices], sequences: Int[Tensor, "N T"], measure: Callable[[Sequence[Choices]], list[float]]
+) -> list[float]:
+    """Measures the sorted candidates, which have the first blocks in common, so many at a time that their states fit in memory."""
+    at_once = max(1, TOKENS_AT_ONCE // sequences.numel())
+    order = sorted(range(len(candidates)), key=lambda number: candidates[number])
+    found = [0.0] * len(candidates)
+    for start in range(0, len(order), at_once):
+        run = order[start : start + at_once]
+        for number, figure in zip(run, measure([candidates[number] for number in run]), strict=True):
+            found[number] = figure
+    return found
 
 
 def _divergence(model: BlockModel, hidden: Float[Tensor, "N T D"], lessons: Sequence[Lesson]) -> float:

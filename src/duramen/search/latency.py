@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from itertools import accumulate
 from statistics import median
 from typing import Any
 
@@ -17,8 +18,10 @@ from torch import nn
 from duramen.families import OWN, register_own
 from duramen.families.model import BlockModel
 from duramen.hardware.clock import now, prompt, repeated
+from duramen.hardware.machine import total_memory
 from duramen.problem import Exit, Problem
 from duramen.search.database import Module
+from duramen.shrink.groups import find_units
 from duramen.shrink.plan import Plan, digest
 from duramen.shrink.surgery import Surgery, part_children
 
@@ -48,30 +51,47 @@ def prefill_costs(model: BlockModel, modules: Sequence[Module]) -> dict[str, Any
         Problem: If the rounds differ too much.
     """
     keys = [(module.units.kind, module.units.sizes, module.units.count) for module in modules]
-    first = dict(reversed(list(zip(keys, modules, strict=True))))
-    wanted = [(key, kept) for key, module in first.items() for kept in module.grid if kept not in (0, module.units.count)]
+    alike = {key: [m for m, other in zip(modules, keys, strict=True) if other == key] for key in keys}
+    wanted = [(key, kept) for key, (module, *_) in alike.items() for kept in module.grid if kept]
     rounds = []
     for _ in range(ROUNDS):
-        whole = _stack(model, {}, 0)
-        levels = [_stack(model, {key[0]: kept}, first[key].units.block)[first[key].units.part] for key, kept in wanted]
+        whole = _stack(model, {}, list(range(len(model.blocks))))
+        levels = []
+        for key, kept in wanted:
+            stack = _stack(model, {key[0]: kept} if kept < key[2] else {}, [module.units.block for module in alike[key]])
+            levels.append(stack[alike[key][0].units.part])
         rounds.append((whole, levels))
-    spread = _spread([whole["whole"] for whole, _ in rounds])
     dense = {name: min(whole[name] for whole, _ in rounds) for name in rounds[0][0]}
     timed = {each: min(levels[number] for _, levels in rounds) for number, each in enumerate(wanted)}
     table = [
-        [dense[module.units.part] if kept == module.units.count else timed[key, kept] if kept else 0.0 for kept in module.grid]
-        for key, module in zip(keys, modules, strict=True)
+        _falling([timed[key, kept] if kept else 0.0 for kept in module.grid]) for key, module in zip(keys, modules, strict=True)
     ]
-    everything = dense["outside"] + len(model.blocks) * dense["block"]
-    return {"rest": everything - sum(levels[-1] for levels in table), "table": table, "spread": spread}
+    covered = {(module.units.block, module.units.part) for module in modules}
+    others = sum(
+        dense[part]
+        for block in range(len(model.blocks))
+        for part in PARTS
+        if (block, part) not in covered and part not in (getattr(model.config.per_layer_config[block], "skip", None) or ())
+    )
+    around = dense["outside"] + len(model.blocks) * (dense["block"] - sum(dense[part] for part in PARTS))
+    return {"rest": around + others, "table": table, "spread": _spread([whole["whole"] for whole, _ in rounds])}
+
+
+def _falling(levels: list[float]) -> list[float]:
+    """The same without dips: no level takes longer than a wider one, which could stand in for it."""
+    return list(accumulate(reversed(levels), min))[::-1]
 
 
 @torch.no_grad()
 def prefills(surgeries: Mapping[str, Surgery]) -> dict[str, float]:
     """Milliseconds of a whole prefill by what each surgery leaves, with constant weights: the median of many, taken in turns.
 
-    A machine that others use is now faster, now slower; taken in turns, all see the same. The models are in memory together.
+    A machine that others use is now faster, now slower; taken in turns, all see the same. The models are in memory together; where they
+    would take more than half of it, nothing is timed, and nothing returned.
     """
+    sizes = [surgery.summary["parameters"]["after"] * surgery.model.dtype.itemsize for surgery in surgeries.values()]
+    if 2 * sum(sizes) > total_memory():
+        return {}
     networks = {name: _empty(surgery) for name, surgery in surgeries.items()}
     seconds: dict[str, list[float]] = {name: [] for name in networks}
     for _ in range(TURNS + 1):
@@ -82,14 +102,16 @@ def prefills(surgeries: Mapping[str, Surgery]) -> dict[str, float]:
     return {name: 1000 * median(found[1:]) for name, found in seconds.items()}
 
 
-def _stack(model: BlockModel, widths: Mapping[str, int], start: int) -> dict[str, float]:
-    """Milliseconds of a stack of blocks at one width: the whole, a block, its parts, and what is around the blocks."""
-    blocks = range(start, min(start + DEPTH, len(model.blocks)))
-    plan = Plan(
-        digest(model), len(model.blocks),
-        {kind: (tuple(range(kept)),) * len(model.blocks) for kind, kept in widths.items()},
-        dropped=tuple(index for index in range(len(model.blocks)) if index not in blocks),
-    )  # fmt: skip
+def _stack(model: BlockModel, widths: Mapping[str, int], blocks: Sequence[int]) -> dict[str, float]:
+    """Milliseconds of a stack of the first of some blocks at one width: the whole, a block, its parts, and what is around the blocks."""
+    blocks = blocks[:DEPTH]
+    counts = {(units.kind, units.block): units.count for units in find_units(model, list(widths))}
+    kept = {
+        kind: tuple(tuple(range(min(width, counts[kind, block]))) for block in range(len(model.blocks)))
+        for kind, width in widths.items()
+    }
+    dropped = tuple(index for index in range(len(model.blocks)) if index not in blocks)
+    plan = Plan(digest(model), len(model.blocks), kept, dropped=dropped)
     surgery = Surgery(model, plan)
     network, tokens = _empty(surgery), prompt(surgery.config["vocab_size"])
     times: dict[str, list[float]] = {name: [] for name in ("block", *PARTS)}

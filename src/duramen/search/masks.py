@@ -36,7 +36,7 @@ from duramen.shrink.allocate import Scores
 from duramen.shrink.groups import Units, find_units
 from duramen.shrink.model import carry_out
 from duramen.shrink.plan import Plan, digest
-from duramen.shrink.surgery import Surgery, homogenised, silenced, zeroed
+from duramen.shrink.surgery import Surgery, silenced, zeroed
 from duramen.train.objective import Lesson
 
 Masks = tuple[tuple[int, ...], ...]
@@ -75,6 +75,16 @@ class Settings(BudgetSettings):
     """On so many tokens, drawn anew for every epoch."""
     top_k: Annotated[int, Field(ge=1)] = 512
     """With `fitness: kl`, likeliest tokens of the dense model that count one by one."""
+
+    @model_validator(mode="after")
+    def _no_more_than_a_population(self) -> Settings:
+        if self.mutants + self.crossovers > self.population:
+            raise Problem(
+                f"{self.mutants} mutants and {self.crossovers} crossovers are more than a population of {self.population}.",
+                why="they are part of it; the rest is made afresh.",
+                fix="fewer of them, or a larger `population`.",
+            )
+        return self
 
     @model_validator(mode="after")
     def _counted_not_timed(self) -> Settings:
@@ -354,7 +364,7 @@ class Evolution:
             depth = len(self.space.gone(mother))
             father = _one_of([each for each in parents if len(self.space.gone(each)) == depth], generator)
             crossed.append(self.space.crossed(mother, father, generator))
-        fresh = max(0, chosen.population - len(mutants) - len(crossed))
+        fresh = chosen.population - len(mutants) - len(crossed)
         return [*mutants, *crossed, *(self.space.child(start, FIRST, generator) for _ in range(fresh))]
 
     def epoch(self, number: int, parents: Sequence[Masks]) -> dict[str, Any]:
@@ -418,7 +428,7 @@ def predicted(model: BlockModel, settings: Settings) -> Surgery:
     alike = {(units.block, units.kind): torch.zeros(units.count) for units in find_units(model, KINDS)}
     space = space_of(model, settings, alike)
     plan = space.plan(space.start(torch.Generator().manual_seed(settings.seed)), {})
-    return Surgery(model, homogenised(model, plan) if settings.homogenise else plan)
+    return Surgery(model, plan)
 
 
 @method(

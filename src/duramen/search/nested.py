@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from duramen.families import register_own
@@ -81,7 +81,7 @@ def read_header(file: Path) -> dict[str, Any]:
     try:
         with safe_open(file, "pt") as stored:
             header: dict[str, Any] = json.loads((stored.metadata() or {}).get("duramen", "{}"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, SafetensorError):
         return {}
     return header if header.get("format") == FORMAT else {}
 

@@ -61,6 +61,8 @@ class Team:
         """
         import ray
 
+        if not candidates:
+            return []
         order = sorted(range(len(candidates)), key=lambda number: candidates[number])
         size = -(-len(order) // len(self.actors))
         parts = [order[start : start + size] for start in range(0, len(order), size)]
@@ -70,7 +72,7 @@ class Team:
         ]
         try:
             answers = ray.get(asked)
-        except ray.exceptions.RayActorError as error:
+        except (ray.exceptions.RayActorError, ray.exceptions.OutOfMemoryError) as error:
             raise Problem(
                 f"A worker died: {str(error).splitlines()[0]}",
                 why="it ran out of memory, or its machine went away.",
@@ -94,6 +96,13 @@ def _running(model: BlockModel, make: Callable[[], Make], count: int, address: s
     ray.init(address=address or "local", log_to_driver=False, logging_level="ERROR", **own)
     threads = 1 if address else max(1, (os.cpu_count() or 1) // count)
     try:
+        there = int(ray.cluster_resources().get("CPU", 0))
+        if there < count:
+            raise Problem(
+                f"{count} workers are wanted, and the cluster has {there} processors.",
+                why="every worker takes one.",
+                fix=f"`--workers {there}` or fewer.",
+            )
         start = ray.remote(num_cpus=1)(_Worker).remote
         shared = ray.put(make())
         yield Team([start(model.checkpoint.folder.resolve(), model.dtype, threads, shared) for _ in range(count)])
