@@ -115,8 +115,8 @@ class Bench:
         figures = {
             "perplexity": perplexity(found.loss),
             "KL from dense": mean_interval(found.kl),
-            "summed relative layer error": Measured(error, error, error, 1),
-            "processor seconds": Measured(seconds, seconds, seconds, 1),
+            "summed relative layer error": exactly(error),
+            "processor seconds": exactly(seconds),
         }
         print(method, settings, {name: round(figure.value, 4) for name, figure in figures.items()}, flush=True)
         return figures
@@ -128,6 +128,11 @@ class Bench:
         more = {"low": figure.low, "high": figure.high} if figure.low < figure.high else {}
         more |= {"peer": peer[0], "peer_value": peer[1]} if peer else {}
         return rows.row(case, metric, UNITS[metric], subject, figure.value, samples=figure.samples, **more)
+
+
+def exactly(value: float) -> Measured:
+    """One figure without a spread."""
+    return Measured(value, value, value, 1)
 
 
 if __name__ == "__main__":

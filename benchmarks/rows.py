@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import datetime
 import importlib.metadata
+import json
 import platform
 from pathlib import Path
 
@@ -52,6 +53,20 @@ def row(case: str, metric: str, unit: str, subject: str, value: float, **more: o
     fixed = {"case": case, "metric": metric, "unit": unit, "subject": subject, "value": value, "ratio": ratio}
     place = {"versions": versions(), "machine": machine(), "date": datetime.date.today().isoformat()}
     return dict.fromkeys(COLUMNS, "") | place | fixed | more
+
+
+def windows(name: str) -> dict[str, dict[str, list[float]]]:
+    """The KL of every window by case and subject, of results/NAME.json; none if there is no such file."""
+    file = RESULTS / f"{name}.json"
+    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+
+
+def keep_windows(name: str, case: str, subject: str, kl: list[float]) -> dict[str, list[float]]:
+    """Adds the KL of every window of one subject to results/NAME.json, and gives those of all subjects of its case."""
+    found = windows(name)
+    found.setdefault(case, {})[subject] = kl
+    (RESULTS / f"{name}.json").write_text(json.dumps(found, indent=1), encoding="utf-8")
+    return found[case]
 
 
 def read(name: str) -> list[dict[str, object]]:

@@ -31,7 +31,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 import rows
 from duramen.calibrate.backward import walk_back
 from duramen.calibrate.walker import Walk
-from duramen.evaluate.intervals import Measured, mean_interval
+from duramen.evaluate.intervals import mean_interval
 from duramen.evaluate.perplexity import divergence, final_hidden, perplexity
 from duramen.families.model import BlockModel
 from duramen.hardware.machine import forward_dtype
@@ -41,7 +41,7 @@ from duramen.shrink.importance import Taylor
 from duramen.shrink.model import ShrinkSettings, budget, carry_out, choose, kept_units
 from duramen.shrink.plan import Plan
 from duramen.shrink.surgery import Surgery, masked
-from pruning_quality import Bench, arguments
+from pruning_quality import Bench, arguments, exactly
 
 RATIOS = ("10%", "20%", "30%", "50%")
 REPAIRS = {"": "affine", ", no repair": "none"}
@@ -200,15 +200,13 @@ def measure(
     figures = {
         "perplexity": perplexity(found.loss),
         "KL from dense": mean_interval(found.kl),
-        "parameters": _one(summary["parameters"]["after"]),
-        "MACs per token": _one(summary["macs_per_token"]["after"]),
-        "seconds": _one(seconds),
+        "parameters": exactly(summary["parameters"]["after"]),
+        "MACs per token": exactly(summary["macs_per_token"]["after"]),
+        "seconds": exactly(seconds),
     }
-    windows = _windows(options.name)
-    windows.setdefault(case, {})[label] = found.kl.tolist()
-    if DEFAULT in windows[case] and label != DEFAULT:
-        figures["KL above the default"] = mean_interval(np.array(windows[case][label]) - np.array(windows[case][DEFAULT]))
-    (rows.RESULTS / f"{options.name}.json").write_text(json.dumps(windows, indent=1), encoding="utf-8")
+    windows = rows.keep_windows(options.name, case, label, found.kl.tolist())
+    if DEFAULT in windows and label != DEFAULT:
+        figures["KL above the default"] = mean_interval(np.array(windows[label]) - np.array(windows[DEFAULT]))
     for metric, figure in figures.items():
         bounds = {"low": figure.low, "high": figure.high} if figure.low < figure.high else {}
         versions = {"versions": rows.versions(used)} if used else {}
@@ -242,15 +240,6 @@ def cut_by_peer(
     network.tie_weights()
     used = " ".join(f"{name}={version}" for name, version in found["versions"].items())
     return BlockModel.from_module(network), found["seconds"], f"peer:{used}"
-
-
-def _one(value: float) -> Measured:
-    return Measured(value, value, value, 1)
-
-
-def _windows(name: str) -> dict[str, dict[str, list[float]]]:
-    file = rows.RESULTS / f"{name}.json"
-    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
 
 
 if __name__ == "__main__":

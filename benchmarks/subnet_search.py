@@ -13,7 +13,6 @@ is left out. About five hours on one core.
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable
 from functools import partial
@@ -25,14 +24,14 @@ import numpy as np
 
 import rows
 from duramen.calibrate.walker import Walk
-from duramen.evaluate.intervals import Measured, mean_interval
+from duramen.evaluate.intervals import mean_interval
 from duramen.evaluate.perplexity import divergence, final_hidden, perplexity
 from duramen.families.model import BlockModel
 from duramen.hardware.machine import forward_dtype
 from duramen.registry import get_method
 from duramen.shrink.plan import Plan
 from duramen.shrink.surgery import masked
-from pruning_quality import Bench, arguments
+from pruning_quality import Bench, arguments, exactly
 from structured_quality import Kept
 
 TARGETS = ("90%", "80%", "70%", "60%", "50%")
@@ -95,25 +94,18 @@ def measure(bench: Bench, case: str, subject: str, place: Path, memory: dict[str
     figures = {
         "perplexity": perplexity(found.loss),
         "KL from dense": mean_interval(found.kl),
-        "block parameters": _one(walk.reshape.summary["parameters"]["after"] - outside),
-        "candidate tokens": _one(plan.made_by.get("tokens", 0)),
-        "processor seconds": _one(seconds),
+        "block parameters": exactly(walk.reshape.summary["parameters"]["after"] - outside),
+        "candidate tokens": exactly(plan.made_by.get("tokens", 0)),
+        "processor seconds": exactly(seconds),
     }
-    file = rows.RESULTS / "subnet_search.json"
-    windows = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-    windows.setdefault(case, {})[subject] = found.kl.tolist()
-    file.write_text(json.dumps(windows, indent=1), encoding="utf-8")
-    if DEFAULT in windows[case] and subject != DEFAULT:
-        figures["KL above search"] = mean_interval(np.array(windows[case][subject]) - np.array(windows[case][DEFAULT]))
+    windows = rows.keep_windows("subnet_search", case, subject, found.kl.tolist())
+    if DEFAULT in windows and subject != DEFAULT:
+        figures["KL above search"] = mean_interval(np.array(windows[subject]) - np.array(windows[DEFAULT]))
     for metric, figure in figures.items():
         bounds = {"low": figure.low, "high": figure.high} if figure.low < figure.high else {}
         table.append(rows.row(case, metric, UNITS[metric], subject, figure.value, samples=figure.samples, **bounds))
     rows.write("subnet_search", table)
     print(case.rpartition(", ")[2], subject, {name: round(figure.value, 4) for name, figure in figures.items()}, flush=True)
-
-
-def _one(value: float) -> Measured:
-    return Measured(value, value, value, 1)
 
 
 if __name__ == "__main__":

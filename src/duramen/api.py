@@ -95,17 +95,23 @@ def run(
         Problem: On a user's mistake; what was finished is kept.
     """
     with ranks.joined():
-        context, steps = _prepare(load_recipe(recipe, overrides), model, Path(out), allow_generic, progress)
+        loaded = load_recipe(recipe, overrides)
+        _check_workers(loaded, workers, address)
+        context, steps = _prepare(loaded, model, Path(out), allow_generic, progress)
         context.workers, context.address = workers, address
-        if address and not workers:
-            raise Problem("An address needs workers.", why="it says where they are.", fix="`--workers N --address ADDRESS`.")
-        if workers and not any(get_method(step.method).kind == "search" for step in steps):
-            raise Problem(
-                f"{workers} workers have nothing to do in this recipe.",
-                why="only the steps of a search have candidates to share out.",
-                fix="the line without `--workers`; for several processes in other steps see torchrun in the docs.",
-            )
         return _run(context, steps, model, _command(recipe, model, out, overrides))
+
+
+def _check_workers(recipe: Recipe, workers: int, address: str) -> None:
+    """Stops where workers were asked for and have nothing to do, or an address without them."""
+    if address and not workers:
+        raise Problem("An address needs workers.", why="it says where they are.", fix="`--workers N --address ADDRESS`.")
+    if workers and not any(get_method(step.method).kind == "search" for step in recipe.resolved()):
+        raise Problem(
+            f"{workers} workers have nothing to do in this recipe.",
+            why="only the steps of a search have candidates to share out.",
+            fix="the line without `--workers`; for several processes in other steps see torchrun in the docs.",
+        )
 
 
 def _run(context: Context, steps: list[Step], model: str, command: str) -> dict[str, Any]:

@@ -172,11 +172,7 @@ def _trained(
 
 def _shapes(model: BlockModel) -> dict[str, tuple[int, int]]:
     """[O, I] of every layer."""
-    found: dict[str, tuple[int, int]] = {}
-    for name in model.layer_names():
-        rows, columns = model.network.get_submodule(name).weight.shape  # type: ignore[misc]
-        found[name] = (columns, rows) if model.transposed(name) else (rows, columns)
-    return found
+    return {name: model.shape(name) for name in model.layer_names()}
 
 
 def _coverage(

@@ -227,8 +227,7 @@ def _blocks_to_walk(model: BlockModel, names: Sequence[str], walk: Walk) -> int:
 
 def split_batches(tokens: Tensor, size: int, held_out_every: int) -> tuple[list[Tensor], list[bool]]:
     """Batches of sequences and, for each, whether it is held out; every n-th sequence is, and keeps to its own batches."""
-    position = torch.arange(len(tokens))
-    aside = position % held_out_every == held_out_every - 1 if held_out_every else position < 0
+    aside = _every(len(tokens), held_out_every) if held_out_every else torch.zeros(len(tokens), dtype=torch.bool)
     train = list(torch.split(tokens[~aside], size))
     kept = list(torch.split(tokens[aside], size)) if aside.any() else []
     return train + kept, [False] * len(train) + [True] * len(kept)
@@ -247,7 +246,12 @@ def set_aside(sequences: int, share: float, setting: str) -> Tensor:
             why=f"one in {every} is (`{setting}`), to choose by what nothing was fitted to.",
             fix=f"at least {every} sequences (`calibration.sequences`).",
         )
-    return torch.arange(sequences) % every == every - 1
+    return _every(sequences, every)
+
+
+def _every(sequences: int, n: int) -> Tensor:
+    """Every n-th of so many sequences, bool [S]."""
+    return torch.arange(sequences) % n == n - 1
 
 
 def _edit_block(

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from duramen.families import OWN, register_own
+from duramen.families import OWN
 from duramen.families.model import BlockModel
 from duramen.hardware.machine import total_memory
 from duramen.problem import Exit, Problem
@@ -74,23 +74,20 @@ def export_gguf(folder: Path, file: Path, *, kind: Type = "f16") -> dict[str, An
         )
     import gguf
 
-    register_own(str(json.loads((folder / "config.json").read_text(encoding="utf-8")).get("model_type")))
     model = BlockModel.from_folder(folder, dtype=torch.float32)
     shapes = _shapes(model)
     alike = _alike(shapes) and 0 not in (shapes[0].heads, shapes[0].ffn)
     architecture = "llama" if alike else "deci"
     with replacing(file) as partial:
-        writer = gguf.GGUFWriter(partial, architecture)
+        writer = gguf.GGUFWriter(partial, architecture, use_temp_file=True)
         _write_header(writer, model, shapes, folder.resolve().name)
         _write_tokenizer(writer, folder)
         for name, tensor in _tensors(model, shapes):
             array, raw = _packed(tensor, kind)
-            writer.add_tensor_info(name, array.shape, array.dtype, array.nbytes, raw_dtype=raw)
+            writer.add_tensor(name, array, raw_dtype=raw)
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
-        writer.write_ti_data_to_file()
-        for _, tensor in _tensors(model, shapes):
-            writer.write_tensor_data(_packed(tensor, kind)[0])
+        writer.write_tensors_to_file()
         writer.close()
         count, error = _read_back(partial, _tensors(model, shapes), kind)
         small = 16 * sum(p.numel() for p in model.network.parameters()) < total_memory()
@@ -129,14 +126,7 @@ def llama_cpp_agrees(file: Path, folder: Path, prompts: Sequence[str], new_token
         ) from None
     for prompt in prompts:
         ids = tokenizer(prompt)["input_ids"]
-        question = {
-            "prompt": ids,
-            "n_predict": new_tokens,
-            "temperature": 0,
-            "ignore_eos": True,
-            "cache_prompt": False,
-            "logprobs": 1,
-        }
+        question = {"prompt": ids, "n_predict": new_tokens, "temperature": 0, "ignore_eos": True, "cache_prompt": False}
         theirs = server.handle_completions(question)["choices"][0]["text"]
         tensor = torch.tensor([ids])
         with torch.no_grad():
@@ -219,11 +209,11 @@ def _write_header(writer: Any, model: BlockModel, shapes: Sequence[Shape], name:
 def _tensors(model: BlockModel, shapes: Sequence[Shape]) -> Iterator[tuple[str, Tensor]]:
     """All tensors under their names in GGUF, one block in memory at a time."""
     network: Any = model.network
+    factors = _rotary_factors(model)
     yield "token_embd.weight", network.get_input_embeddings().weight.detach()
     yield "output_norm.weight", network.model.norm.weight.detach()
     if not model.config.tie_word_embeddings:
         yield "output.weight", network.get_output_embeddings().weight.detach()
-    factors = _rotary_factors(model)
     if factors is not None:
         yield "rope_freqs.weight", factors
     width = model.config.hidden_size

@@ -176,6 +176,11 @@ class BlockModel:
         path = name.removeprefix(f"{self.family.blocks}.").partition(".")[2]
         return any(item.path == path and item.transposed for stage in self.family.stages for item in stage)
 
+    def shape(self, name: str) -> tuple[int, int]:
+        """Outputs and inputs of a linear layer, by its full name."""
+        rows, columns = self.network.get_parameter(f"{name}.weight").shape
+        return (columns, rows) if self.transposed(name) else (rows, columns)
+
     def stages(self, index: int) -> list[tuple[Projection, ...]]:
         """The projections of block ``index``, those with the same input together."""
         present = (tuple(item for item in stage if _has(self.blocks[index], item.path)) for stage in self.family.stages)

@@ -64,7 +64,7 @@ def changed(
     """W + [M⊙]γBA, added up in the type of the factors and rounded once."""
     change = gamma * (b @ a)
     if kept is not None:
-        change = change.masked_fill_(~kept, 0) if not change.requires_grad else change.masked_fill(~kept, 0)
+        change.masked_fill_(~kept, 0)
     return (weight.to(torch.promote_types(change.dtype, weight.dtype)) + change).to(weight.dtype)
 
 

@@ -77,11 +77,10 @@ def write_peft(folder: Path, adapters: Mapping[str, Adapter], *, alpha: float, f
         raise Problem(
             "These adapters cannot be written as `rslora`.", why="their strength is not α/√r.", fix="the form `portable`."
         )
-    factor = 1.0 if form == "rslora" else None
     tensors = {}
     for name, adapter in adapters.items():
         tensors[f"{PREFIX}{name}.lora_A.weight"] = adapter.a.detach().float()
-        tensors[f"{PREFIX}{name}.lora_B.weight"] = adapter.b.detach().float() * (adapter.gamma if factor is None else factor)
+        tensors[f"{PREFIX}{name}.lora_B.weight"] = adapter.b.detach().float() * (1.0 if form == "rslora" else adapter.gamma)
     write_tensors(folder / WEIGHTS, tensors)
     write_json(
         folder / CONFIG,

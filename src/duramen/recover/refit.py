@@ -148,14 +148,9 @@ def _lossy(model: BlockModel, dense: BlockModel, settings: Settings, masks: Mask
         Problem: If there are none.
     """
     names = filter_layers(model.layer_names(), settings.only, settings.skip)
-    shapes = {name: (_shape(model, name), _shape(dense, name)) for name in names if _has(dense, name)}
-    whole = [name for name, (now, before) in shapes.items() if now[0] == before[0]]
-    narrow = {name for name in whole if shapes[name][0] != shapes[name][1]}
-    found: list[str] = list(whole) if settings.everything else []
-    for index in range(0 if settings.everything else len(model.blocks)):
-        with model.opened(index) as block:
-            here = [layer for layer in block.layers.values() if layer.name in whole]
-            found += [each.name for each in here if each.name in narrow or masks.removed(each.name, each.read()).any()]
+    known = dense.layer_names()
+    whole = [name for name in names if name in known and model.shape(name)[0] == dense.shape(name)[0]]
+    found = whole if settings.everything else _changed(model, dense, whole, masks)
     if not found:
         raise Problem(
             "No layer of this model lost anything.",
@@ -165,13 +160,14 @@ def _lossy(model: BlockModel, dense: BlockModel, settings: Settings, masks: Mask
     return found
 
 
-def _has(model: BlockModel, name: str) -> bool:
-    return name in model.layer_names()
-
-
-def _shape(model: BlockModel, name: str) -> tuple[int, int]:
-    rows, columns = model.network.get_submodule(name).weight.shape  # type: ignore[misc]
-    return (columns, rows) if model.transposed(name) else (rows, columns)
+def _changed(model: BlockModel, dense: BlockModel, names: list[str], masks: Masks) -> list[str]:
+    """Those of some layers that have fewer inputs than in the dense model, or weights that must stay zero."""
+    found = [name for name in names if model.shape(name) != dense.shape(name)]
+    for index in range(len(model.blocks)):
+        with model.opened(index) as block:
+            here = [layer for layer in block.layers.values() if layer.name in names and layer.name not in found]
+            found += [layer.name for layer in here if masks.removed(layer.name, layer.read()).any()]
+    return found
 
 
 @dataclass(frozen=True)
@@ -188,9 +184,10 @@ class _Sums:
 
 @dataclass(frozen=True)
 class _Stage:
-    """What the layers of a stage share: sums over all tokens and over those held out; the factorised Grams of the others and of all."""
+    """What the layers of a stage share: sums over all tokens, those fitted to and those held out; the factorised Grams of the former two, the second first."""
 
     total: _Sums
+    train: _Sums
     held_out: _Sums
     trial: Factor
     factor: Factor
@@ -200,15 +197,14 @@ class _Stage:
 
     def refitted(self, layer: Layer) -> Tensor | None:
         """The layer's new weights, or None where those of the other sequences would leave the held-out ones further off."""
+        weight, goal, pruned = _some(layer, self.masks)
+        trial = refit(weight, goal, self.train.cross, pruned, self.trial)
+        before, after = (distance(each, goal, self.held_out.second, self.held_out.cross) for each in (weight, trial))
+        if not after < before:
+            return None
         assert layer.parent is not None
-        weight, goal = layer.read(), layer.parent.read()
-        pruned = self.masks.removed(layer.name, weight)
-        some = slice(None, None, max(1, len(weight) // TRIAL_ROWS))
-        trial = refit(weight[some], goal[some], self.total.without(self.held_out).cross, pruned[some], self.trial)
-        before, after = (
-            distance(each, goal[some], self.held_out.second, self.held_out.cross) for each in (weight[some], trial)
-        )
-        return refit(weight, goal, self.total.cross, pruned, self.factor) if after < before else None
+        pruned = self.masks.removed(layer.name, layer.read())
+        return refit(layer.read(), layer.parent.read(), self.total.cross, pruned, self.factor)
 
 
 def _prepare(
@@ -219,21 +215,28 @@ def _prepare(
     total, held_out = _sums(statistics, with_bias)
     train, kind = total.without(held_out), compute_dtype(layers[0].read())
     grid = settings.damping_grid if settings.damping == "held-out" else (settings.damping,)
+    trials = [_some(layer, masks, len(layers)) for layer in layers]
     best: tuple[float, float, Factor] | None = None
     for damping in grid:
-        factor, error = factorise(train.second, damping, dtype=kind), 0.0
-        for layer in layers if len(grid) > 1 else ():
-            assert layer.parent is not None
-            some = slice(None, None, max(1, len(layers) * len(layer.read()) // TRIAL_ROWS))
-            weight, goal = layer.read()[some], layer.parent.read()[some]
-            pruned = masks.removed(layer.name, layer.read())[some]
-            error += distance(refit(weight, goal, train.cross, pruned, factor), goal, held_out.second, held_out.cross)
+        factor = factorise(train.second, damping, dtype=kind)
+        error = sum(
+            distance(refit(weight, goal, train.cross, pruned, factor), goal, held_out.second, held_out.cross)
+            for weight, goal, pruned in (trials if len(grid) > 1 else ())
+        )
         if best is None or error < best[0]:
             best = error, damping, factor
     assert best is not None
     _, damping, trial = best
-    stage = _Stage(total, held_out, trial, factorise(total.second, damping, dtype=kind), with_bias, statistics, masks)
+    stage = _Stage(total, train, held_out, trial, factorise(total.second, damping, dtype=kind), with_bias, statistics, masks)
     return partial(_refit_layer, stage=stage)
+
+
+def _some(layer: Layer, masks: Masks, together: int = 1) -> tuple[Tensor, Tensor, Tensor]:
+    """About ``TRIAL_ROWS`` rows of so many layers together: of this one its weights, the dense model's, and which must stay zero."""
+    assert layer.parent is not None
+    weight, goal = layer.read(), layer.parent.read()
+    some = slice(None, None, max(1, together * len(weight) // TRIAL_ROWS))
+    return weight[some], goal[some], masks.removed(layer.name, weight)[some]
 
 
 def _sums(statistics: Statistics, with_bias: bool) -> tuple[_Sums, _Sums]:

@@ -19,7 +19,6 @@ from torch import Tensor, nn
 
 from duramen.calibrate.statistics import Statistics
 from duramen.calibrate.walker import Records, Walk, set_aside, walk_blocks
-from duramen.families import register_own
 from duramen.families.model import BlockModel, Layer, Model
 from duramen.families.select import filter_layers
 from duramen.problem import Problem
@@ -271,8 +270,8 @@ def apply(model: Model, tokens: Tensor, *, walk: Walk | None = None, dense: Mode
     """
     chosen, walk = Settings.model_validate(settings), walk or Walk()
     blocks = BlockModel.of(model)
-    network, teacher = _whole(blocks), _teacher(blocks, chosen, walk, dense)
     aside = set_aside(len(tokens), chosen.held_out, "held_out")
+    network, teacher = _whole(blocks), _teacher(blocks, chosen, walk, dense)
     with adapted(network, blocks, chosen) as adapters:
         text = Text(network, teacher, tokens[~aside], tokens[aside], chosen)
         history = train(_groups(adapters, chosen), text, chosen.schedule, folder=walk.folder, tell=walk.told)
@@ -289,7 +288,6 @@ def _whole(model: BlockModel) -> nn.Module:
 
     if model.checkpoint is None:
         return model.network
-    register_own(str(model.config.model_type))
     network: nn.Module = AutoModelForCausalLM.from_pretrained(model.checkpoint.folder, dtype=model.dtype).eval()
     return network
 

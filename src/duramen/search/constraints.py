@@ -125,6 +125,11 @@ def limits(
     return found
 
 
+def costs_of(bounds: Sequence[Limit], genome: Genome) -> dict[str, dict[str, float]]:
+    """What a candidate costs of every limited resource, beside the dense model and the limit."""
+    return {limit.resource: {"dense": limit.whole, "most": limit.most, "winner": limit.cost(genome)} for limit in bounds}
+
+
 def expected_share(bounds: Sequence[Limit]) -> float:
     """About the share of the units that stays: what the tightest limit leaves of all that can be cut."""
     return min(min(1.0, (limit.most - limit.rest) / max(limit.whole - limit.rest, 1e-30)) for limit in bounds)

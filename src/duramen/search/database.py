@@ -126,10 +126,6 @@ class Database:
         """The dense model."""
         return tuple(module.full for module in self.modules)
 
-    def of_block(self, index: int) -> list[int]:
-        """The numbers of the modules of one block."""
-        return [number for number, module in enumerate(self.modules) if module.units.block == index]
-
     @contextmanager
     def at(self, block: OpenBlock, levels: Mapping[int, int]) -> Iterator[None]:
         """An open block with some of its modules, by number, at these levels for a while."""
@@ -146,14 +142,28 @@ class Database:
     def reader(self, number: int, level: int) -> tuple[Tensor, Tensor | None]:
         """The reader of a module at a level that is neither off nor full: weight [O, I], zero where units are gone, and bias [O]."""
         module = self.modules[number]
-        key = f"{module.units.kind}.{level}"
-        with safe_open(level_file(self.folder, module.units.block), "pt") as file:
-            part = file.get_tensor(f"{key}.weight")
-            bias = file.get_tensor(f"{key}.bias") if f"{key}.bias" in set(file.keys()) else None
-        return spread(part, module.units, module.order, module.grid[level]), bias
+        return read_level(level_file(self.folder, module.units.block), "", module, level)
 
 
-def spread(part: Tensor, units: Units, order: Sequence[int], kept: int) -> Tensor:
+def numbers_in(modules: Sequence[Module], block: int) -> list[int]:
+    """The numbers of the modules of one block."""
+    return [number for number, module in enumerate(modules) if module.units.block == block]
+
+
+def read_level(file: Path, start: str, module: Module, level: int) -> tuple[Tensor, Tensor | None]:
+    """The reader of a module at a level that is neither off nor full, from a file whose names of this block begin so.
+
+    Returns:
+        Weight [O, I], zero where units are gone, and bias [O] if the file has one.
+    """
+    key = f"{start}{module.units.kind}.{level}"
+    with safe_open(file, "pt") as stored:
+        part = stored.get_tensor(f"{key}.weight")
+        bias = stored.get_tensor(f"{key}.bias") if f"{key}.bias" in set(stored.keys()) else None
+    return _spread(part, module.units, module.order, module.grid[level]), bias
+
+
+def _spread(part: Tensor, units: Units, order: Sequence[int], kept: int) -> Tensor:
     """The columns of the first ``kept`` units in their order, [O, k] -> [O, I], zero where units are gone."""
     inputs = len(units.columns(range(units.count)))
     return part.new_zeros(len(part), inputs).index_copy(1, units.columns(order[:kept]).to(part.device), part)
@@ -242,7 +252,7 @@ def _find_levels(
     for level, kept in enumerate(module.grid[:-1]):
         if kept:
             part = level_weight(energy, lower, kept * size).to(weight.dtype)
-            full = spread(part, units, order, kept) if level == here or stage.with_bias else None
+            full = _spread(part, units, order, kept) if level == here or stage.with_bias else None
             bias = corrected_bias(layer, full, stage.statistics, alpha) if full is not None and stage.with_bias else None
             store.keep(units, level, part, bias)
             if full is not None and level == here:

@@ -30,9 +30,9 @@ from duramen.families.model import BlockModel, Model
 from duramen.families.select import filter_layers
 from duramen.problem import Exit, Problem
 from duramen.registry import method
-from duramen.search.constraints import BudgetSettings, Limit, expected_share, limits, repair, split
+from duramen.search.constraints import BudgetSettings, Limit, costs_of, expected_share, limits, repair, split
 from duramen.search.database import Database, Genome, Module, build, describe, grid_of, plan_of, restore
-from duramen.search.fitness import divergences, teach
+from duramen.search.fitness import divergences, draw_rows, teach
 from duramen.search.latency import prefills
 from duramen.search.mutate import switch_levels
 from duramen.search.nested import NESTED, write_nested
@@ -123,11 +123,6 @@ class Search:
             return self.team.measure(genomes, rows)
         return divergences(self.database, genomes, self.pool[rows], [self.lessons[row] for row in rows])
 
-    def draw(self, tokens: int, generator: torch.Generator) -> list[int]:
-        """So many tokens' worth of sequences of the pool."""
-        count = min(len(self.pool), max(1, tokens // self.pool.shape[1]))
-        return sorted(torch.randperm(len(self.pool), generator=generator)[:count].tolist())
-
     def children(self, parent: Genome, table: Table, generator: torch.Generator) -> list[Genome]:
         """Mutants of a parent inside all limits, the half that is thought best."""
         drawn: dict[Genome, None] = {}
@@ -164,7 +159,7 @@ class Search:
         """
         generator = torch.Generator().manual_seed(1_000_003 * self.settings.seed + number)
         left, tried, tokens = self.children(parent, table, generator), [], 0
-        stages = [(self.draw(count, generator), survivors) for count, survivors in self.settings.stages]
+        stages = [(draw_rows(self.pool, count, generator), survivors) for count, survivors in self.settings.stages]
         for stage, (rows, survivors) in enumerate([*stages, (list(range(len(self.pool))), 1)]):
             if not left:
                 break
@@ -308,7 +303,7 @@ def _apply(model: BlockModel, tokens: Tensor, settings: Settings, walk: Walk, fo
         found["tokens"] += before
         winner: Genome = tuple(found["winner"])
         front = walk.memo("front", lambda: search.front(table, winner, found["kl"]))
-    costs = {limit.resource: {"dense": limit.whole, "most": limit.most, "winner": limit.cost(winner)} for limit in bounds}
+    costs = costs_of(bounds, winner)
     modules = database.modules
     report = {
         "format": FORMAT,
@@ -325,7 +320,8 @@ def _apply(model: BlockModel, tokens: Tensor, settings: Settings, walk: Walk, fo
     }  # fmt: skip
     plan = plan_of(model, modules, winner, made_by)
     if "latency" in settings.target:
-        made_by["prefill"] = walk.memo("prefill", lambda: ranks.led(lambda: _prefills(model, plan)))
+        prefill = walk.memo("prefill", lambda: ranks.led(lambda: _prefills(model, plan)))
+        plan = dataclasses.replace(plan, made_by=made_by | {"prefill": prefill})
     files: dict[str, str | Path] = {SEARCH: json.dumps(report)}
     if settings.nested:
         files[NESTED] = folder / NESTED
@@ -353,7 +349,7 @@ def prepare(search: Search, memo: Memo) -> tuple[Table, dict[str, Genome], int]:
     """What comes before evolution once there are levels: what modules lose alone, the starts, and the tokens that both run."""
     chosen, modules = search.settings, search.database.modules
     tokens = chosen.stages[0][0] if chosen.stages else search.pool.numel()
-    rows = search.draw(tokens, torch.Generator().manual_seed(chosen.seed))
+    rows = draw_rows(search.pool, tokens, torch.Generator().manual_seed(chosen.seed))
     found = memo("alone", lambda: single_module_table(search.database, lambda genomes: search.measure(genomes, rows)))
     table = tuple(map(tuple, found))
     starts = {"uniform": uniform(modules, search.bounds, table), "knapsack": solve(table, search.bounds)}

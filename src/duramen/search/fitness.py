@@ -15,6 +15,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from duramen.families.model import BlockModel, OpenBlock, run_block
+from duramen.search.database import Module, numbers_in
 from duramen.train.objective import Lesson, bucketed_kl, log_rest, negative_log_likelihood
 
 TOKENS_AT_ONCE = 2**17
@@ -30,8 +31,9 @@ class Variants(Protocol):
     def model(self) -> BlockModel:
         """The dense model."""
 
-    def of_block(self, index: int) -> list[int]:
-        """The numbers of the modules of one block."""
+    @property
+    def modules(self) -> Sequence[Module]:
+        """What is chosen for, in running order."""
 
     def at(self, block: OpenBlock, choices: Mapping[int, Any]) -> AbstractContextManager[None]:
         """An open block with some of its modules, by number, as chosen for a while."""
@@ -57,7 +59,7 @@ def last_states(
     hidden, calls = model.capture(sequences)
     states: dict[Choices, Tensor] = {(): hidden}
     for index in range(len(model.blocks)):
-        here = variants.of_block(index)
+        here = numbers_in(variants.modules, index)
         with model.opened(index) as block:
             after = {}
             for prefix, state in states.items():
@@ -100,15 +102,27 @@ def losses(variants: Variants, candidates: Sequence[Choices], sequences: Int[Ten
 def _in_runs(
     candidates: Sequence[Choices], sequences: Int[Tensor, "N T"], measure: Callable[[Sequence[Choices]], list[float]]
 ) -> list[float]:
-    """Measures the sorted candidates, which have the first blocks in common, so many at a time that their states fit in memory."""
-    at_once = max(1, TOKENS_AT_ONCE // sequences.numel())
+    """Measures so many candidates at a time that their states fit in memory."""
+    runs = runs_of(candidates, max(1, TOKENS_AT_ONCE // sequences.numel()))
+    return put_back(runs, [measure([candidates[number] for number in run]) for run in runs])
+
+
+def runs_of(candidates: Sequence[Choices], size: int) -> list[list[int]]:
+    """The numbers of the candidates in sorted order, in runs of so many: neighbours have the first blocks in common."""
     order = sorted(range(len(candidates)), key=lambda number: candidates[number])
-    found = [0.0] * len(candidates)
-    for start in range(0, len(order), at_once):
-        run = order[start : start + at_once]
-        for number, figure in zip(run, measure([candidates[number] for number in run]), strict=True):
-            found[number] = figure
-    return found
+    return [order[start : start + size] for start in range(0, len(order), size)]
+
+
+def put_back(runs: Sequence[Sequence[int]], figures: Sequence[Sequence[float]]) -> list[float]:
+    """The figures of all runs, in the order of the candidates."""
+    found = {number: figure for run, mine in zip(runs, figures, strict=True) for number, figure in zip(run, mine, strict=True)}
+    return [found[number] for number in range(len(found))]
+
+
+def draw_rows(pool: Int[Tensor, "N T"], tokens: int, generator: torch.Generator) -> list[int]:
+    """So many tokens' worth of sequences of a pool, at least one and at most all, sorted."""
+    count = min(len(pool), max(1, tokens // pool.shape[1]))
+    return sorted(torch.randperm(len(pool), generator=generator)[:count].tolist())
 
 
 def _divergence(model: BlockModel, hidden: Float[Tensor, "N T D"], lessons: Sequence[Lesson]) -> float:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from duramen.families import OWN, register_own
+from duramen.families import register_own
 from duramen.families.model import BlockModel
 from duramen.hardware.clock import now, prompt, repeated
 from duramen.hardware.machine import total_memory
@@ -140,8 +140,7 @@ def _empty(surgery: Surgery) -> Any:
     from transformers import AutoConfig, AutoModelForCausalLM
 
     config = dict(surgery.config)
-    if config["model_type"].startswith(OWN):
-        register_own(config["model_type"])
+    register_own(config["model_type"])
     with init_empty_weights():
         network = AutoModelForCausalLM.from_config(AutoConfig.for_model(**config)).eval()
     shapes = {name: parameter.shape for name, parameter in network.named_parameters()}

@@ -27,9 +27,9 @@ from duramen.families.model import BlockModel, Layer, Model, OpenBlock
 from duramen.problem import Exit, Problem
 from duramen.prune.factor import factorise
 from duramen.registry import method
-from duramen.search.constraints import BudgetSettings, Limit, expected_share, limits, split
+from duramen.search.constraints import BudgetSettings, Limit, costs_of, expected_share, limits, split
 from duramen.search.database import Module
-from duramen.search.fitness import divergences, losses, teach
+from duramen.search.fitness import divergences, draw_rows, losses, teach
 from duramen.search.mutate import mutate_mask
 from duramen.search.team import Team, team_of
 from duramen.shrink.allocate import Scores
@@ -165,10 +165,6 @@ class Space:
     scores: Scores
     similarity: float
 
-    def of_block(self, index: int) -> list[int]:
-        """The numbers of the modules of one block."""
-        return [number for number, module in enumerate(self.modules) if module.units.block == index]
-
     @contextmanager
     def at(self, block: OpenBlock, choices: Mapping[int, Any]) -> Iterator[None]:
         """An open block with only these units of its modules."""
@@ -297,7 +293,7 @@ class Space:
             if count and not old:
                 old = self.best(number, count)
             if 0 < count < length and (len(old) != count or _chance(chances["masks"], generator)):
-                old = tuple(mutate_mask(torch.tensor(old), length, count, self.similarity, generator).tolist())
+                old = self._mutated(number, old, count, generator)
             found.append(() if not count else tuple(range(length)) if count == length else old)
         return tuple(found)
 
@@ -306,11 +302,11 @@ class Space:
         mixed = [a if not (a and b) or _chance(0.5, generator) else b for a, b in zip(mother, father, strict=True)]
         counts = self.inside([len(units) for units in mixed], generator)
         return tuple(
-            units if len(units) == count else self._resized(number, units, count, generator)
+            units if len(units) == count else self._mutated(number, units, count, generator)
             for number, (units, count) in enumerate(zip(mixed, counts, strict=True))
         )
 
-    def _resized(self, number: int, units: tuple[int, ...], count: int, generator: torch.Generator) -> tuple[int, ...]:
+    def _mutated(self, number: int, units: tuple[int, ...], count: int, generator: torch.Generator) -> tuple[int, ...]:
         length = self.modules[number].units.count
         return tuple(mutate_mask(torch.tensor(units), length, count, self.similarity, generator).tolist())
 
@@ -374,8 +370,7 @@ class Evolution:
             ``parents``: the best, and ``fitness`` of each; ``tried``: how many were measured; ``tokens`` run.
         """
         generator = torch.Generator().manual_seed(1_000_003 * self.settings.seed + number)
-        count = min(len(self.pool), max(1, self.settings.fitness_tokens // self.pool.shape[1]))
-        rows = sorted(torch.randperm(len(self.pool), generator=generator)[:count].tolist())
+        rows = draw_rows(self.pool, self.settings.fitness_tokens, generator)
         everyone = list(dict.fromkeys([*parents, *self.population(parents, generator)]))
         found = self.measure(everyone, rows)
         ranked = sorted(pair for pair in zip(found, everyone, strict=True) if math.isfinite(pair[0]))
@@ -444,13 +439,13 @@ def apply(model: Model, tokens: Tensor, *, walk: Walk | None = None, **settings:
     chosen, walk = Settings.model_validate(settings), walk or Walk()
     blocks = BlockModel.of(model)
     fitted, pool = split(tokens, chosen.search_share)
-    space_of(blocks, chosen, {})
+    space = space_of(blocks, chosen, {})
     units = find_units(blocks, chosen.families)
     found = walk.memo(
         "importance",
         lambda: [[*key, score.tolist()] for key, score in importance(blocks, units, fitted, walk).items()],
     )
-    space = space_of(blocks, chosen, {(block, kind): torch.tensor(score) for block, kind, score in found})
+    space.scores = {(block, kind): torch.tensor(score) for block, kind, score in found}
     evolution, epochs = Evolution(space, pool, chosen), []
     parents: list[Masks] = []
     with team_of(blocks, lambda: partial(_same_evolution, pool, chosen), walk) as evolution.team:
@@ -458,10 +453,9 @@ def apply(model: Model, tokens: Tensor, *, walk: Walk | None = None, **settings:
             epochs.append(walk.memo(f"epoch-{number:04d}", partial(evolution.epoch, number, parents)))
             parents = [tuple(map(tuple, masks)) for masks in epochs[-1]["parents"]]
     winner = parents[0]
-    counts = tuple(map(len, winner))
     made_by = {
         "method": "search_masks", "settings": chosen.model_dump(mode="json"),
-        "costs": {limit.resource: {"dense": limit.whole, "most": limit.most, "winner": limit.cost(counts)} for limit in space.bounds},
+        "costs": costs_of(space.bounds, tuple(map(len, winner))),
         "measure": "KL" if chosen.fitness == "kl" else "loss",
         "lineage": [epoch["fitness"][0] for epoch in epochs], "tokens": sum(epoch["tokens"] for epoch in epochs),
     }  # fmt: skip

@@ -21,7 +21,7 @@ from duramen.families import register_own
 from duramen.families.model import BlockModel
 from duramen.problem import Problem
 from duramen.rundir import replacing
-from duramen.search.database import Database, Module, level_file, plan_of, restore, spread
+from duramen.search.database import Database, Module, level_file, numbers_in, plan_of, read_level, restore
 from duramen.shrink.surgery import shrunk
 
 NESTED = "nested.safetensors"
@@ -68,7 +68,7 @@ def _tensors(database: Database, front: Sequence[Mapping[str, Any]]) -> Iterator
     for index in range(len(model.blocks)):
         with model.opened(index) as block:
             yield from block.tensors.items()
-        numbers = {database.modules[number].units.kind: number for number in database.of_block(index)}
+        numbers = {database.modules[number].units.kind: number for number in numbers_in(database.modules, index)}
         with safe_open(level_file(database.folder, index), "pt") as levels:
             for key in sorted(levels.keys()):
                 kind, level, _ = key.split(".")
@@ -87,12 +87,8 @@ def read_header(file: Path) -> dict[str, Any]:
 
 
 def reader(file: Path, module: Module, level: int) -> tuple[Tensor, Tensor | None]:
-    """The reader of a module at a level that is neither off nor full: weight [O, I], zero where units are gone, and bias [O]."""
-    key = f"{LEVEL}{module.units.block}.{module.units.kind}.{level}"
-    with safe_open(file, "pt") as stored:
-        part = stored.get_tensor(f"{key}.weight")
-        bias = stored.get_tensor(f"{key}.bias") if f"{key}.bias" in set(stored.keys()) else None
-    return spread(part, module.units, module.order, module.grid[level]), bias
+    """The reader of a module at a level that is neither off nor full; see ``database.read_level``."""
+    return read_level(file, f"{LEVEL}{module.units.block}.", module, level)
 
 
 @torch.no_grad()
@@ -112,8 +108,7 @@ def open_nested(file: str | Path, point: int) -> nn.Module:
     header = read_header(file)
     levels = levels_of(header, point, file)
     with safe_open(file, "pt") as stored:
-        names = [name for name in list(stored.keys()) if not name.startswith(LEVEL)]
-        dense = {name: stored.get_tensor(name) for name in names}
+        dense = {name: stored.get_tensor(name) for name in sorted(stored.keys()) if not name.startswith(LEVEL)}
     register_own(header["config"]["model_type"])
     kind = next(iter(dense.values())).dtype
     network = AutoModelForCausalLM.from_config(AutoConfig.for_model(**header["config"]), dtype=kind).eval()

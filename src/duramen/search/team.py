@@ -19,7 +19,7 @@ from duramen.calibrate import ranks
 from duramen.calibrate.walker import Walk
 from duramen.families.model import BlockModel
 from duramen.problem import Exit, Problem
-from duramen.search.fitness import Choices
+from duramen.search.fitness import Choices, put_back, runs_of
 
 
 class Measurer(Protocol):
@@ -63,15 +63,13 @@ class Team:
 
         if not candidates:
             return []
-        order = sorted(range(len(candidates)), key=lambda number: candidates[number])
-        size = -(-len(order) // len(self.actors))
-        parts = [order[start : start + size] for start in range(0, len(order), size)]
+        runs = runs_of(candidates, -(-len(candidates) // len(self.actors)))
         asked = [
-            actor.measure.remote([candidates[number] for number in part], list(rows))
-            for actor, part in zip(self.actors, parts, strict=False)
+            actor.measure.remote([candidates[number] for number in run], list(rows))
+            for actor, run in zip(self.actors, runs, strict=False)
         ]
         try:
-            answers = ray.get(asked)
+            return put_back(runs, ray.get(asked))
         except (ray.exceptions.RayActorError, ray.exceptions.OutOfMemoryError) as error:
             raise Problem(
                 f"A worker died: {str(error).splitlines()[0]}",
@@ -79,11 +77,6 @@ class Team:
                 fix="the same line again, perhaps with fewer `--workers`; finished generations are kept.",
                 code=Exit.CHECK_FAILED,
             ) from None
-        found = [0.0] * len(candidates)
-        for part, answer in zip(parts, answers, strict=True):
-            for number, figure in zip(part, answer, strict=True):
-                found[number] = figure
-        return found
 
 
 @contextmanager

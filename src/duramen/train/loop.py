@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -68,12 +69,15 @@ class Schedule:
 
     def sequences(self, step: int, count: int) -> list[int]:
         """What a step sees: every epoch is a new order of all sequences."""
-        found = []
-        for position in range(step * self.batch, (step + 1) * self.batch):
-            epoch, place = divmod(position, count)
-            order = torch.randperm(count, generator=torch.Generator().manual_seed(1_000_003 * self.seed + epoch))
-            found.append(int(order[place]))
-        return found
+        places = (divmod(position, count) for position in range(step * self.batch, (step + 1) * self.batch))
+        return [_order(count, 1_000_003 * self.seed + epoch)[place] for epoch, place in places]
+
+
+@lru_cache(maxsize=2)
+def _order(count: int, seed: int) -> list[int]:
+    """All sequences in a random order."""
+    order: list[int] = torch.randperm(count, generator=torch.Generator().manual_seed(seed)).tolist()
+    return order
 
 
 @dataclass
