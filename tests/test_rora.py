@@ -114,7 +114,10 @@ def test_killed_it_ends_with_the_same_bytes(tmp_path):
     assert training["distilled"]
     assert training["covered"] == pytest.approx(1, abs=0.05)
     assert [steps for steps, _ in training["held_out"]] == [0, 4, 8, 12]
-    assert "what was trained" in (tmp_path / "whole" / "report.html").read_text()
+    page = (tmp_path / "whole" / "report.html").read_text()
+    assert "what was trained" in page
+    assert "rora: what stays removed" in page
+    assert "weights in 21 layers are gone" in page, "layers of two steps count once"
     found = duramen.inspect(str(tmp_path / "whole"))
     assert found["masks"]["broken"] == []
     assert found["masks"]["removed"] * 2 == found["masks"]["size"]

@@ -48,12 +48,12 @@ def write_report(folder: Path, results: dict[str, Any]) -> Path:
 
 def verdict(results: dict[str, Any]) -> str:
     """What happened, in one or two sentences, with the interval."""
-    layers = [layer for step in results["steps"] if not step.get("shape") for layer in step["layers"]]
+    steps = [step for step in results["steps"] if not step.get("shape")]
+    layers = list({layer["layer"]: layer for step in steps for layer in step["layers"]}.values())
     shapes = [step["shape"] for step in results["steps"] if step.get("shape")]
     removed, size = sum(layer["removed"] for layer in layers), sum(layer["size"] for layer in layers)
-    parts = (
-        [f"{removed / size:.1%} of the {size / 1e6:,.1f} million weights in {len(layers)} layers are gone"] if layers else []
-    )
+    gone = f"{removed / max(size, 1):.1%} of the {size / 1e6:,.1f} million weights in {len(layers)} layers are gone"
+    parts = [gone] if removed else [f"{len(layers)} layers were fitted anew"] if layers else []
     if shapes:
         before, after = shapes[0]["parameters"]["before"], shapes[-1]["parameters"]["after"]
         parts.append(
@@ -138,6 +138,8 @@ def _step(step: dict[str, Any]) -> dict[str, Any]:
             (block, [(errors[block].get(role), shade(errors[block].get(role))) for role in roles]) for block in sorted(errors)
         ],
         "shape": _shape(step["shape"]) if step.get("shape") else None,
+        "fitted": bool(step.get("training")) or any("error_before" in layer for layer in layers),
+        "from_dense": any("error_before" in layer for layer in layers),
         "training": _training(step["training"]) if step.get("training") else None,
         "treated": len(layers),
         "skipped": step["skipped"],
