@@ -24,6 +24,7 @@ from duramen.calibrate.tokens import calibration_tokens, evaluation_tokens
 from duramen.evaluate.intervals import Measured, mean_interval
 from duramen.evaluate.perplexity import Divergence, divergence, final_hidden, perplexity
 from duramen.families.model import BlockModel
+from duramen.hardware.machine import fastest_device
 from duramen.registry import get_method
 from wikitext import literature
 
@@ -42,6 +43,7 @@ def arguments(targets: Iterable[str], subjects: Iterable[str]) -> argparse.Argum
     parser = argparse.ArgumentParser()
     parser.add_argument("--model", default="smollm2-135m")
     parser.add_argument("--text", default="boolq")
+    parser.add_argument("--calibration", nargs="*", default=list(CORPORA))
     parser.add_argument("--sequences", type=int, default=32)
     parser.add_argument("--length", type=int, default=512)
     parser.add_argument("--windows", type=int, default=10)
@@ -97,15 +99,15 @@ class Bench:
         """Opens the model and runs it dense."""
         folder = open_model(options.model)
         tokenizer = AutoTokenizer.from_pretrained(folder)
-        tokens = calibration_tokens(tokenizer, CORPORA, sequences=options.sequences, length=options.length, seed=0)
+        tokens = calibration_tokens(tokenizer, options.calibration, sequences=options.sequences, length=options.length, seed=0)
         windows = evaluation_tokens(tokenizer, literature(options.text), length=options.window, windows=options.windows)
-        dense = BlockModel.from_folder(folder)
+        dense = BlockModel.from_folder(folder, device=fastest_device())
         hidden = final_hidden(dense, windows)
         return cls(folder, tokens, windows, dense, hidden, divergence(dense, hidden, dense, hidden, windows))
 
     def measure(self, method: str, settings: dict[str, object]) -> dict[str, Measured]:
         """Prunes a fresh float32 copy and measures it."""
-        network = AutoModelForCausalLM.from_pretrained(self.folder, dtype="float32")
+        network = AutoModelForCausalLM.from_pretrained(self.folder, dtype="float32").to(fastest_device())
         start = time.process_time()
         records = get_method(method).apply(network, self.tokens, **settings)
         seconds = time.process_time() - start

@@ -29,9 +29,11 @@ RESULTS = Path(__file__).parent / "results"
 
 
 def machine() -> str:
-    """Processor, cores and capability, without naming the host."""
+    """The GPU, or else the processor with its threads and capability, without naming the host."""
     import torch
 
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
     model = platform.processor() or platform.machine()
     for line in Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []:
         if line.startswith("model name"):

@@ -34,7 +34,7 @@ from duramen.calibrate.walker import Walk
 from duramen.evaluate.intervals import mean_interval
 from duramen.evaluate.perplexity import divergence, final_hidden, perplexity
 from duramen.families.model import BlockModel
-from duramen.hardware.machine import forward_dtype
+from duramen.hardware.machine import fastest_device, forward_dtype
 from duramen.shrink import flap, fusion, wanda_sp
 from duramen.shrink.groups import Units, find_units
 from duramen.shrink.importance import Taylor
@@ -145,7 +145,7 @@ def main() -> None:
     parser.add_argument("--name", default="structured_quality")
     options = parser.parse_args()
     bench = Bench.open(options)
-    model = BlockModel.from_folder(bench.folder, dtype=forward_dtype("auto"))
+    model = BlockModel.from_folder(bench.folder, dtype=forward_dtype("auto"), device=fastest_device())
     scorer = Scorer(model, find_units(model, options.families), bench.tokens, 64, 128)
     more = dict(item.split("=") for item in options.set)
     case = f"{options.model}, {bench.tokens.numel()} tokens, {Path(options.text).name} {options.windows}x{options.window}"
@@ -192,7 +192,7 @@ def measure(
         store = Kept()
         carry_out(plan, model, bench.tokens, settings, Walk(store=store))
         seconds = time.process_time() - start
-        edited = BlockModel.from_folder(bench.folder)
+        edited = BlockModel.from_folder(bench.folder, device=fastest_device())
         edited.opened = partial(edited.opened, edited=store.tensors)  # type: ignore[method-assign]
         hidden = final_hidden(edited, bench.windows)
     found = divergence(bench.dense, bench.hidden, edited, hidden, bench.windows)

@@ -27,7 +27,7 @@ from duramen.calibrate.walker import Walk
 from duramen.evaluate.intervals import mean_interval
 from duramen.evaluate.perplexity import divergence, final_hidden, perplexity
 from duramen.families.model import BlockModel
-from duramen.hardware.machine import forward_dtype
+from duramen.hardware.machine import fastest_device, forward_dtype
 from duramen.registry import get_method
 from duramen.shrink.plan import Plan
 from duramen.shrink.surgery import masked
@@ -73,7 +73,7 @@ def measure(bench: Bench, case: str, subject: str, place: Path, memory: dict[str
     wanted = (
         {"target": {"block_parameters": share}} if name != "fusion" else {"ratio": 1 - share, "ratio_of": "block_parameters"}
     )
-    model, store = BlockModel.from_folder(bench.folder, dtype=forward_dtype("auto")), Kept()
+    model, store = BlockModel.from_folder(bench.folder, dtype=forward_dtype("auto"), device=fastest_device()), Kept()
 
     def memo(key: str, compute: Callable[[], Any]) -> Any:
         if key not in SHARED:
@@ -85,7 +85,7 @@ def measure(bench: Bench, case: str, subject: str, place: Path, memory: dict[str
     walk, start = Walk(store=store, memo=memo, folder=place / "levels"), time.process_time()
     get_method(name).apply(model, bench.tokens, walk=walk, **settings, **wanted)
     seconds, plan = time.process_time() - start, walk.reshape.plan
-    edited = BlockModel.from_folder(bench.folder)
+    edited = BlockModel.from_folder(bench.folder, device=fastest_device())
     edited.opened = partial(edited.opened, edited=store.tensors)  # type: ignore[method-assign]
     with masked(edited, Plan(plan.base, plan.blocks, skipped=plan.skipped, dropped=plan.dropped)):
         hidden = final_hidden(edited, bench.windows)

@@ -28,7 +28,7 @@ from duramen.families.checkpoint import Checkpoint
 from duramen.families.inventory import inventory
 from duramen.families.model import BlockModel
 from duramen.forecast import forecast
-from duramen.hardware.machine import describe, forward_dtype, gigaflops, peak_memory
+from duramen.hardware.machine import describe, fastest_device, forward_dtype, free_memory, gigaflops, peak_memory
 from duramen.problem import Problem
 from duramen.recipe import Recipe, Step, dump_yaml, load_recipe, parse_settings
 from duramen.registry import get_method
@@ -236,14 +236,15 @@ def _kept(context: Context, place: str) -> Memo:
 
 
 def _subjects(context: Context, folder: Path) -> dict[str, Subject]:
-    options: dict[str, Any] = {"dtype": context.dtype, "allow_generic": context.allow_generic}
+    options: dict[str, Any] = {"dtype": context.dtype, "device": fastest_device(), "allow_generic": context.allow_generic}
     before = open_subject(context.source, **options)
     return {"before": before} if folder == context.source else {"before": before, "after": open_subject(folder, **options)}
 
 
 def _transform(context: Context, folder: Path, step: Step, place: str, results: dict[str, Any]) -> Path:
     """Applies one editing step: walks the blocks; then one rank assembles the folder, reopens it and compares logits."""
-    opened = BlockModel.from_folder(folder, dtype=context.dtype, allow_generic=context.allow_generic)
+    options: dict[str, Any] = {"dtype": context.dtype, "device": fastest_device(), "allow_generic": context.allow_generic}
+    opened = BlockModel.from_folder(folder, **options)
     assert opened.checkpoint is not None
     store = BlockStore(context.directory.state / place, opened.stored_name)
     walk = Walk(
@@ -273,7 +274,9 @@ def _assemble(
     copied = assemble(opened.checkpoint, store, len(opened.blocks), target, walk.reshape)
     assert walk.final_hidden is not None
     assert walk.first_batch is not None
-    check = verify_logits(target, opened, walk.final_hidden, walk.first_batch, whole_up_to=peak_memory())
+    check = verify_logits(
+        target, opened, walk.final_hidden, walk.first_batch, whole_up_to=min(peak_memory(), free_memory(opened.device))
+    )
     context.tell("saved", folder=str(target), **check)
     edited = {record["layer"] for record in records}
     return {
@@ -333,7 +336,8 @@ def evaluate(model: str, *, allow_generic: bool = False, dtype: str = "auto", **
         **settings: As in the step ``evaluate``.
     """
     chosen = parse_settings(EvaluateSettings, settings, "evaluate")
-    subject = open_subject(open_model(model), dtype=forward_dtype(dtype), allow_generic=allow_generic)
+    options: dict[str, Any] = {"dtype": forward_dtype(dtype), "device": fastest_device(), "allow_generic": allow_generic}
+    subject = open_subject(open_model(model), **options)
     measured: dict[str, Any] = measure({"before": subject}, **chosen.model_dump())
     return {"model": model, "machine": describe()} | measured
 
@@ -341,7 +345,7 @@ def evaluate(model: str, *, allow_generic: bool = False, dtype: str = "auto", **
 def compare(first: str, second: str, *, allow_generic: bool = False, dtype: str = "auto", **settings: Any) -> dict[str, Any]:
     """Measures two models of one tokenizer on the same tokens, with paired differences; KL is taken from the first."""
     chosen = parse_settings(EvaluateSettings, settings, "compare")
-    options: dict[str, Any] = {"dtype": forward_dtype(dtype), "allow_generic": allow_generic}
+    options: dict[str, Any] = {"dtype": forward_dtype(dtype), "device": fastest_device(), "allow_generic": allow_generic}
     subjects = {name: open_subject(open_model(model), **options) for name, model in (("before", first), ("after", second))}
     measured: dict[str, Any] = measure(subjects, **chosen.model_dump())
     return {"before": first, "after": second, "machine": describe()} | measured

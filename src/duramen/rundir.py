@@ -75,7 +75,7 @@ def write_tensors(path: Path, tensors: dict[str, Tensor], note: tuple[str, str] 
     More than one would come in an order that differs from run to run, and the same run must give the same bytes.
     """
     with replacing(path) as temporary:
-        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary, dict([note]))
+        save_file({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, temporary, dict([note]))
 
 
 def _cannot_write(path: Path, error: OSError) -> Problem:

@@ -38,7 +38,9 @@ class Activations:
     def __init__(self, tensors: Iterable[Tensor], budget: Budget, folder: Path) -> None:
         self.budget, self.folder = budget, folder
         self._held: list[Tensor | None] = []
+        self._device = torch.device("cpu")
         for tensor in tensors:
+            self._device = tensor.device
             held = budget.take(tensor.nbytes)
             self._held.append(tensor if held else None)
             if not held:
@@ -49,7 +51,7 @@ class Activations:
 
     def __getitem__(self, batch: int) -> Tensor:
         held = self._held[batch]
-        return load_file(self._file(batch))["hidden"] if held is None else held
+        return load_file(self._file(batch))["hidden"].to(self._device) if held is None else held
 
     def __setitem__(self, batch: int, tensor: Tensor) -> None:
         if self._held[batch] is None:
@@ -62,7 +64,7 @@ class Activations:
 
     def _write(self, batch: int, tensor: Tensor) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
-        save_file({"hidden": tensor.contiguous()}, self._file(batch))
+        save_file({"hidden": tensor.cpu().contiguous()}, self._file(batch))
 
 
 def check_activations(hidden: Tensor, name: str) -> None:

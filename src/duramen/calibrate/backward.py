@@ -103,7 +103,7 @@ def _top(model: BlockModel, last: Activations, tokens: Tensor, budget: Budget, f
 
 def next_token_loss(model: BlockModel, hidden: Tensor, tokens: Tensor) -> Tensor:
     """Mean loss of one sequence from its hidden states after the last block, [1, T, D], and its token ids, [T]."""
-    return nn.functional.cross_entropy(model.logits(hidden)[0, :-1].float(), tokens[1:])
+    return nn.functional.cross_entropy(model.logits(hidden)[0, :-1].float(), tokens[1:].to(hidden.device))
 
 
 def _back(

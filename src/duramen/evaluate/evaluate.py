@@ -60,12 +60,11 @@ class Subject:
     tokenizer: Any
 
 
-def open_subject(folder: Path, *, dtype: torch.dtype = torch.float32, allow_generic: bool = False) -> Subject:
-    """Opens a model folder for evaluation."""
+def open_subject(folder: Path, **options: Any) -> Subject:
+    """Opens a model folder for evaluation; the options are those of ``BlockModel.from_folder``."""
     from transformers import AutoTokenizer
 
-    model = BlockModel.from_folder(folder, dtype=dtype, allow_generic=allow_generic)
-    return Subject(folder, model, AutoTokenizer.from_pretrained(folder))
+    return Subject(folder, BlockModel.from_folder(folder, **options), AutoTokenizer.from_pretrained(folder))
 
 
 def _no_memo(key: str, compute: Callable[[], Any]) -> Any:
@@ -159,7 +158,9 @@ def _loaded(subjects: dict[str, Subject], settings: Settings) -> dict[str, Any]:
     if not (settings.prompts or settings.latency):
         return found
     for name, subject in subjects.items():
-        network = AutoModelForCausalLM.from_pretrained(subject.folder, dtype=subject.model.dtype).eval()
+        network = (
+            AutoModelForCausalLM.from_pretrained(subject.folder, dtype=subject.model.dtype).eval().to(subject.model.device)
+        )
         found["bytes_in_memory"][name] = speed.memory_bytes(network)
         for prompt in settings.prompts:
             text = _continue(network, subject.tokenizer, prompt, settings.new_tokens)
@@ -171,7 +172,8 @@ def _loaded(subjects: dict[str, Subject], settings: Settings) -> dict[str, Any]:
 
 @torch.no_grad()
 def _continue(network: Any, tokenizer: Any, prompt: str, new_tokens: int) -> str:
-    ids = torch.tensor([opening(tokenizer) + tokenizer(prompt, add_special_tokens=False)["input_ids"]])
+    rows = [opening(tokenizer) + tokenizer(prompt, add_special_tokens=False)["input_ids"]]
+    ids = torch.tensor(rows, device=network.device)
     out = network.generate(
         ids, attention_mask=torch.ones_like(ids), max_new_tokens=new_tokens, do_sample=False,
         pad_token_id=tokenizer.eos_token_id or 0,

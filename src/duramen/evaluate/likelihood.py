@@ -102,7 +102,7 @@ def _score_batch(model: BlockModel, state: Tensor, requests: list[Request]) -> l
     picked = state[rows, places]
     logs, greedy = [], []
     for log in model.log_probabilities(picked[None]):
-        target, targets = targets[: len(log)], targets[len(log) :]
+        target, targets = targets[: len(log)].to(log.device), targets[len(log) :]
         logs.append(log.gather(1, target[:, None])[:, 0])
         greedy.append(log.argmax(-1) == target)
     log_all, greedy_all = torch.cat(logs), torch.cat(greedy)

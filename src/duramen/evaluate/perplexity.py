@@ -25,7 +25,7 @@ def final_hidden(model: BlockModel, windows: Tensor) -> list[Tensor]:
 
 def _slices(model: BlockModel, hidden: Tensor, window: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
     """(log-probabilities [n, V], next tokens [n]) for the T − 1 predicted positions of one window."""
-    start = 1
+    start, window = 1, window.to(hidden.device)
     for logs in model.log_probabilities(hidden[:, :-1]):
         yield logs, window[start : start + len(logs)]
         start += len(logs)
@@ -36,7 +36,7 @@ def token_losses(model: BlockModel, hidden: Sequence[Tensor], windows: Tensor) -
     """Negative log-likelihood of every predicted token in nats, [S, T − 1]."""
     rows = []
     for state, window in zip(hidden, windows, strict=True):
-        parts = [-log.gather(1, target[:, None])[:, 0] for log, target in _slices(model, state, window)]
+        parts = [-log.gather(1, target[:, None])[:, 0].cpu() for log, target in _slices(model, state, window)]
         rows.append(torch.cat(parts))
     return torch.stack(rows)
 

@@ -31,7 +31,7 @@ def latency(network: Any) -> dict[str, dict[str, float]]:
 
     One warm-up, five repeats each; median, least and greatest.
     """
-    tokens = prompt(network.config.vocab_size)
+    tokens = prompt(network.config.vocab_size).to(network.device)
     start = tokens[:, :DECODE_PROMPT]
     options = {"attention_mask": torch.ones_like(start), "min_new_tokens": DECODE, "max_new_tokens": DECODE, "do_sample": False}
     prefill = repeated(lambda: network(tokens, use_cache=False))

@@ -151,8 +151,8 @@ def verify_logits(folder: Path, model: BlockModel, hidden: Tensor, tokens: Tenso
         from transformers import AutoModelForCausalLM
 
         Checkpoint(folder)  # from here on transformers knows its type, also where it is one of ours
-        reopened = AutoModelForCausalLM.from_pretrained(folder, dtype=model.dtype).eval()
-        how, found = "plain transformers, whole", reopened(tokens[:1], use_cache=False).logits[:, -256:]
+        reopened = AutoModelForCausalLM.from_pretrained(folder, dtype=model.dtype).eval().to(model.device)
+        how, found = "plain transformers, whole", reopened(tokens[:1].to(model.device), use_cache=False).logits[:, -256:]
     else:
         how, found = "streamed, block by block", _streamed_logits(folder, model, tokens)
     difference = float((found.float() - expected.float()).abs().max())
@@ -169,7 +169,8 @@ def verify_logits(folder: Path, model: BlockModel, hidden: Tensor, tokens: Tenso
 
 
 def _streamed_logits(folder: Path, model: BlockModel, tokens: Tensor) -> Tensor:
-    fresh = BlockModel.from_folder(folder, dtype=model.dtype, allow_generic=model.family.name == "generic")
+    generic = model.family.name == "generic"
+    fresh = BlockModel.from_folder(folder, dtype=model.dtype, device=model.device, allow_generic=generic)
     (hidden,) = fresh.last_hidden([tokens[:1]])
     return fresh.logits(hidden[:, -256:])
 

@@ -23,6 +23,7 @@ from duramen.families.generic import infer_family
 from duramen.families.table import Family, Projection, Sizes
 from duramen.problem import Exit, Problem
 
+CPU = torch.device("cpu")
 LOGITS_AT_ONCE = 512
 """Positions whose logits are held at once."""
 
@@ -109,13 +110,23 @@ class BlockModel:
         family: What is known of its architecture.
         checkpoint: The folder behind it; None for a model given in place.
         dtype: Type of the forward pass.
+        device: Where an open block is, and everything that is computed with it.
     """
 
-    def __init__(self, network: nn.Module, family: Family, checkpoint: Checkpoint | None, dtype: torch.dtype) -> None:
-        self.network, self.family, self.checkpoint, self.dtype = network, family, checkpoint, dtype
+    def __init__(
+        self, network: nn.Module, family: Family, checkpoint: Checkpoint | None, dtype: torch.dtype, device: torch.device
+    ) -> None:
+        self.network, self.family, self.checkpoint, self.dtype, self.device = network, family, checkpoint, dtype, device
 
     @classmethod
-    def from_folder(cls, folder: Path, *, dtype: torch.dtype = torch.float32, allow_generic: bool = False) -> BlockModel:
+    def from_folder(
+        cls,
+        folder: Path,
+        *,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device = CPU,
+        allow_generic: bool = False,
+    ) -> BlockModel:
         """Opens a Hugging Face folder without reading its blocks.
 
         Raises:
@@ -130,15 +141,15 @@ class BlockModel:
         with init_empty_weights(include_buffers=False):
             network = AutoModelForCausalLM.from_config(config, dtype=dtype)
         network.eval()
-        model = cls(network, known or _family(network, allow_generic), checkpoint, dtype)
+        model = cls(network, known or _family(network, allow_generic), checkpoint, dtype, device)
         model._load_outside()
         return model
 
     @classmethod
     def from_module(cls, network: nn.Module, *, allow_generic: bool = False) -> BlockModel:
         """Wraps a loaded transformers model; edits happen in place."""
-        dtype = next(network.parameters()).dtype
-        return cls(network.eval(), _family(network, allow_generic), None, dtype)
+        first = next(network.parameters())
+        return cls(network.eval(), _family(network, allow_generic), None, first.dtype, first.device)
 
     @classmethod
     def of(cls, model: Model) -> BlockModel:
@@ -194,8 +205,9 @@ class BlockModel:
         if self.checkpoint is None:
             tensors = {prefix + name: tensor.detach().clone() for name, tensor in block.state_dict().items()}
         else:
-            tensors = {name: edited[name] if edited and name in edited else self._read(name) for name in names}
-            _assign(block, {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}, self.dtype)
+            stored = ((name, edited[name] if edited and name in edited else self._read(name)) for name in names)
+            tensors = {name: tensor.to(self.device) for name, tensor in stored}
+            self._assign(block, {name.removeprefix(prefix): tensor for name, tensor in tensors.items()})
             self.checkpoint.prefetch(f"{self.family.blocks.rpartition('.')[2]}.{index + 1}.")
         for name, tensor in tensors.items():
             check_finite(name, tensor)
@@ -262,8 +274,19 @@ class BlockModel:
         for name, module in self.network.named_modules():
             if not name.startswith(inside):
                 own = [key for key, _ in module.named_parameters(recurse=False) if f"{name}.{key}" not in self._tied]
-                _assign(module, {key: self._read(f"{name}.{key}") for key in own}, self.dtype)
+                self._assign(module, {key: self._read(f"{name}.{key}") for key in own})
         self.network.tie_weights()  # type: ignore[operator]
+        for module in self.network.modules():
+            for key, buffer in module.named_buffers(recurse=False):
+                setattr(module, key, buffer.to(self.device))
+
+    def _assign(self, module: nn.Module, state: dict[str, Tensor]) -> None:
+        """Gives a module on the meta device these tensors, cast for the forward pass, in memory of its own."""
+        cast = {
+            name: tensor.to(self.device, self.dtype if tensor.is_floating_point() else tensor.dtype, copy=True)
+            for name, tensor in state.items()
+        }
+        module.load_state_dict(cast, strict=False, assign=True)
 
     def capture(self, tokens: Tensor) -> tuple[Tensor, list[Call]]:
         """Runs everything before the first block, and records what each block would be called with.
@@ -276,7 +299,7 @@ class BlockModel:
         """
         recorders = [_Recorder(block, self._returned) for block in self.blocks]
         with self._replaced(recorders):
-            self.network.base_model(input_ids=tokens, use_cache=False)  # type: ignore[operator]
+            self.network.base_model(input_ids=tokens.to(self.device), use_cache=False)  # type: ignore[operator]
         return recorders[0].hidden, [recorder.call for recorder in recorders]
 
     def last_hidden(self, batches: Iterable[Tensor]) -> list[Tensor]:
@@ -312,7 +335,8 @@ class BlockModel:
         with self.opened(0) as first, suppress(_Seen):
             handle = first.module.register_forward_hook(stop)
             try:
-                self.network.base_model(input_ids=torch.zeros(1, 4, dtype=torch.long), use_cache=False)  # type: ignore[operator]
+                tokens = torch.zeros(1, 4, dtype=torch.long, device=self.device)
+                self.network.base_model(input_ids=tokens, use_cache=False)  # type: ignore[operator]
             finally:
                 handle.remove()
         return seen[0]
@@ -394,9 +418,3 @@ def _has(block: nn.Module, path: str) -> bool:
     except AttributeError:
         return False
     return True
-
-
-def _assign(module: nn.Module, state: dict[str, Tensor], dtype: torch.dtype) -> None:
-    """Gives a module on the meta device these tensors, cast for the forward pass, in memory of its own."""
-    cast = {name: tensor.to(dtype, copy=True) if tensor.is_floating_point() else tensor for name, tensor in state.items()}
-    module.load_state_dict(cast, strict=False, assign=True)

@@ -16,9 +16,14 @@ ADVANTAGE = 1.5
 """How many times faster than float32 bfloat16 must be to be chosen."""
 
 
+def fastest_device() -> torch.device:
+    """Where to compute: the GPU of this process (``LOCAL_RANK``, as torchrun gives it) if there is one, else the processor."""
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if torch.cuda.is_available() else torch.device("cpu")
+
+
 @cache
 def gigaflops(dtype: torch.dtype) -> float:
-    """Measured speed of a 768³ matrix product, best of three, in GFLOP/s."""
+    """Measured speed of a 768³ matrix product on the processor, best of three, in GFLOP/s."""
     matrix = torch.ones(768, 768, dtype=dtype)
     matrix @ matrix
     best = 1e30
@@ -34,8 +39,10 @@ def forward_dtype(name: str) -> torch.dtype:
     if name != "auto":
         dtype: torch.dtype = getattr(torch, name)
         return dtype
-    native = torch.cuda.is_available() or _has_native_bfloat16()
-    return torch.bfloat16 if native and gigaflops(torch.bfloat16) > ADVANTAGE * gigaflops(torch.float32) else torch.float32
+    if torch.cuda.is_available():
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
+    faster = _has_native_bfloat16() and gigaflops(torch.bfloat16) > ADVANTAGE * gigaflops(torch.float32)
+    return torch.bfloat16 if faster else torch.float32
 
 
 def rough_product(left: Tensor, right: Tensor) -> Tensor:
@@ -79,6 +86,11 @@ def describe() -> dict[str, str | int | float]:
 def total_memory() -> int:
     """Bytes of main memory."""
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that are free on a GPU; all main memory for the processor."""
+    return int(torch.cuda.mem_get_info(device)[0]) if device.type == "cuda" else total_memory()
 
 
 def peak_memory() -> int:

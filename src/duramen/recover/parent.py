@@ -19,4 +19,6 @@ def find_parent(model: BlockModel, name: str, walk: Walk, given: Model | None) -
     if given is not None:
         return BlockModel.of(given)
     folder = open_model(name) if name else walk.parent
-    return None if folder is None else BlockModel.from_folder(folder, dtype=model.dtype, allow_generic=True)
+    if folder is None:
+        return None
+    return BlockModel.from_folder(folder, dtype=model.dtype, device=model.device, allow_generic=True)

@@ -273,9 +273,9 @@ def apply(model: Model, tokens: Tensor, *, walk: Walk | None = None, dense: Mode
     aside = set_aside(len(tokens), chosen.held_out, "held_out")
     network, teacher = _whole(blocks), _teacher(blocks, chosen, walk, dense)
     with adapted(network, blocks, chosen) as adapters:
-        text = Text(network, teacher, tokens[~aside], tokens[aside], chosen)
-        history = train(_groups(adapters, chosen), text, chosen.schedule, folder=walk.folder, tell=walk.told)
-        witnesses = _witnesses(network, adapters, tokens[:1])
+        text = Text(network, teacher, tokens[~aside].to(blocks.device), tokens[aside].to(blocks.device), chosen)
+        history = train(groups(adapters, chosen), text, chosen.schedule, folder=walk.folder, tell=walk.told)
+        witnesses = _witnesses(network, adapters, tokens[:1].to(blocks.device))
         walk.training = _summary(blocks, adapters, history, chosen, distilled=teacher is not None)
     del network, teacher, text
     edit = partial(_edit, adapters=adapters, witnesses=witnesses, untrained=history.best == 0)
@@ -289,7 +289,7 @@ def _whole(model: BlockModel) -> nn.Module:
     if model.checkpoint is None:
         return model.network
     network: nn.Module = AutoModelForCausalLM.from_pretrained(model.checkpoint.folder, dtype=model.dtype).eval()
-    return network
+    return network.to(model.device)
 
 
 def _teacher(model: BlockModel, settings: Settings, walk: Walk, given: Model | None) -> nn.Module | None:
@@ -318,7 +318,7 @@ def _teacher(model: BlockModel, settings: Settings, walk: Walk, given: Model | N
     return _whole(dense)
 
 
-def _groups(adapters: dict[str, Adapter], settings: Settings) -> list[dict[str, Any]]:
+def groups(adapters: dict[str, Adapter], settings: Settings) -> list[dict[str, Any]]:
     """What is trained: A and row lengths at one rate, B at ``plus_ratio`` times it."""
     slow = [p for adapter in adapters.values() for p in (adapter.a, adapter.length) if p is not None]
     fast = [adapter.b for adapter in adapters.values()]
@@ -382,7 +382,7 @@ def _summary(
     inside = f"{model.family.blocks}."
     changed = sum(adapter.weight.numel() for adapter in adapters.values())
     everything = sum(p.numel() for name, p in model.network.named_parameters() if name.startswith(inside))
-    trained = sum(p.numel() for group in _groups(adapters, settings) for p in group["params"])
+    trained = sum(p.numel() for group in groups(adapters, settings) for p in group["params"])
     return {
         "layers": len(adapters), "covered": changed / everything, "thin": changed < ENOUGH * everything, "trained_parameters": trained,
         "gamma": settings.gamma, "learning_rate": settings.rate, "distilled": distilled,

@@ -138,6 +138,6 @@ def _loss(model: BlockModel, hidden: Float[Tensor, "N T D"], sequences: Int[Tens
     total, count = 0.0, 0
     for state, tokens in zip(torch.split(hidden, 1), sequences, strict=True):
         logs = torch.cat(list(model.log_probabilities(state[:, :-1])))
-        total += float(negative_log_likelihood(logs, tokens[1:]).sum(dtype=torch.float64))
+        total += float(negative_log_likelihood(logs, tokens[1:].to(logs.device)).sum(dtype=torch.float64))
         count += len(logs)
     return total / count

@@ -18,7 +18,7 @@ from torch import nn
 from duramen.families import register_own
 from duramen.families.model import BlockModel
 from duramen.hardware.clock import now, prompt, repeated
-from duramen.hardware.machine import total_memory
+from duramen.hardware.machine import free_memory
 from duramen.problem import Exit, Problem
 from duramen.search.database import Module
 from duramen.shrink.groups import find_units
@@ -90,13 +90,13 @@ def prefills(surgeries: Mapping[str, Surgery]) -> dict[str, float]:
     would take more than half of it, nothing is timed, and nothing returned.
     """
     sizes = [surgery.summary["parameters"]["after"] * surgery.model.dtype.itemsize for surgery in surgeries.values()]
-    if 2 * sum(sizes) > total_memory():
+    if sizes and 2 * sum(sizes) > free_memory(next(iter(surgeries.values())).model.device):
         return {}
     networks = {name: _empty(surgery) for name, surgery in surgeries.items()}
     seconds: dict[str, list[float]] = {name: [] for name in networks}
     for _ in range(TURNS + 1):
         for name, network in networks.items():
-            tokens, start = prompt(network.config.vocab_size), now()
+            tokens, start = prompt(network.config.vocab_size).to(network.device), now()
             network(tokens, use_cache=False)
             seconds[name].append(now() - start)
     return {name: 1000 * median(found[1:]) for name, found in seconds.items()}
@@ -113,7 +113,7 @@ def _stack(model: BlockModel, widths: Mapping[str, int], blocks: Sequence[int]) 
     dropped = tuple(index for index in range(len(model.blocks)) if index not in blocks)
     plan = Plan(digest(model), len(model.blocks), kept, dropped=dropped)
     surgery = Surgery(model, plan)
-    network, tokens = _empty(surgery), prompt(surgery.config["vocab_size"])
+    network, tokens = _empty(surgery), prompt(surgery.config["vocab_size"]).to(model.device)
     times: dict[str, list[float]] = {name: [] for name in ("block", *PARTS)}
     with torch.no_grad(), _timed(network, model.family.blocks, surgery.base_type, times):
         whole = 1000 * median(repeated(lambda: network(tokens, use_cache=False)).tolist())
@@ -144,10 +144,11 @@ def _empty(surgery: Surgery) -> Any:
     with init_empty_weights():
         network = AutoModelForCausalLM.from_config(AutoConfig.for_model(**config)).eval()
     shapes = {name: parameter.shape for name, parameter in network.named_parameters()}
-    state = {name: torch.full(shape, 0.01, dtype=surgery.model.dtype) for name, shape in shapes.items()}
+    dtype, device = surgery.model.dtype, surgery.model.device
+    state = {name: torch.full(shape, 0.01, dtype=dtype, device=device) for name, shape in shapes.items()}
     network.load_state_dict(state, strict=False, assign=True)
     network.tie_weights()
-    return network
+    return network.to(device)
 
 
 @contextmanager

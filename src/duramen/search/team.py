@@ -35,9 +35,9 @@ Make = Callable[[BlockModel], Measurer]
 class _Worker:
     """Lives in a process of its own."""
 
-    def __init__(self, folder: Path, dtype: torch.dtype, threads: int, make: Make) -> None:
+    def __init__(self, folder: Path, dtype: torch.dtype, device: str, threads: int, make: Make) -> None:
         torch.set_num_threads(threads)
-        self.measurer = make(BlockModel.from_folder(folder, dtype=dtype))
+        self.measurer = make(BlockModel.from_folder(folder, dtype=dtype, device=torch.device(device)))
 
     def measure(self, candidates: list[Choices], rows: list[int]) -> list[float]:
         return self.measurer.measure(candidates, rows)
@@ -96,9 +96,11 @@ def _running(model: BlockModel, make: Callable[[], Make], count: int, address: s
                 why="every worker takes one.",
                 fix=f"`--workers {there}` or fewer.",
             )
-        start = ray.remote(num_cpus=1)(_Worker).remote
-        shared = ray.put(make())
-        yield Team([start(model.checkpoint.folder.resolve(), model.dtype, threads, shared) for _ in range(count)])
+        device, gpus = model.device.type, ray.cluster_resources().get("GPU", 0)
+        share = {"num_gpus": min(1, gpus / count)} if device == "cuda" else {}
+        start, shared = ray.remote(num_cpus=1, **share)(_Worker).remote, ray.put(make())
+        folder = model.checkpoint.folder.resolve()
+        yield Team([start(folder, model.dtype, device, threads, shared) for _ in range(count)])
     finally:
         ray.shutdown()
 

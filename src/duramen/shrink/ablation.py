@@ -78,7 +78,7 @@ def _tried(model: BlockModel, module: nn.Module, hidden: Tensor, call: Call, tri
 
 def _losses(model: BlockModel, hidden: Tensor, sequences: Tensor) -> Float[Tensor, "N"]:
     """Mean next-token loss of every sequence from the hidden states after the last block."""
-    return torch.stack([next_token_loss(model, hidden[[number]], tokens) for number, tokens in enumerate(sequences)])
+    return torch.stack([next_token_loss(model, hidden[[number]], tokens) for number, tokens in enumerate(sequences)]).cpu()
 
 
 def strata(scores: Float[Tensor, "U"], count: int) -> list[list[int]]:

@@ -15,6 +15,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map_only
 
 from duramen.calibrate import ranks
 from duramen.problem import Exit, Problem
@@ -193,7 +194,7 @@ def _keep(parameters: list[Tensor], optimizer: Any, history: History, best: list
         "losses": history.losses, "held_out": history.held_out, "best_step": history.best,
     }  # fmt: skip
     with replacing(folder / STATE) as temporary:
-        torch.save(state, temporary)
+        torch.save(tree_map_only(Tensor, Tensor.cpu, state), temporary)
 
 
 def _resumed(parameters: list[Tensor], optimizer: Any, folder: Path | None) -> tuple[History, list[Tensor]]:
