@@ -149,7 +149,7 @@ def stages(bases: list[str], keep: Keeper) -> Iterator[list[Cell]]:
     long = [
         cell | {"seed": 0, "steps": LONG} for cell in chosen if cell["rank"] == MIDDLE and cell["subject"] == "refit + RoRA"
     ]
-    yield more + equal + long
+    yield long + more + equal
 
 
 def best_rate(runs: list[Cell], kind: Cell) -> float | None:

@@ -57,7 +57,8 @@ class OnDevice(Tensor):
     def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         if func not in MIXED:
-            tree_map_only(Tensor, lambda each: refuse(func, each), (args, kwargs))
+            written = args[:1] if func._schema.is_mutable else ()
+            tree_map_only(Tensor, lambda each: refuse(func, each, written), (args, kwargs))
         plain_args, plain_kwargs = tree_map_only(OnDevice, lambda each: each.inner, (args, kwargs))
         if plain_kwargs.get("device") is not None:
             plain_kwargs["device"] = CPU
@@ -69,9 +70,9 @@ class OnDevice(Tensor):
         return tree_map_only(Tensor, wrapped, result)
 
 
-def refuse(func, tensor):
-    """Fails on a tensor of the processor."""
-    if not isinstance(tensor, OnDevice) and tensor.dim():
+def refuse(func, tensor, written):
+    """Fails on a tensor of the processor, but for numbers that are only read."""
+    if not isinstance(tensor, OnDevice) and (tensor.dim() or any(tensor is each for each in written)):
         raise RuntimeError(
             f"{func}: expected all tensors to be on the same device, but found one [{tuple(tensor.shape)}] on the cpu"
         )

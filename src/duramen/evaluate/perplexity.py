@@ -57,12 +57,12 @@ def divergence(
     """Compares two models of one tokenizer on the same windows [S, T], given their final hidden states."""
     rows = []
     for before, after, window in zip(dense_hidden, hidden, windows, strict=True):
-        sums = torch.zeros(3, dtype=torch.float64)
+        sums = torch.zeros(3, dtype=torch.float64, device=after.device)
         for (p, target), (q, _) in zip(_slices(dense, before, window), _slices(edited, after, window), strict=True):
             sums[0] -= q.gather(1, target[:, None]).sum()
             sums[1] += (p.exp() * (p - q)).sum()
             sums[2] += (p.argmax(-1) == q.argmax(-1)).sum()
-        rows.append(sums / (len(window) - 1))
+        rows.append(sums.cpu() / (len(window) - 1))
     loss, kl, agreement = torch.stack(rows).numpy().T
     return Divergence(loss, kl, agreement)
 
