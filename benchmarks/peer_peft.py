@@ -25,7 +25,9 @@ from duramen.calibrate.tokens import calibration_tokens
 from duramen.families.model import BlockModel
 from duramen.hardware.clock import now
 from duramen.hardware.machine import fastest_device
-from duramen.recover.rora import Settings, Text, adapted, groups
+from duramen.recover.rora import Settings, adapted, groups
+from duramen.train.data import Rows
+from duramen.train.objective import NextTokens
 from pruning_quality import CORPORA
 
 RANK, RATE = 16, 3e-4
@@ -64,11 +66,11 @@ def main() -> None:
         losses: dict[str, list[float]] = {name: [] for name in subjects}
         seconds: dict[str, list[float]] = {name: [] for name in subjects}
         for step in range(options.steps):
-            batch = tokens[step * options.batch : (step + 1) * options.batch]
+            batch = Rows.whole(tokens[step * options.batch : (step + 1) * options.batch])
             for name in sorted(subjects, reverse=bool(step % 2)):
                 network, optimizer = subjects[name]
                 start = now()
-                loss = Text(network, None, batch, batch, settings).loss(range(options.batch)) / (batch.numel() - len(batch))
+                loss = NextTokens(network, None, batch, batch).loss(range(options.batch)) / int(batch.learned.sum())
                 loss.backward()
                 optimizer.step()
                 optimizer.zero_grad()

@@ -39,9 +39,11 @@ from duramen.evaluate.perplexity import divergence, final_hidden, perplexity
 from duramen.families.model import BlockModel
 from duramen.hardware.clock import now
 from duramen.hardware.machine import fastest_device, forward_dtype
-from duramen.recover.rora import Settings, Text, adapted, groups
+from duramen.recover.rora import Settings, adapted, groups
 from duramen.rundir import write_json
+from duramen.train.data import Rows
 from duramen.train.loop import train
+from duramen.train.objective import NextTokens
 from pruning_quality import CORPORA
 from wikitext import literature
 
@@ -218,14 +220,15 @@ def judged(setup: Cell, base: str, subject: str) -> Cell:
     return judge.figures(judge.opened(f"{base} {subject}", torch.float32)) | {"machine": rows.machine()}
 
 
-def text_of(judge: Judge, cell: Cell, settings: Settings) -> tuple[nn.Module, BlockModel, Text]:
+def text_of(judge: Judge, cell: Cell, settings: Settings) -> tuple[nn.Module, BlockModel, NextTokens]:
     """The student, and what it learns."""
     dtype = forward_dtype("auto")
     start = f"{cell['base']} {'refit' if cell['subject'].startswith('refit') else 'pruned'}"
     model, tokens = judge.opened(start, dtype), tokens_of(judge.setup).to(judge.device)
     aside = set_aside(len(tokens), settings.held_out, "held_out").to(judge.device)
     teacher = judge.opened("dense", dtype).network if settings.objective == "distill" else None
-    return model.network, model, Text(model.network, teacher, tokens[~aside], tokens[aside], settings)
+    rows_of = Rows.whole(tokens)
+    return model.network, model, NextTokens(model.network, teacher, rows_of[~aside], rows_of[aside], settings.distill_weight)
 
 
 def settings_of(cell: Cell) -> Settings:

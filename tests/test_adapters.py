@@ -11,7 +11,7 @@ from torch import nn
 import tiny
 from duramen.problem import Problem
 from duramen.prune.factor import factorise
-from duramen.recover.adapters import Adapter, masked_linear, side_linear, spp_linear, spp_weight
+from duramen.recover.adapters import Adapter, masked_linear, principal_factors, side_linear, spp_linear, spp_weight
 from duramen.recover.merge import check_outputs, check_zeros, resize, weighted_svd
 from duramen.recover.refit import distance, refit
 from duramen.recover.scaling import coupled_rate, first_step_decrease, scale
@@ -84,23 +84,35 @@ def test_gradients_of_all_forms():
     for tensor in (x, a, b):
         tensor.requires_grad_()
     assert torch.autograd.gradcheck(lambda x, a, b: masked_linear(x, weight, kept, a, b, 0.7), (x, a, b))
+    start = torch.randn_like(a), torch.randn_like(b)
+    assert torch.autograd.gradcheck(lambda x, a, b: masked_linear(x, weight, kept, a, b, 0.7, start), (x, a, b))
     assert torch.autograd.gradcheck(lambda x, a, b: side_linear(x, weight, a, b, 0.7), (x, a, b))
     beta = torch.randn(6, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(lambda x, a, beta: spp_linear(x, weight, a, beta, 2.0), (x, a, beta))
     torch.testing.assert_close(spp_linear(x, weight, a, beta, 2.0), x @ spp_weight(weight, a, beta, 2.0).T)
 
 
-@pytest.mark.parametrize("mode", ["side", "masked", "spp"])
+@pytest.mark.parametrize(
+    ("mode", "start"), [("side", "zero"), ("masked", "zero"), ("spp", "zero"), ("side", "pissa"), ("masked", "pissa")]
+)
 @pytest.mark.parametrize("lengths", [False, True])
 @pytest.mark.parametrize("transposed", [False, True])
-def test_at_first_nothing_changes_and_merged_is_unmerged(mode, lengths, transposed):
+def test_at_first_nothing_changes_and_merged_is_unmerged(mode, start, lengths, transposed):
     x, weight, kept, a, b = layer(2, kind=torch.float32)
     base = nn.Linear(6, 8) if transposed else nn.Linear(8, 6)
     base.weight.data = (weight.T if transposed else weight).contiguous()
     base.bias = nn.Parameter(torch.randn(6))
     adapter = Adapter(
-        base, rank=3, gamma=0.5, mode=mode, kept=kept if mode != "side" else None, lengths=lengths, transposed=transposed
+        base,
+        rank=3,
+        gamma=0.5,
+        mode=mode,
+        kept=kept if mode != "side" else None,
+        lengths=lengths,
+        transposed=transposed,
+        start=start,
     )
+    assert (adapter.b != 0).any() == (start == "pissa")
     expected = nn.functional.linear(x, weight, base.bias)
     torch.testing.assert_close(adapter(x), expected)
     with torch.no_grad():
@@ -119,6 +131,16 @@ def test_at_first_nothing_changes_and_merged_is_unmerged(mode, lengths, transpos
         "b",
         *(("length",) if lengths else ()),
     }
+
+
+def test_the_principal_start_is_the_truncated_decomposition():
+    weight = torch.randn(40, 24, generator=torch.Generator().manual_seed(1)) @ torch.diag(0.7 ** torch.arange(24.0))
+    u, s, v = torch.linalg.svd(weight)
+    before = torch.random.get_rng_state()
+    a, b = principal_factors(weight, 5, 0.3, seed=2)
+    assert torch.equal(torch.random.get_rng_state(), before)
+    torch.testing.assert_close(0.3 * b @ a, (u[:, :5] * s[:5]) @ v[:5], rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(a @ a.T, b.T @ b, rtol=1e-3, atol=1e-4)  # the same share on both sides
 
 
 @given(

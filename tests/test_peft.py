@@ -43,6 +43,20 @@ def test_peft_loads_it_with_equal_output(name, form, tmp_path):
         torch.testing.assert_close(delta(change), changes[layer], rtol=1e-4, atol=1e-6)
 
 
+@torch.no_grad()
+def test_what_the_principal_start_takes_off_is_written_too(tmp_path):
+    network, tokens = tiny.model("llama"), tiny.ids(3, 20)
+    context, adapters = trained(network, init="pissa")
+    expected = network(tokens).logits
+    with pytest.raises(Problem, match="rslora"):
+        write_peft(tmp_path, adapters, alpha=6.0, form="rslora")
+    write_peft(tmp_path, adapters, alpha=6.0)
+    context.__exit__(None, None, None)
+    assert json.loads((tmp_path / CONFIG).read_text())["r"] == 8
+    theirs = peft.PeftModel.from_pretrained(tiny.model("llama"), tmp_path)
+    torch.testing.assert_close(theirs(tokens).logits, expected, rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("rslora", [False, True])
 @torch.no_grad()
 def test_what_peft_writes_is_read_with_equal_changes(rslora, tmp_path):

@@ -9,14 +9,18 @@ import time
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 import duramen
 import tiny
 from duramen.calibrate.walker import Walk
 from duramen.families.model import BlockModel
 from duramen.problem import Problem
-from duramen.recover.rora import Settings, Text, adapted
+from duramen.recover.peft_io import delta, read_peft
+from duramen.recover.rora import Settings, adapted
 from duramen.registry import get_method
+from duramen.train.data import Rows
+from duramen.train.objective import NextTokens
 
 QUICK = {"steps": 12, "batch": 4, "every": 4, "rank": 4, "learning_rate": 0.01}
 
@@ -87,12 +91,13 @@ def test_the_mask_beside_a_model_counts_however_few_it_removed(tmp_path):
 
 def test_the_loss_of_a_sequence_does_not_depend_on_its_batch():
     network, tokens = tiny.model("llama"), tiny.ids(6, 24)
-    text = Text(network, tiny.model("qwen2"), tokens, tokens, Settings(at_once=2))
+    rows = Rows.whole(tokens)
+    text = NextTokens(network, tiny.model("qwen2"), rows, rows, at_once=2)
     with torch.no_grad():
         together = float(text.loss(range(6)))
         assert together == pytest.approx(sum(float(text.loss([index])) for index in range(6)), rel=1e-5)
         assert text.held_out() == pytest.approx(together / sum(map(text.targets, range(6))), rel=1e-5)
-        alone = Text(network, None, tokens, tokens, Settings(objective="ce"))
+        alone = NextTokens(network, None, rows, rows)
         expected = torch.nn.functional.cross_entropy(network(tokens).logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten())
         assert alone.held_out() == pytest.approx(float(expected), rel=1e-5)
 
@@ -177,3 +182,36 @@ def test_bad_input_is_refused(tmp_path):
         run(learning_rate=math.inf)
     assert all(torch.equal(value, before[key]) for key, value in network.state_dict().items())
     assert not any(type(module).__name__ == "Adapter" for module in network.modules())
+
+
+def test_examples_are_learned_and_the_adapters_kept_beside_the_model(tmp_path):
+    data = tmp_path / "data.jsonl"
+    data.write_text("\n".join(json.dumps({"prompt": f"{n}+1=", "completion": str(n + 1)}) for n in range(200)))
+    folder = tiny.save("llama", tmp_path / "llama")
+    text = tmp_path / "prose.txt"
+    text.write_text(tiny.prose(1, 4000))
+    step = {
+        "method": "rora",
+        **QUICK,
+        "data": str(data),
+        "objective": "ce",
+        "adapter": "rslora",
+        "recompute": True,
+        "init": "zero",
+    }
+    recipe = {"calibration": {"text": [str(text)], "sequences": 16, "length": 32}, "dtype": "float32", "steps": [step]}
+    found = duramen.run(recipe, str(folder), tmp_path / "out")
+    losses = [loss for _, loss in found["steps"][0]["training"]["held_out"]]
+    assert losses[-1] < losses[0]
+    changes = read_peft(tmp_path / "out" / "adapter")
+    merged, dense = (AutoModelForCausalLM.from_pretrained(place) for place in (tmp_path / "out", folder))
+    for name, change in changes.items():
+        expected = dense.get_parameter(f"{name}.weight") + delta(change)
+        torch.testing.assert_close(merged.get_parameter(f"{name}.weight"), expected, rtol=1e-5, atol=1e-6)
+    assert "adapter/adapter_config.json" in json.loads((tmp_path / "out" / "manifest.json").read_text())["files"]
+    with pytest.raises(Problem, match="the mode masked"):
+        duramen.run(str(recipe_of(tmp_path, adapter="portable")[0]), str(folder), tmp_path / "refused")
+    with pytest.raises(ValueError, match="no meaning in the mode `spp`"):
+        Settings(mode="spp", init="pissa")
+    with pytest.raises(Problem, match="needs a tokenizer"):
+        get_method("rora").apply(tiny.model("llama"), tiny.ids(16, 24), data=str(data), objective="ce", **QUICK)

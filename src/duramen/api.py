@@ -23,7 +23,7 @@ from duramen.evaluate.evaluate import Subject, check_texts, open_subject
 from duramen.evaluate.evaluate import apply as measure
 from duramen.export.card import write_card
 from duramen.export.gguf import Type, export_gguf
-from duramen.export.hf import assemble, check_masks, copy_other_files, publish, verify_logits
+from duramen.export.hf import assemble, check_masks, copy_other_files, link, publish, verify_logits
 from duramen.families.checkpoint import Checkpoint
 from duramen.families.inventory import inventory
 from duramen.families.model import BlockModel
@@ -272,6 +272,8 @@ def _assemble(
 ) -> dict[str, Any]:
     assert opened.checkpoint is not None
     copied = assemble(opened.checkpoint, store, len(opened.blocks), target, walk.reshape)
+    for name, file in walk.files.items():
+        link(file, target / name)
     assert walk.final_hidden is not None
     assert walk.first_batch is not None
     check = verify_logits(

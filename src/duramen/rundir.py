@@ -171,14 +171,17 @@ class RunDirectory:
             The manifest: ``files`` (name -> sha256), ``measured`` (names), and ``more``.
         """
         measured = ["log.jsonl", "results.json", "report.html", "README.md"]
-        files = {
-            file.name: hash_file(file)
-            for file in sorted(self.out.iterdir())
-            if file.is_file() and file.name not in (*measured, "manifest.json") and not file.name.startswith(".")
-        }
+        own = (*measured, "manifest.json")
+        files = {name: hash_file(file) for name, file in visible_files(self.out).items() if name not in own}
         manifest = {"schema": "duramen-manifest/1", "files": files, "measured": measured} | more
         write_json(self.out / "manifest.json", manifest)
         return manifest
+
+
+def visible_files(folder: Path) -> dict[str, Path]:
+    """The files of a folder and its folders by their paths in it, but for hidden ones."""
+    found = {file.relative_to(folder): file for file in sorted(folder.rglob("*")) if file.is_file()}
+    return {name.as_posix(): file for name, file in found.items() if not any(part.startswith(".") for part in name.parts)}
 
 
 def _differences(old: Any, new: Any, where: str = "") -> Iterator[str]:

@@ -21,7 +21,7 @@ from duramen.calibrate.walker import Reshape
 from duramen.families.checkpoint import INDEX, Checkpoint
 from duramen.families.model import BlockModel
 from duramen.problem import Exit, Problem
-from duramen.rundir import MASKS, BlockStore, unpack_mask, write_json, write_tensors, write_text
+from duramen.rundir import MASKS, BlockStore, unpack_mask, visible_files, write_json, write_tensors, write_text
 
 TOLERANCE = 1e-3
 """Largest difference of logits after reopening, relative to the largest logit."""
@@ -59,7 +59,7 @@ def assemble(source: Checkpoint, store: BlockStore, num_blocks: int, folder: Pat
     for number, index in enumerate(kept):
         if reshape is None:
             names = list(store.names(index))
-            _link(store.shard(index), folder / shards[number + 1])
+            link(store.shard(index), folder / shards[number + 1])
         else:
             tensors = _reshaped(store, reshape, index, number)
             names = list(tensors)
@@ -78,7 +78,7 @@ def assemble(source: Checkpoint, store: BlockStore, num_blocks: int, folder: Pat
         write_json(folder / "config.json", reshape.config)
         for name, content in reshape.files.items():
             if isinstance(content, Path):
-                _link(content, folder / name)
+                link(content, folder / name)
             else:
                 write_text(folder / name, content)
     return outside
@@ -114,12 +114,12 @@ def copy_other_files(source: Path, folder: Path) -> None:
 
 def publish(step: Path, out: Path) -> None:
     """Links the finished folder of the last step into OUT."""
-    for file in sorted(step.iterdir()):
-        if file.is_file() and not file.name.startswith("."):
-            _link(file, out / file.name)
+    for name, file in visible_files(step).items():
+        link(file, out / name)
 
 
-def _link(source: Path, target: Path) -> None:
+def link(source: Path, target: Path) -> None:
+    """Gives a file another name, by a copy where the file system wants one."""
     target.parent.mkdir(parents=True, exist_ok=True)
     target.unlink(missing_ok=True)
     try:

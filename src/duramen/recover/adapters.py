@@ -14,14 +14,29 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 Mode = Literal["side", "masked", "spp"]
+Start = Literal["zero", "pissa"]
+OVERSAMPLED, ITERATIONS = 10, 4
+"""Directions beyond the rank, and passes, by which the strongest ones are found."""
+
+
+Factors = tuple[Tensor, Tensor]
+"""A [r, I] and B [O, r]."""
 
 
 def side_linear(
-    x: Float[Tensor, "... I"], weight: Float[Tensor, "O I"], a: Float[Tensor, "r I"], b: Float[Tensor, "O r"], gamma: float
+    x: Float[Tensor, "... I"],
+    weight: Float[Tensor, "O I"],
+    a: Float[Tensor, "r I"],
+    b: Float[Tensor, "O r"],
+    gamma: float,
+    start: Factors | None = None,
 ) -> Float[Tensor, "... O"]:
-    """Outputs x (W + γBA)ᵀ along two paths; the product BA is never formed."""
-    change = (x @ a.T.to(x.dtype)) @ b.T.to(x.dtype)
-    return nn.functional.linear(x, weight) + gamma * change
+    """Outputs x (W + γ(BA − B₀A₀))ᵀ along two or three paths; no product of factors is formed."""
+    y = nn.functional.linear(x, weight) + gamma * ((x @ a.T.to(x.dtype)) @ b.T.to(x.dtype))
+    if start is None:
+        return y
+    before, after = (factor.T.to(x.dtype) for factor in start)
+    return y - gamma * ((x @ before) @ after)
 
 
 def masked_linear(
@@ -31,9 +46,10 @@ def masked_linear(
     a: Float[Tensor, "r I"],
     b: Float[Tensor, "O r"],
     gamma: float,
+    start: Factors | None = None,
 ) -> Float[Tensor, "... O"]:
-    """Outputs x (W + M⊙γBA)ᵀ, M = ``kept``. The changed weight is formed in both passes and kept in neither."""
-    result: Tensor = _Masked.apply(x, weight, kept, a, b, gamma)
+    """Outputs x (W + M⊙γ(BA − B₀A₀))ᵀ, M = ``kept``. The changed weight is formed in both passes and kept in neither."""
+    result: Tensor = _Masked.apply(x, weight, kept, a, b, gamma, start)
     return result
 
 
@@ -41,17 +57,19 @@ class _Masked(torch.autograd.Function):
     """dx = g Ŵ; with S = M⊙(gᵀx): dB = γ S Aᵀ, dA = γ Bᵀ S."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, kept: Tensor, a: Tensor, b: Tensor, gamma: float) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, kept: Tensor, a: Tensor, b: Tensor, gamma: float, start: Factors | None
+    ) -> Tensor:
         ctx.save_for_backward(x, weight, kept, a, b)
-        ctx.gamma = gamma
-        return nn.functional.linear(x, changed(weight, kept, a, b, gamma))
+        ctx.gamma, ctx.start = gamma, start
+        return nn.functional.linear(x, changed(weight, kept, a, b, gamma, start))
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, kept, a, b = ctx.saved_tensors
-        by_x = upstream @ changed(weight, kept, a, b, ctx.gamma) if ctx.needs_input_grad[0] else None
+        by_x = upstream @ changed(weight, kept, a, b, ctx.gamma, ctx.start) if ctx.needs_input_grad[0] else None
         sums = (upstream.flatten(0, -2).T @ x.flatten(0, -2)).to(a.dtype).masked_fill_(~kept, 0)
-        return by_x, None, None, ctx.gamma * (b.T @ sums), ctx.gamma * (sums @ a.T), None
+        return by_x, None, None, ctx.gamma * (b.T @ sums), ctx.gamma * (sums @ a.T), None, None
 
 
 def changed(
@@ -60,12 +78,24 @@ def changed(
     a: Float[Tensor, "r I"],
     b: Float[Tensor, "O r"],
     gamma: float,
+    start: Factors | None = None,
 ) -> Float[Tensor, "O I"]:
-    """W + [M⊙]γBA, added up in the type of the factors and rounded once."""
-    change = gamma * (b @ a)
-    if kept is not None:
-        change.masked_fill_(~kept, 0)
-    return (weight.to(torch.promote_types(change.dtype, weight.dtype)) + change).to(weight.dtype)
+    """W + [M⊙]γ(BA − B₀A₀), added up in the type of the factors and rounded once."""
+    kind = torch.promote_types(a.dtype, weight.dtype)
+    found = torch.addmm(weight.to(kind), b.to(kind), a.to(kind), alpha=gamma)
+    if start is not None:
+        found = torch.addmm(found, start[1].to(kind), start[0].to(kind), alpha=-gamma)
+    return (found if kept is None else found.masked_fill_(~kept, 0)).to(weight.dtype)
+
+
+def principal_factors(weight: Float[Tensor, "O I"], rank: int, gamma: float, seed: int) -> Factors:
+    """A and B with γBA the r strongest directions of a weight (PiSSA, arXiv 2404.02948), by randomised subspace iteration."""
+    devices = [weight.device] if weight.is_cuda else []
+    with torch.random.fork_rng(devices):
+        torch.manual_seed(seed)
+        u, s, v = torch.svd_lowrank(weight.float(), q=min(rank + OVERSAMPLED, *weight.shape), niter=ITERATIONS)
+    root = (s[:rank] / gamma).sqrt()
+    return (v[:, :rank] * root).T.contiguous(), (u[:, :rank] * root).contiguous()
 
 
 def spp_linear(
@@ -95,6 +125,7 @@ class Adapter(nn.Module):
         gamma: γ; the strength s in ``spp``.
         a: [r, I] in float32; uniform in ±1/√I at the start, as in LoRA.
         b: [O, r], zeros at the start; in ``spp`` β, [O].
+        start: A₀ and B₀, whose product is taken off, so that the layer begins as it is wherever A and B begin; None if B begins at zero.
         length: DoRA's row lengths, [O]; None without them.
     """
 
@@ -107,6 +138,8 @@ class Adapter(nn.Module):
         mode: Mode,
         kept: Tensor | None = None,
         lengths: bool = False,
+        start: Start = "zero",
+        seed: int = 0,
         transposed: bool = False,
         generator: torch.Generator | None = None,
     ) -> None:
@@ -114,9 +147,13 @@ class Adapter(nn.Module):
         self.base, self.gamma, self.mode, self.transposed = base.requires_grad_(False), gamma, mode, transposed
         self.register_buffer("kept", kept, persistent=False)
         outputs, inputs = self.weight.shape
-        start = (2 * torch.rand(rank, inputs, generator=generator) - 1) / inputs**0.5
-        self.a = nn.Parameter(start.to(self.weight.device))
+        uniform = (2 * torch.rand(rank, inputs, generator=generator) - 1) / inputs**0.5
+        self.a = nn.Parameter(uniform.to(self.weight.device))
         self.b = nn.Parameter(self.a.new_zeros(outputs) if mode == "spp" else self.a.new_zeros(outputs, rank))
+        self.start: Factors | None = None
+        if start == "pissa":
+            self.start = principal_factors(self.weight, rank, gamma, seed)
+            self.a.data, self.b.data = (factor.clone() for factor in self.start)
         self.length = nn.Parameter(_row_lengths(self.weight)) if lengths else None
 
     @property
@@ -131,9 +168,9 @@ class Adapter(nn.Module):
             y = spp_linear(x, self.weight, self.a, self.b, self.gamma)
         elif self.mode == "masked":
             assert isinstance(self.kept, Tensor)
-            y = masked_linear(x, self.weight, self.kept, self.a, self.b, self.gamma)
+            y = masked_linear(x, self.weight, self.kept, self.a, self.b, self.gamma, self.start)
         else:
-            y = side_linear(x, self.weight, self.a, self.b, self.gamma)
+            y = side_linear(x, self.weight, self.a, self.b, self.gamma, self.start)
         if self.length is not None:
             with torch.no_grad():
                 lengths = _row_lengths(self._changed())
@@ -147,7 +184,7 @@ class Adapter(nn.Module):
         if self.mode == "spp":
             return spp_weight(weight, self.a, self.b, self.gamma)
         kept = self.kept if self.mode == "masked" else None
-        return changed(weight, kept, self.a, self.b, self.gamma)  # type: ignore[arg-type]
+        return changed(weight, kept, self.a, self.b, self.gamma, self.start)  # type: ignore[arg-type]
 
     @torch.no_grad()
     def merged(self, weight: Float[Tensor, "O I"] | None = None) -> Float[Tensor, "O I"]:

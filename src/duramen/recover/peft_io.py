@@ -58,29 +58,26 @@ def write_peft(folder: Path, adapters: Mapping[str, Adapter], *, alpha: float, f
     Raises:
         Problem: If an adapter is more than a low-rank change, or ``rslora`` would mean another γ.
     """
-    for name, adapter in adapters.items():
-        if adapter.mode != "side" or adapter.length is not None:
-            kind = "row lengths" if adapter.length is not None else f"the mode {adapter.mode}"
-            raise Problem(
-                f"The adapter of {name} cannot be written on its own: it has {kind}.",
-                why="its change is not of low rank, and other programs would apply it without the mask.",
-                fix="the merged model, which keeps every zero.",
-                code=Exit.INCOMPATIBLE,
-            )
-    ranks = {len(adapter.a) for adapter in adapters.values()}
+    check_alone(adapters)
+    factors = {name: _factors(adapter) for name, adapter in adapters.items()}
+    ranks = {len(a) for a, _ in factors.values()}
     if len(ranks) != 1:
         raise Problem(
             f"The adapters have ranks {sorted(ranks)}.", why="one folder has one rank.", fix="`duramen.recover.merge.resize`."
         )
     (rank,) = ranks
-    if form == "rslora" and any(abs(each.gamma - scale(alpha, rank)) > 1e-9 * each.gamma for each in adapters.values()):
+    if form == "rslora" and any(
+        each.start or abs(each.gamma - scale(alpha, rank)) > 1e-9 * each.gamma for each in adapters.values()
+    ):
         raise Problem(
-            "These adapters cannot be written as `rslora`.", why="their strength is not α/√r.", fix="the form `portable`."
+            "These adapters cannot be written as `rslora`.",
+            why="their strength is not α/√r, or what they began with is taken off.",
+            fix="the form `portable`.",
         )
     tensors = {}
-    for name, adapter in adapters.items():
-        tensors[f"{PREFIX}{name}.lora_A.weight"] = adapter.a.detach().float()
-        tensors[f"{PREFIX}{name}.lora_B.weight"] = adapter.b.detach().float() * (1.0 if form == "rslora" else adapter.gamma)
+    for name, (a, b) in factors.items():
+        tensors[f"{PREFIX}{name}.lora_A.weight"] = a
+        tensors[f"{PREFIX}{name}.lora_B.weight"] = b * (1.0 if form == "rslora" else adapters[name].gamma)
     write_tensors(folder / WEIGHTS, tensors)
     write_json(
         folder / CONFIG,
@@ -91,6 +88,25 @@ def write_peft(folder: Path, adapters: Mapping[str, Adapter], *, alpha: float, f
             "fan_in_fan_out": any(adapter.transposed for adapter in adapters.values()), "init_lora_weights": True,
         },
     )  # fmt: skip
+
+
+def check_alone(adapters: Mapping[str, Adapter]) -> None:
+    """Stops on an adapter that is more than a low-rank change."""
+    for name, adapter in adapters.items():
+        if adapter.mode != "side" or adapter.length is not None:
+            kind = "row lengths" if adapter.length is not None else f"the mode {adapter.mode}"
+            raise Problem(
+                f"The adapter of {name} cannot be written on its own: it has {kind}.",
+                why="its change is not of low rank, and other programs would apply it without the mask.",
+                fix="the merged model, which keeps every zero.",
+                code=Exit.INCOMPATIBLE,
+            )
+
+
+def _factors(adapter: Adapter) -> tuple[Tensor, Tensor]:
+    """A and B in float32, with what they began with, if that is taken off: [A, A₀] and [B, −B₀]."""
+    a, b = adapter.a.detach().float(), adapter.b.detach().float()
+    return (a, b) if adapter.start is None else (torch.cat([a, adapter.start[0]]), torch.cat([b, -adapter.start[1]], 1))
 
 
 def read_peft(folder: Path) -> dict[str, Change]:

@@ -11,10 +11,11 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from jaxtyping import Bool, Float
+from pydantic import Field
 from torch import Tensor
 
 from duramen.calibrate.statistics import Statistics
@@ -46,6 +47,8 @@ class Settings(MethodSettings):
     """Share of the calibration sequences that are held out: they choose the damping, and whether a layer moves at all."""
     damping_grid: DampingGrid = GRID
     """Candidates for `damping: held-out`."""
+    dense_target: Annotated[float, Field(ge=0, le=1)] = 0.25
+    """How much of what earlier layers lost a layer makes up for: 0 fits it to the dense weights on the edited inputs, 1 to the dense outputs."""
     everything: bool = False
     """Whether to refit layers too that lost nothing themselves, so that they make up for those before them."""
     only: tuple[str, ...] = ()
@@ -177,6 +180,10 @@ class _Sums:
     second: Float[Tensor, "I I"]
     cross: Float[Tensor, "J I"]
 
+    def blended(self, alpha: float) -> _Sums:
+        """With (1 − α)·G + α·C for C."""
+        return self if self.second.shape != self.cross.shape else _Sums(self.second, self.second.lerp(self.cross, alpha))
+
     def without(self, part: _Sums) -> _Sums:
         """Over the tokens that are not in ``part``."""
         return _Sums(self.second - part.second, self.cross - part.cross)
@@ -212,7 +219,7 @@ def _prepare(
 ) -> Callable[[Layer], dict[str, Any]]:
     """Chooses the damping that the layers of a stage share, on their held-out sequences."""
     with_bias = all(layer.bias is not None and layer.parent is not None and layer.parent.bias is not None for layer in layers)
-    total, held_out = _sums(statistics, with_bias)
+    total, held_out = (each.blended(settings.dense_target) for each in _sums(statistics, with_bias))
     train, kind = total.without(held_out), compute_dtype(layers[0].read())
     grid = settings.damping_grid if settings.damping == "held-out" else (settings.damping,)
     trials = [_some(layer, masks, len(layers)) for layer in layers]

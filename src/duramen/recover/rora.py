@@ -7,31 +7,33 @@ distributions are half of what is learned. The result is an ordinary model: adap
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import partial
 from typing import Annotated, Any, Literal
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 
+from duramen.calibrate import ranks
 from duramen.calibrate.statistics import Statistics
 from duramen.calibrate.walker import Records, Walk, set_aside, walk_blocks
 from duramen.families.model import BlockModel, Layer, Model
 from duramen.families.select import filter_layers
 from duramen.problem import Problem
 from duramen.prune.reconstruct import output_error
-from duramen.recover.adapters import Adapter
+from duramen.recover.adapters import Adapter, Start
 from duramen.recover.masks import Masks
 from duramen.recover.merge import check_outputs, check_zeros
 from duramen.recover.parent import find_parent
+from duramen.recover.peft_io import CONFIG, WEIGHTS, check_alone, write_peft
 from duramen.recover.scaling import Rule, coupled_rate, scale
 from duramen.registry import Settings as MethodSettings
 from duramen.registry import method
-from duramen.train.loop import History, Schedule, train
-from duramen.train.objective import divergence, negative_log_likelihood
+from duramen.train.data import Rows, keeps_apart, read_rows
+from duramen.train.loop import History, Schedule, recomputed, train
+from duramen.train.objective import NextTokens
 
 RATE = 3e-4
 """Learning rate at the reference strength (``scaling.REFERENCE``): LoRA's published one."""
@@ -58,6 +60,8 @@ class Settings(MethodSettings):
     """`masked` changes only what a sparse weight has, `spp` multiplies it, `side` changes everything; `auto` is masked on sparse weights and side on others."""
     dora: bool = False
     """Whether the length of every row is learned apart."""
+    init: Start = "zero"
+    """How A and B begin: `zero` with B at zero, `pissa` with the strongest directions of the weight, taken off so that the model begins as it is."""
     learning_rate: Annotated[float, Field(gt=0)] | Literal["auto"] = "auto"
     """Of AdamW at its height; `auto` couples it to γ and the rank, 3e-4 at γ·r = 64 (in `spp` to γ alone, 4e-3 at 2)."""
     plus_ratio: Annotated[float, Field(gt=0)] = 1.0
@@ -76,12 +80,18 @@ class Settings(MethodSettings):
     """Steps between checkpoints, at which the held-out loss is taken; the best of them is merged."""
     held_out: Annotated[float, Field(gt=0, le=0.5)] = 0.125
     """Share of the sequences that are not trained on."""
+    data: str = ""
+    """Examples to learn instead of the recipe's text: a jsonl file with `text`, `prompt` and `completion`, `instruction` and `output`, or `messages`; only responses count."""
+    recompute: bool = False
+    """Whether blocks run again in the backward pass instead of keeping what is inside them: less memory, a third more time."""
     objective: Literal["auto", "ce", "distill"] = "auto"
     """`ce` learns the text, `distill` the text and the dense model's distributions, half and half; `auto` distils where there is a dense model."""
     distill_weight: Annotated[float, Field(ge=0, le=1)] = 0.5
     """Share of the divergence from the dense model in `distill`."""
     temperature: Annotated[float, Field(gt=0)] = 1.0
     """By which both models' logits are divided in the divergence, which then counts its square."""
+    adapter: Literal["", "portable", "rslora"] = ""
+    """Whether to keep the adapters too, in the folder `adapter` beside the merged model, in PEFT's format: `portable` with γ folded in, `rslora` as trained; only in `side` without `dora`."""
     parent: str = ""
     """The dense model: folder, embedded name, GGUF file or hub id; empty for the model that the recipe began with."""
     only: tuple[str, ...] = ()
@@ -90,6 +100,16 @@ class Settings(MethodSettings):
     """Layers that stay, in the same words."""
     seed: int = 0
     """Of the start of A and the order of the sequences."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Settings:
+        if self.mode == "spp" and self.init != "zero":
+            raise Problem(
+                "`init: pissa` has no meaning in the mode `spp`.",
+                why="its factors are no directions of the weight.",
+                fix="`init: zero`.",
+            )
+        return self
 
     @property
     def gamma(self) -> float:
@@ -173,6 +193,7 @@ def _adapter(
         )
     return Adapter(
         base, rank=settings.rank, gamma=settings.gamma, mode=mode, lengths=settings.dora, transposed=transposed,
+        start=settings.init, seed=settings.seed,
         kept=~zeros if sparse or mode == "masked" else None, generator=generator,
     )  # fmt: skip
 
@@ -201,55 +222,6 @@ def _targets(model: BlockModel, settings: Settings) -> set[str]:
     return names - untouchable
 
 
-@dataclass
-class Text:
-    """Sequences of tokens to learn, and those that are not trained on; every token but the first of a sequence is a target.
-
-    Attributes:
-        network: The student.
-        teacher: The dense model; None to learn the text alone.
-        tokens: To train on, [S, T].
-        aside: Held out, [N, T].
-        settings: Weights of the parts of the loss.
-    """
-
-    network: nn.Module
-    teacher: nn.Module | None
-    tokens: Tensor
-    aside: Tensor
-    settings: Settings
-
-    @property
-    def sequences(self) -> int:
-        """How many there are."""
-        return len(self.tokens)
-
-    def targets(self, index: int) -> int:
-        """Target tokens of one sequence."""
-        return self.tokens.shape[1] - 1
-
-    def loss(self, indices: Sequence[int]) -> Tensor:
-        """Sum over the target tokens of some sequences."""
-        return self._loss(self.tokens[list(indices)])
-
-    def held_out(self) -> float:
-        """Mean over the held-out sequences."""
-        total = sum(float(self._loss(part)) for part in torch.split(self.aside, self.settings.at_once))
-        return total / (self.aside.numel() - len(self.aside))
-
-    def _loss(self, tokens: Tensor) -> Tensor:
-        logits = self.network(tokens, use_cache=False).logits[:, :-1].float()
-        logs = logits.log_softmax(-1)
-        loss = negative_log_likelihood(logs, tokens[:, 1:]).sum()
-        if self.teacher is None:
-            return loss
-        share, heat = self.settings.distill_weight, self.settings.temperature
-        with torch.no_grad():
-            wanted = (self.teacher(tokens, use_cache=False).logits[:, :-1].float() / heat).log_softmax(-1)
-        apart = heat**2 * divergence(wanted, logs if heat == 1 else (logits / heat).log_softmax(-1)).sum()
-        return (1 - share) * loss + share * apart
-
-
 @method("rora", title="RoRA", paper="arXiv 2501.04315", kind="recover", needs=("tokens",), settings=Settings)
 def apply(model: Model, tokens: Tensor, *, walk: Walk | None = None, dense: Model | None = None, **settings: object) -> Records:
     """Trains adapters on a model and merges them into it.
@@ -270,16 +242,42 @@ def apply(model: Model, tokens: Tensor, *, walk: Walk | None = None, dense: Mode
     """
     chosen, walk = Settings.model_validate(settings), walk or Walk()
     blocks = BlockModel.of(model)
-    aside = set_aside(len(tokens), chosen.held_out, "held_out")
     network, teacher = _whole(blocks), _teacher(blocks, chosen, walk, dense)
+    rows = _rows(network, blocks, tokens, chosen).to(blocks.device)
+    aside = set_aside(len(rows), chosen.held_out, "held_out").to(blocks.device)
     with adapted(network, blocks, chosen) as adapters:
-        text = Text(network, teacher, tokens[~aside].to(blocks.device), tokens[aside].to(blocks.device), chosen)
-        history = train(groups(adapters, chosen), text, chosen.schedule, folder=walk.folder, tell=walk.told)
+        if chosen.adapter:
+            check_alone(adapters)
+        text = NextTokens(
+            network, teacher, rows[~aside], rows[aside], chosen.distill_weight, chosen.temperature, chosen.at_once
+        )
+        with recomputed(network.get_submodule(blocks.family.blocks).children(), wanted=chosen.recompute):
+            history = train(groups(adapters, chosen), text, chosen.schedule, folder=walk.folder, tell=walk.told)
+        if chosen.adapter and walk.folder and ranks.leads():
+            base = "" if blocks.checkpoint is None else str(blocks.checkpoint.folder)
+            write_peft(walk.folder / "adapter", adapters, alpha=chosen.alpha, form=chosen.adapter, base=base)
+            walk.files = {f"adapter/{name}": walk.folder / "adapter" / name for name in (CONFIG, WEIGHTS)}
         witnesses = _witnesses(network, adapters, tokens[:1].to(blocks.device))
         walk.training = _summary(blocks, adapters, history, chosen, distilled=teacher is not None)
     del network, teacher, text
     edit = partial(_edit, adapters=adapters, witnesses=witnesses, untrained=history.best == 0)
     return walk_blocks(blocks, tokens, edit, list(adapters), walk=walk)
+
+
+def _rows(network: nn.Module, model: BlockModel, tokens: Tensor, settings: Settings) -> Rows:
+    """What is learned: the recipe's text, or the examples of ``data`` in rows as long."""
+    if not settings.data:
+        return Rows.whole(tokens)
+    if model.checkpoint is None:
+        raise Problem(
+            "`data` needs a tokenizer, and a model in memory has none.",
+            why="examples are text.",
+            fix="the model's folder, or token ids without `data`.",
+        )
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(model.checkpoint.folder)
+    return read_rows(settings.data, tokenizer, tokens.shape[1], packed=keeps_apart(network, model.config.vocab_size))
 
 
 def _whole(model: BlockModel) -> nn.Module:

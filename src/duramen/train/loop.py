@@ -7,15 +7,17 @@ sum over all its target tokens divided by how many there are in all processes to
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
+from torch.utils.checkpoint import checkpoint
 
 from duramen.calibrate import ranks
 from duramen.problem import Exit, Problem
@@ -79,6 +81,19 @@ def _order(count: int, seed: int) -> list[int]:
     """All sequences in a random order."""
     order: list[int] = torch.randperm(count, generator=torch.Generator().manual_seed(seed)).tolist()
     return order
+
+
+@contextmanager
+def recomputed(blocks: Iterable[nn.Module], *, wanted: bool) -> Iterator[None]:
+    """Blocks that run again in the backward pass, instead of keeping all that is inside them, for a while."""
+    chosen = list(blocks) if wanted else []
+    for block in chosen:
+        block.forward = partial(checkpoint, block.forward, use_reentrant=False)
+    try:
+        yield
+    finally:
+        for block in chosen:
+            del block.forward
 
 
 @dataclass

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float, Int
-from torch import Tensor
+from torch import Tensor, nn
+
+from duramen.train.data import Rows
 
 
 def negative_log_likelihood(logs: Float[Tensor, "... V"], tokens: Int[Tensor, "..."]) -> Float[Tensor, "..."]:
@@ -38,3 +41,63 @@ def bucketed_kl(lesson: Lesson, logs: Float[Tensor, "T V"]) -> Float[Tensor, "T"
     mine = logs.gather(-1, lesson.tokens)
     among = (lesson.logs.exp() * (lesson.logs - mine)).sum(-1)
     return among + lesson.rest.exp() * (lesson.rest - log_rest(mine))
+
+
+@dataclass
+class NextTokens:
+    """The next tokens of documents, learned from the text and, with a share of the loss, from a teacher.
+
+    Attributes:
+        network: The student, a transformers model.
+        teacher: The model to learn from; None to learn from the text alone.
+        rows: What is trained on.
+        aside: Held out.
+        share: Of the divergence from the teacher in the loss.
+        temperature: By which the logits of both are divided in the divergence, which then counts its square.
+        at_once: Rows that run together where nothing is learned.
+    """
+
+    network: nn.Module
+    teacher: nn.Module | None
+    rows: Rows
+    aside: Rows
+    share: float = 0.5
+    temperature: float = 1.0
+    at_once: int = 8
+
+    @property
+    def sequences(self) -> int:
+        """How many rows there are."""
+        return len(self.rows)
+
+    def targets(self, index: int) -> int:
+        """Target tokens of one row."""
+        return int(self.rows.learned[index].sum())
+
+    def loss(self, indices: Sequence[int]) -> Tensor:
+        """Sum over the target tokens of some rows."""
+        return self._loss(self.rows[list(indices)])
+
+    def held_out(self) -> float:
+        """Mean over the target tokens of the held-out rows."""
+        parts = [self.aside[start : start + self.at_once] for start in range(0, len(self.aside), self.at_once)]
+        return sum(float(self._loss(part)) for part in parts) / int(self.aside.learned.sum())
+
+    def _loss(self, rows: Rows) -> Tensor:
+        wanted = rows.learned[:, 1:]
+        logits = self._logits(self.network, rows)[wanted].float()
+        logs = logits.log_softmax(-1)
+        loss = negative_log_likelihood(logs, rows.tokens[:, 1:][wanted]).sum()
+        if self.teacher is None:
+            return loss
+        heat = self.temperature
+        with torch.no_grad():
+            taught = (self._logits(self.teacher, rows)[wanted].float() / heat).log_softmax(-1)
+        apart = heat**2 * divergence(taught, logs if heat == 1 else (logits / heat).log_softmax(-1)).sum()
+        return (1 - self.share) * loss + self.share * apart
+
+    @staticmethod
+    def _logits(network: nn.Module, rows: Rows) -> Float[Tensor, "S T-1 V"]:
+        places = {} if rows.places is None else {"position_ids": rows.places}
+        logits: Tensor = network(input_ids=rows.tokens, use_cache=False, **places).logits
+        return logits[:, :-1]
