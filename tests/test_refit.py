@@ -68,7 +68,7 @@ def test_a_pruned_model_comes_nearer_and_stays_sparse(name):
     zeros = {key: value == 0 for key, value in network.state_dict().items()}
     before = divergence(network, dense, tokens)
     records = get_method("refit").apply(network, tokens, dense=dense, damping=0.01)
-    assert divergence(network, dense, tokens) < (0.9 if name in tiny.MAMBA else 0.7) * before
+    assert divergence(network, dense, tokens) < (0.9 if name in tiny.MAMBA else 0.8) * before
     assert all(record["relative_error"] <= record["error_before"] * 1.001 for record in records)
     assert any(record["moved"] for record in records)
     names = {record["layer"] for record in records}
@@ -80,7 +80,7 @@ def test_a_pruned_model_comes_nearer_and_stays_sparse(name):
 @torch.no_grad()
 def test_biases_make_up_for_the_means():
     network, dense, tokens = pruned_model("opt")
-    get_method("refit").apply(network, tokens, dense=dense, damping=0.01, only=["blocks:0"])
+    get_method("refit").apply(network, tokens, dense=dense, damping=0.01, dense_target=1.0, only=["blocks:0"])
     seen = {}
     for which, model in (("new", network), ("old", dense)):
         layer = model.get_submodule("model.decoder.layers.0.fc2")
@@ -98,6 +98,32 @@ def test_a_cut_model_is_refitted_to_the_wider_one(name):
     records = get_method("refit").apply(small, tokens, dense=dense)
     assert {record["role"] for record in records} == {"down"}
     assert divergence(small, dense, tokens) < before
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_a_cut_that_was_not_repaired_is_refitted_to_what_its_repair_would_have_been(name, tmp_path):
+    folder, text = tiny.save(name, tmp_path / name), tmp_path / "prose.txt"
+    text.write_text(tiny.prose(1, 4000))
+    measured = {
+        "method": "evaluate",
+        "text": [str(tmp_path / "other.txt")],
+        "length": 64,
+        "windows": 6,
+        "prompts": [],
+        "latency": False,
+    }
+    (tmp_path / "other.txt").write_text(tiny.prose(2, 4000))
+    head = {"calibration": {"text": [str(text)], "sequences": 24, "length": 32}, "dtype": "float32"}
+    cut = {"method": "wanda_sp", "ratio": 0.2, "round_to": 1, "minimum": 2, "damping": 0.01}
+
+    def kl(place, *steps):
+        found = duramen.run(head | {"steps": [*steps, measured]}, str(folder), tmp_path / place)
+        return found["evaluations"][0]["perplexity"]["other"]["kl"]["value"]
+
+    bare, repaired = kl("bare", cut | {"repair": "none"}), kl("repaired", cut | {"repair": "affine", "dense_target": 0.25})
+    refitted = kl("refitted", cut | {"repair": "none"}, {"method": "refit", "damping": 0.01, "dense_target": 0.25})
+    assert repaired < 0.9 * bare
+    assert refitted == pytest.approx(repaired, rel=0.05)
 
 
 def test_a_layer_stays_where_the_held_out_sequences_say_so():

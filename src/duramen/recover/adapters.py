@@ -32,11 +32,11 @@ def side_linear(
     start: Factors | None = None,
 ) -> Float[Tensor, "... O"]:
     """Outputs x (W + γ(BA − B₀A₀))ᵀ along two or three paths; no product of factors is formed."""
-    y = nn.functional.linear(x, weight) + gamma * ((x @ a.T.to(x.dtype)) @ b.T.to(x.dtype))
+    y = nn.functional.linear(x, weight) + (gamma * (x @ a.T.to(x.dtype))) @ b.T.to(x.dtype)
     if start is None:
         return y
     before, after = (factor.T.to(x.dtype) for factor in start)
-    return y - gamma * ((x @ before) @ after)
+    return y - (gamma * (x @ before)) @ after
 
 
 def masked_linear(

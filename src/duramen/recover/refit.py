@@ -1,14 +1,15 @@
 """Closed-form refit: the weights that are left move to where every layer comes nearest to the dense model's outputs; no gradients.
 
-For masks that were chosen without solving anything (magnitude, Wanda, foreign ones) and for cuts that were not repaired. Every layer is fitted to
-what the dense model's own layer puts out on its own inputs, from the inputs that the edited model really feeds it, so that later layers
-make up for what earlier ones lost (method sheet of RoRA, 2.6). A layer moves only if sequences that it was not fitted to say that it should.
+For masks that were chosen without solving anything (magnitude, Wanda, foreign ones) and for cuts that were not repaired. Every layer is fitted,
+from the inputs that the edited model really feeds it, to what the dense model's layer would make of them and, to a part, to what it
+makes of its own, so that later layers make up for what earlier ones lost. The whole of that (method sheet of RoRA, 2.6) fits the calibration text and harms
+others. A layer moves only if sequences that it was not fitted to say that it should.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Annotated, Any
@@ -31,6 +32,8 @@ from duramen.recover.masks import Masks
 from duramen.recover.parent import find_parent
 from duramen.registry import Settings as MethodSettings
 from duramen.registry import method
+from duramen.shrink.groups import find_units
+from duramen.shrink.plan import PLAN, Plan, digest
 
 TRIAL_ROWS = 128
 """Outputs of a layer on which dampings are compared."""
@@ -111,8 +114,9 @@ def apply(model: Model, tokens: Tensor, *, walk: Walk | None = None, dense: Mode
     set_aside(len(tokens), chosen.held_out, "held_out")
     parent, masks = _parent(blocks, chosen, walk, dense), Masks(blocks)
     names = _lossy(blocks, parent, chosen, masks)
+    edit = partial(_prepare, settings=chosen, masks=masks, left=_inputs_left(blocks, parent, names))
     return walk_blocks(
-        blocks, tokens, partial(_prepare, settings=chosen, masks=masks), names, walk=walk,
+        blocks, tokens, edit, names, walk=walk,
         held_out_every=round(1 / chosen.held_out), dense_target=True, parent=parent,
     )  # fmt: skip
 
@@ -173,6 +177,21 @@ def _changed(model: BlockModel, dense: BlockModel, names: list[str], masks: Mask
     return found
 
 
+def _inputs_left(model: BlockModel, dense: BlockModel, names: list[str]) -> dict[str, Tensor]:
+    """Which of the dense layer's inputs each layer still has; by the plan beside the model where it has fewer, if there is one for this dense model."""
+    gone: dict[str, set[int]] = {}
+    file = None if model.checkpoint is None else model.checkpoint.folder / PLAN
+    if file is not None and file.is_file() and (plan := Plan.load(file)).base == digest(dense):
+        for units in find_units(dense, list(plan.kept)):
+            gone.setdefault(units.reader, set()).update(units.columns(units.others(plan.places(units))).tolist())
+    found = {}
+    for name in names:
+        left = [column for column in range(dense.shape(name)[1]) if column not in gone.get(name, ())]
+        if len(left) == model.shape(name)[1]:
+            found[name] = torch.tensor(left, device=model.device)
+    return found
+
+
 @dataclass(frozen=True)
 class _Sums:
     """G = Σ x_e x_eᵀ and C = Σ x_d x_eᵀ, about fixed means where biases make up for them."""
@@ -180,9 +199,11 @@ class _Sums:
     second: Float[Tensor, "I I"]
     cross: Float[Tensor, "J I"]
 
-    def blended(self, alpha: float) -> _Sums:
-        """With (1 − α)·G + α·C for C."""
-        return self if self.second.shape != self.cross.shape else _Sums(self.second, self.second.lerp(self.cross, alpha))
+    def blended(self, alpha: float, left: Tensor | None) -> _Sums:
+        """With (1 − α)·G + α·C for the rows of C whose inputs are left, [I]; with C as it is where these are not known."""
+        if left is None:
+            return self
+        return _Sums(self.second, self.cross.index_copy(0, left, self.second.lerp(self.cross[left], alpha)))
 
     def without(self, part: _Sums) -> _Sums:
         """Over the tokens that are not in ``part``."""
@@ -191,14 +212,18 @@ class _Sums:
 
 @dataclass(frozen=True)
 class _Stage:
-    """What the layers of a stage share: sums over all tokens, those fitted to and those held out; the factorised Grams of the former two, the second first."""
+    """What the layers of a stage share.
+
+    Sums over all tokens, those fitted to and those held out; the factorised Grams of the former two, the second first; the mean inputs that
+    biases make up for, of this model and of what it is fitted to.
+    """
 
     total: _Sums
     train: _Sums
     held_out: _Sums
     trial: Factor
     factor: Factor
-    with_bias: bool
+    means: tuple[Tensor, Tensor] | None
     statistics: Statistics
     masks: Masks
 
@@ -215,11 +240,12 @@ class _Stage:
 
 
 def _prepare(
-    layers: list[Layer], statistics: Statistics, *, settings: Settings, masks: Masks
+    layers: list[Layer], statistics: Statistics, *, settings: Settings, masks: Masks, left: Mapping[str, Tensor]
 ) -> Callable[[Layer], dict[str, Any]]:
     """Chooses the damping that the layers of a stage share, on their held-out sequences."""
     with_bias = all(layer.bias is not None and layer.parent is not None and layer.parent.bias is not None for layer in layers)
-    total, held_out = (each.blended(settings.dense_target) for each in _sums(statistics, with_bias))
+    alpha, here = settings.dense_target, left.get(layers[0].name)
+    total, held_out = (each.blended(alpha, here) for each in _sums(statistics, with_bias))
     train, kind = total.without(held_out), compute_dtype(layers[0].read())
     grid = settings.damping_grid if settings.damping == "held-out" else (settings.damping,)
     trials = [_some(layer, masks, len(layers)) for layer in layers]
@@ -234,7 +260,10 @@ def _prepare(
             best = error, damping, factor
     assert best is not None
     _, damping, trial = best
-    stage = _Stage(total, train, held_out, trial, factorise(total.second, damping, dtype=kind), with_bias, statistics, masks)
+    factor = factorise(total.second, damping, dtype=kind)
+    stage = _Stage(
+        total, train, held_out, trial, factor, _means(statistics, alpha, here) if with_bias else None, statistics, masks
+    )
     return partial(_refit_layer, stage=stage)
 
 
@@ -270,11 +299,11 @@ def _refit_layer(layer: Layer, *, stage: _Stage) -> dict[str, Any]:
     assert layer.parent is not None
     assert stage.statistics.dense is not None
     goal, dense = layer.parent.read(), stage.statistics.dense
-    spread = dense.about(dense.mean) if stage.with_bias else dense.second
+    spread = dense.about(dense.mean) if stage.means else dense.second
     whole = max(float(((goal.double() @ spread.double()) * goal.double()).sum()), 1e-30)
     before, after = (1 + distance(each, goal, stage.total.second, stage.total.cross) / whole for each in (weight, new))
     if found is not None:
-        layer.write(new, bias=_bias(layer, new, stage.statistics) if stage.with_bias else None)
+        layer.write(new, bias=_bias(layer, new, *stage.means) if stage.means else None)
     pruned = stage.masks.removed(layer.name, weight)
     return {
         "removed": int(pruned.sum()), "size": weight.numel(), "moved": found is not None, "damping": stage.factor.damping,
@@ -282,11 +311,16 @@ def _refit_layer(layer: Layer, *, stage: _Stage) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _bias(layer: Layer, weight: Tensor, statistics: Statistics) -> Tensor:
+def _means(statistics: Statistics, alpha: float, left: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Mean inputs of this model's layer, [I], and of what it is fitted to, [J]."""
+    assert statistics.dense is not None
+    mine, theirs = statistics.total.mean, statistics.dense.mean
+    return mine, theirs if left is None else theirs.index_copy(0, left, mine.lerp(theirs[left], alpha))
+
+
+def _bias(layer: Layer, weight: Tensor, mine: Tensor, theirs: Tensor) -> Tensor:
     """The bias b + W·mean(x_d) − V·mean(x_e), with W and b of the dense model; [O]."""
     assert layer.parent is not None
     assert layer.parent.bias is not None
-    assert statistics.dense is not None
-    mine, theirs = statistics.total.mean, statistics.dense.mean
     wanted = layer.parent.bias.to(mine) + layer.parent.read().to(mine) @ theirs
     return wanted - weight.to(mine) @ mine
