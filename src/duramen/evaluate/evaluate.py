@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
+from functools import partial, reduce
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from torch import Tensor
 from duramen.assets import get_asset
 from duramen.calibrate.tokens import evaluation_tokens, opening
 from duramen.evaluate import likelihood, perplexity, speed
-from duramen.evaluate.intervals import Measured, mean_interval, paired_interval, wilson_interval
+from duramen.evaluate.intervals import Measured, mean_interval, mean_of, paired_interval, wilson_interval
 from duramen.families.model import BlockModel
 from duramen.problem import Problem
 from duramen.registry import Settings as MethodSettings
@@ -28,6 +28,14 @@ from duramen.registry import method
 
 Memo = Callable[[str, Callable[[], Any]], Any]
 """(key, compute) -> the result, from an earlier run if it is kept."""
+
+
+TASK_SETS = {
+    "commonsense": (
+        "boolq_questions", "piqa", "social_iqa", "hellaswag", "winogrande", "arc_easy", "arc_challenge", "openbookqa",
+    ),
+}  # fmt: skip
+"""Names for several tasks, whose mean is reported too; ``commonsense`` are the eight of LLM-Adapters (arXiv 2304.01933)."""
 
 
 class Settings(MethodSettings):
@@ -40,7 +48,7 @@ class Settings(MethodSettings):
     windows: int | None = Field(default=16, ge=1)
     """Windows per text, from its start; null takes the whole text."""
     tasks: tuple[str, ...] = ()
-    """Embedded likelihood tasks: piqa, hellaswag, sciq, arc_easy, lambada."""
+    """Embedded likelihood tasks: arc_challenge, arc_easy, boolq_questions, commonsense_qa, hellaswag, lambada, openbookqa, piqa, sciq, social_iqa, winogrande; or `commonsense` for the eight that are often averaged."""
     documents: int = Field(default=100, ge=1)
     """Documents per task, from the start."""
     prompts: tuple[str, ...] = ("The heartwood of a tree is", "Q: What is the capital of France?\nA:")
@@ -84,14 +92,17 @@ def apply(subjects: dict[str, Subject], *, memo: Memo = _no_memo, **settings: ob
         The measurements, as in ``results.json`` (docs: results).
     """
     chosen = Settings.model_validate(settings)
-    for task in chosen.tasks:
+    tasks = list(dict.fromkeys(task for name in chosen.tasks for task in TASK_SETS.get(name, (name,))))
+    for task in tasks:
         get_asset(task, "task").path()
     measured: dict[str, Any] = {"perplexity": {}, "tasks": {}}
     for text in chosen.text:
         name = Path(text).stem
         measured["perplexity"][name] = memo(f"perplexity-{name}", partial(_texts, subjects, text, chosen))
-    for task in chosen.tasks:
+    for task in tasks:
         measured["tasks"][task] = memo(f"task-{task}", partial(_task, subjects, task, chosen.documents))
+    for name in set(chosen.tasks) & TASK_SETS.keys():
+        measured["tasks"][f"{name}, mean"] = _mean([measured["tasks"][task] for task in TASK_SETS[name]])
     measured["bytes_on_disk"] = {name: speed.weight_bytes(subject.folder) for name, subject in subjects.items()}
     measured |= memo("loaded", partial(_loaded, subjects, chosen))
     return measured
@@ -148,6 +159,19 @@ def _task(subjects: dict[str, Subject], task: str, documents: int) -> dict[str, 
         difference: Measured = paired_interval(right["before"].acc, right["after"].acc)
         found["difference"] = difference.as_dict()
     return found
+
+
+def _mean(tasks: list[dict[str, Any]]) -> dict[str, Any]:
+    """The figures of several tasks, each task counting the same."""
+
+    def mean(*keys: str) -> dict[str, float | int]:
+        figures = [Measured(**reduce(dict.__getitem__, keys, task)) for task in tasks]
+        return mean_of(figures).as_dict()
+
+    found: dict[str, Any] = {"documents": sum(task["documents"] for task in tasks)}
+    for name in [each for each in ("before", "after") if each in tasks[0]]:
+        found[name] = {key: mean(name, key) for key in ("acc", "acc_norm")}
+    return found | ({"difference": mean("difference")} if "difference" in tasks[0] else {})
 
 
 def _loaded(subjects: dict[str, Subject], settings: Settings) -> dict[str, Any]:

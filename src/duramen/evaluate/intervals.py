@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 
 import numpy as np
@@ -42,6 +42,13 @@ def mean_interval(values: np.ndarray, *, transform: Callable[[np.ndarray], np.nd
 def paired_interval(before: np.ndarray, after: np.ndarray) -> Measured:
     """The mean difference after − before over the same units, [S] each; an interval around zero is no measurable change."""
     return mean_interval(after - before)
+
+
+def mean_of(figures: Sequence[Measured]) -> Measured:
+    """The mean of independent figures, each counting the same; half the width of its interval is that of a sum of theirs."""
+    value = sum(figure.value for figure in figures) / len(figures)
+    half = np.sqrt(sum((figure.high - figure.low) ** 2 for figure in figures)) / 2 / len(figures)
+    return Measured(value, float(value - half), float(value + half), sum(figure.samples for figure in figures))
 
 
 def wilson_interval(correct: np.ndarray) -> Measured:
