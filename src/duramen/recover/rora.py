@@ -7,7 +7,7 @@ distributions are half of what is learned. The result is an ordinary model: adap
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Annotated, Any, Literal
@@ -243,7 +243,7 @@ def apply(model: Model, tokens: Tensor, *, walk: Walk | None = None, dense: Mode
     chosen, walk = Settings.model_validate(settings), walk or Walk()
     blocks = BlockModel.of(model)
     network, teacher = _whole(blocks), _teacher(blocks, chosen, walk, dense)
-    rows = _rows(network, blocks, tokens, chosen).to(blocks.device)
+    rows = _rows([each for each in (network, teacher) if each is not None], blocks, tokens, chosen).to(blocks.device)
     aside = set_aside(len(rows), chosen.held_out, "held_out").to(blocks.device)
     with adapted(network, blocks, chosen) as adapters:
         if chosen.adapter:
@@ -264,8 +264,8 @@ def apply(model: Model, tokens: Tensor, *, walk: Walk | None = None, dense: Mode
     return walk_blocks(blocks, tokens, edit, list(adapters), walk=walk)
 
 
-def _rows(network: nn.Module, model: BlockModel, tokens: Tensor, settings: Settings) -> Rows:
-    """What is learned: the recipe's text, or the examples of ``data`` in rows as long."""
+def _rows(readers: Sequence[nn.Module], model: BlockModel, tokens: Tensor, settings: Settings) -> Rows:
+    """What is learned: the recipe's text, or the examples of ``data`` in rows as long, packed if all who read them can keep them apart."""
     if not settings.data:
         return Rows.whole(tokens)
     if model.checkpoint is None:
@@ -277,7 +277,8 @@ def _rows(network: nn.Module, model: BlockModel, tokens: Tensor, settings: Setti
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(model.checkpoint.folder)
-    return read_rows(settings.data, tokenizer, tokens.shape[1], packed=keeps_apart(network, model.config.vocab_size))
+    packed = all(keeps_apart(network, model.config.vocab_size) for network in readers)
+    return read_rows(settings.data, tokenizer, tokens.shape[1], packed=packed)
 
 
 def _whole(model: BlockModel) -> nn.Module:
