@@ -2,23 +2,27 @@
 
     OMP_NUM_THREADS=1 python benchmarks/scan_speed.py
 
-Runs a layer's scan at the shapes of the published models' smallest ones, in float32 on the same random inputs, by Duramen and by plain transformers, in
+Runs a layer's scan, and four whole blocks, at the shapes of the published models' smallest ones, in float32 on the same random inputs, by Duramen and by plain transformers, in
 turns. Measures processor seconds (the least of some repeats), forwards and with gradients of all inputs, and how far the outputs differ. Writes
 benchmarks/results/scan_speed.csv. About five minutes on one core.
 """
 
 from __future__ import annotations
 
+import argparse
 import time
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import softplus
+from transformers import AutoModel, Mamba2Config, MambaConfig
 from transformers.models.mamba.modeling_mamba import mamba_selective_scan
 from transformers.models.mamba2.modeling_mamba2 import mamba2_chunk_scan
 
 import rows
+from duramen.ssm.mixer import ExactScans
 from duramen.ssm.selective import selective_scan
 from duramen.ssm.ssd import ssd_scan
 
@@ -54,11 +58,42 @@ def ssd(length: int) -> tuple[list[Tensor], dict[str, Scan]]:
     return [x, steps, a, b, c], {"duramen": lambda x, s, a, b, c: ssd_scan(x, s, s, a, b, c)[0], "transformers": theirs}
 
 
+def blocks(config: Any) -> Callable[[int], tuple[list[Tensor], dict[str, Scan]]]:
+    """Four blocks of a model's shape, from embeddings to the norm after the last."""
+
+    def make(length: int) -> tuple[list[Tensor], dict[str, Scan]]:
+        torch.manual_seed(0)
+        network = AutoModel.from_config(config)
+
+        def exact(x: Tensor) -> Tensor:
+            with ExactScans(network):
+                return network(inputs_embeds=x, use_cache=False).last_hidden_state
+
+        stock = lambda x: network(inputs_embeds=x, use_cache=False).last_hidden_state  # noqa: E731
+        return [torch.randn(1, length, config.hidden_size)], {"duramen": exact, "transformers": stock}
+
+    return make
+
+
+SHARED = {"hidden_size": 768, "num_hidden_layers": 4, "vocab_size": 256}
+CASES = {
+    "Mamba": selective,
+    "Mamba-2": ssd,
+    "4 Mamba blocks": blocks(MambaConfig(**SHARED)),
+    "4 Mamba-2 blocks": blocks(Mamba2Config(**SHARED, num_heads=24, head_dim=64, n_groups=1, state_size=128)),
+}
+
+
 def main() -> None:
     """Runs the table."""
-    table = []
-    for name, make in (("Mamba", selective), ("Mamba-2", ssd)):
-        for length in LENGTHS:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--cases", nargs="*", default=list(CASES))
+    parser.add_argument("--lengths", nargs="*", type=int, default=list(LENGTHS))
+    options = parser.parse_args()
+    wanted = {f"{name}, {length} steps" for name in options.cases for length in options.lengths}
+    table = [row for row in rows.read("scan_speed") if row["case"] not in wanted]
+    for name, make in CASES.items():
+        for length in options.lengths if name in options.cases else ():
             inputs, scans = make(length)
             for metric, run in (("processor seconds", forward), ("processor seconds with gradients", backward)):
                 if run is backward and length == max(LENGTHS):

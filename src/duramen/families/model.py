@@ -10,6 +10,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import cached_property
+from importlib.util import find_spec
 from itertools import chain
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -22,6 +23,7 @@ from duramen.families.checkpoint import Checkpoint, check_finite
 from duramen.families.generic import infer_family
 from duramen.families.table import Family, Projection, Sizes
 from duramen.problem import Exit, Problem
+from duramen.ssm.mixer import ExactScans
 
 CPU = torch.device("cpu")
 LOGITS_AT_ONCE = 512
@@ -127,7 +129,7 @@ class BlockModel:
         device: torch.device = CPU,
         allow_generic: bool = False,
     ) -> BlockModel:
-        """Opens a Hugging Face folder without reading its blocks.
+        """Opens a Hugging Face folder without reading its blocks; state-space layers run on our scans where there are no kernels for the device.
 
         Raises:
             Problem: If the folder is damaged, quantized, or of an unknown architecture without ``allow_generic``.
@@ -141,6 +143,8 @@ class BlockModel:
         with init_empty_weights(include_buffers=False):
             network = AutoModelForCausalLM.from_config(config, dtype=dtype)
         network.eval()
+        if device.type == "cpu" or find_spec("mamba_ssm") is None:
+            ExactScans(network)
         model = cls(network, known or _family(network, allow_generic), checkpoint, dtype, device)
         model._load_outside()
         return model

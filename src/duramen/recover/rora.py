@@ -31,6 +31,7 @@ from duramen.recover.peft_io import CONFIG, WEIGHTS, check_alone, write_peft
 from duramen.recover.scaling import Rule, coupled_rate, scale
 from duramen.registry import Settings as MethodSettings
 from duramen.registry import method
+from duramen.ssm.mixer import ExactScans
 from duramen.train.data import Rows, keeps_apart, read_rows
 from duramen.train.loop import History, Schedule, recomputed, train
 from duramen.train.objective import NextTokens
@@ -251,7 +252,7 @@ def apply(model: Model, tokens: Tensor, *, walk: Walk | None = None, dense: Mode
         text = NextTokens(
             network, teacher, rows[~aside], rows[aside], chosen.distill_weight, chosen.temperature, chosen.at_once
         )
-        with recomputed(network.get_submodule(blocks.family.blocks).children(), wanted=chosen.recompute):
+        with ExactScans(network), recomputed(network.get_submodule(blocks.family.blocks).children(), wanted=chosen.recompute):
             history = train(groups(adapters, chosen), text, chosen.schedule, folder=walk.folder, tell=walk.told)
         if chosen.adapter and walk.folder and ranks.leads():
             base = "" if blocks.checkpoint is None else str(blocks.checkpoint.folder)
