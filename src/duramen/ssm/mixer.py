@@ -7,14 +7,16 @@ mixers of Mamba's kind begin anew each time, and padding on the right leaves no 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from duramen.ssm.conv import causal_conv
+from duramen.ssm.conv import aligned_conv, causal_conv
+from duramen.ssm.fold import GapStep, fold, gaps, removed_steps
 from duramen.ssm.selective import selective_scan
 from duramen.ssm.ssd import ssd_scan
 
@@ -22,27 +24,67 @@ PARTS = {"A_log", "D", "conv1d", "in_proj", "out_proj"}
 OF_MAMBA, OF_MAMBA2 = {"x_proj", "dt_proj"}, {"dt_bias", "norm"}
 
 
+@dataclass
+class Passage:
+    """What a mixer is told of the tokens that reach it, and what it tells of them.
+
+    Attributes:
+        valid: Which count, bool [B, K]; None for what the mask of the call says.
+        places: Where they are in the sequence that they are left of, rising, [B, K]; None where nothing was removed before.
+        gap_step: What a removed step would have decayed by; see ``fold``.
+        aligned: Whether the convolution sees zeros where tokens were removed, instead of their neighbours.
+        outputs: y of the scan, set by the mixer.
+        steps: Δ.
+        inputs: x after the convolution.
+        b: B.
+    """
+
+    valid: Tensor | None = None
+    places: Tensor | None = None
+    gap_step: GapStep = "hold"
+    aligned: bool = False
+    outputs: Tensor | None = field(default=None, repr=False)
+    steps: Tensor | None = field(default=None, repr=False)
+    inputs: Tensor | None = field(default=None, repr=False)
+    b: Tensor | None = field(default=None, repr=False)
+
+    def decays(self, steps: Tensor, bias: Tensor | None) -> Tensor:
+        """Δ̃ from Δ, [B, K, ...]."""
+        if self.places is None or self.gap_step == "hold":
+            return steps
+        gap, _ = gaps(self.places, int(self.places.max()) + 1)
+        if self.valid is not None:
+            gap = gap * self.valid
+        return fold(steps, gap, removed_steps(self.gap_step, steps, bias, self.valid))
+
+
 class ExactScans:
     """A transformers model whose state-space layers run on our scans, until ``remove`` or the end of a ``with``.
 
     Args:
         network: The model.
+        passages: What mixers are told of their tokens, by their names; those that are left out see all that there are.
 
     Attributes:
         mixers: The names of its mixers; empty if it has none of the known kinds.
     """
 
-    def __init__(self, network: nn.Module) -> None:
+    def __init__(self, network: nn.Module, passages: Mapping[str, Passage] | None = None) -> None:
         self._network = network
         self.mixers = list(_mixers(network))
+        self._before: dict[str, Any] = {}
         for name, mix in _mixers(network).items():
             mixer = network.get_submodule(name)
-            mixer.forward = partial(mix, mixer)
+            self._before[name] = mixer.__dict__.get("forward")
+            mixer.forward = partial(mix, mixer, passage=(passages or {}).get(name))
 
     def remove(self) -> None:
         """Gives the mixers their own way back."""
         for name in self.mixers:
-            del self._network.get_submodule(name).forward
+            mixer = self._network.get_submodule(name)
+            del mixer.forward
+            if self._before[name] is not None:
+                mixer.forward = self._before[name]
         self.mixers = []
 
     def __enter__(self) -> ExactScans:
@@ -65,39 +107,66 @@ def _mixers(network: nn.Module) -> dict[str, Callable[..., Tensor]]:
 
 
 def selective_mixer(
-    mixer: Any, hidden_states: Tensor, cache: Any = None, attention_mask: Tensor | None = None, **_: Any
+    mixer: Any,
+    hidden_states: Tensor,
+    cache: Any = None,
+    attention_mask: Tensor | None = None,
+    passage: Passage | None = None,
+    **_: Any,
 ) -> Tensor:
     """A mixer of Mamba's kind, [B, T, D] -> [B, T, D]; the cache keeps the last inputs of the convolution and the state."""
-    kind, valid = hidden_states.dtype, _valid(hidden_states, attention_mask)
+    passage = passage or Passage()
+    kind, valid = hidden_states.dtype, _valid(hidden_states, attention_mask) if passage.valid is None else passage.valid
     x, gate = mixer.in_proj(_masked(hidden_states, valid)).chunk(2, -1)
-    x = _convolved(mixer, x, cache, valid)
+    x = _convolved(mixer, x, cache, valid, passage)
     low, b, c = torch.split(mixer.x_proj(x), [mixer.time_step_rank, mixer.ssm_state_size, mixer.ssm_state_size], -1)
     if hasattr(mixer, "dt_layernorm"):
         low, b, c = mixer.dt_layernorm(low), mixer.b_layernorm(b), mixer.c_layernorm(c)
     bias = 0 if mixer.dt_proj.bias is None else mixer.dt_proj.bias.float()
     steps = nn.functional.softplus((low @ mixer.dt_proj.weight.T).float() + bias)
+    decays = passage.decays(steps, mixer.dt_proj.bias)
     y, state = selective_scan(
-        x, steps, steps, -mixer.A_log.float().exp(), b, c, skip=mixer.D.float(), initial_state=_state(mixer, cache), valid=valid
+        x,
+        decays,
+        steps,
+        -mixer.A_log.float().exp(),
+        b,
+        c,
+        skip=mixer.D.float(),
+        initial_state=_state(mixer, cache),
+        valid=valid,
     )
+    passage.outputs, passage.steps, passage.inputs, passage.b = y, steps, x, b
     _remember(mixer, cache, state)
     return mixer.out_proj((y * nn.functional.silu(gate)).to(kind))  # type: ignore[no-any-return]
 
 
-def ssd_mixer(mixer: Any, hidden_states: Tensor, cache: Any = None, attention_mask: Tensor | None = None, **_: Any) -> Tensor:
+def ssd_mixer(
+    mixer: Any,
+    hidden_states: Tensor,
+    cache: Any = None,
+    attention_mask: Tensor | None = None,
+    passage: Passage | None = None,
+    **_: Any,
+) -> Tensor:
     """A mixer of Mamba-2's kind, [B, T, D] -> [B, T, D]; the cache keeps the last inputs of the convolution and the state."""
-    kind, valid = hidden_states.dtype, _valid(hidden_states, attention_mask)
+    passage = passage or Passage()
+    kind, valid = hidden_states.dtype, _valid(hidden_states, attention_mask) if passage.valid is None else passage.valid
     gate, mixed, dt = mixer.in_proj(_masked(hidden_states, valid)).split(
         [mixer.intermediate_size, mixer.conv_dim, mixer.num_heads], -1
     )
-    mixed = _convolved(mixer, mixed, cache, valid)
+    mixed = _convolved(mixer, mixed, cache, valid, passage)
     vectors = mixer.n_groups * mixer.ssm_state_size
     x, b, c = torch.split(mixed, [mixer.intermediate_size, vectors, vectors], -1)
     steps = nn.functional.softplus(dt.float() + mixer.dt_bias.float()).clamp(*mixer.time_step_limit)
     b, c = (each.view(*each.shape[:2], mixer.n_groups, mixer.ssm_state_size) for each in (b, c))
+    x = x.view(*x.shape[:2], mixer.num_heads, mixer.head_dim)
+    decays = passage.decays(steps, mixer.dt_bias)
     y, state = ssd_scan(
-        x.view(*x.shape[:2], mixer.num_heads, mixer.head_dim), steps, steps, -mixer.A_log.float().exp(), b, c,
+        x, decays, steps, -mixer.A_log.float().exp(), b, c,
         skip=mixer.D.float(), initial_state=_state(mixer, cache), valid=valid,
     )  # fmt: skip
+    passage.outputs, passage.steps, passage.inputs, passage.b = y, steps, x, b
     _remember(mixer, cache, state)
     return mixer.out_proj(mixer.norm(y.flatten(2), gate).to(kind))  # type: ignore[no-any-return]
 
@@ -113,12 +182,14 @@ def _masked(hidden: Tensor, valid: Tensor | None) -> Tensor:
     return hidden if valid is None else hidden * valid[..., None].to(hidden.dtype)
 
 
-def _convolved(mixer: Any, x: Tensor, cache: Any, valid: Tensor | None) -> Tensor:
+def _convolved(mixer: Any, x: Tensor, cache: Any, valid: Tensor | None, passage: Passage) -> Tensor:
     """The convolution and its activation; the cache holds k inputs, of which the first matters no more."""
     weight, bias = mixer.conv1d.weight.squeeze(1), mixer.conv1d.bias
     before = None if cache is None else cache.get_conv_state(mixer.layer_idx)
     initial = None if before is None else before[..., 1 - weight.shape[1] :].transpose(1, 2)
     y, last = causal_conv(x.to(weight.dtype), weight, bias, initial=initial, valid=valid)
+    if passage.aligned and passage.places is not None:
+        y = aligned_conv(_masked(x.to(weight.dtype), valid), weight, bias, passage.places)
     if cache is not None:
         whole = nn.functional.pad(last.transpose(1, 2), (1, 0))
         cache.update_conv_state(whole.to(x.dtype), mixer.layer_idx, conv_kernel_size=weight.shape[1])
