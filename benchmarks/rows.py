@@ -85,7 +85,7 @@ def write(name: str, rows: list[dict[str, object]]) -> Path:
     RESULTS.mkdir(parents=True, exist_ok=True)
     path = RESULTS / f"{name}.csv"
     with path.open("w", newline="", encoding="utf-8") as stream:
-        writer = csv.DictWriter(stream, COLUMNS)
+        writer = csv.DictWriter(stream, COLUMNS, lineterminator="\n")
         writer.writeheader()
         for item in rows:
             writer.writerow({key: f"{value:.6g}" if isinstance(value, float) else value for key, value in item.items()})
