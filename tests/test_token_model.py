@@ -5,7 +5,8 @@ import torch
 
 import tiny
 from duramen.problem import Problem
-from duramen.ssm.mixer import ExactScans
+from duramen.ssm.mixer import ExactScans, find_mixers
+from duramen.ssm.ssd import ssd_scan
 from duramen.tokens.model import Reduced, Reduction, continuation_losses
 from duramen.tokens.schedule import kept_count
 
@@ -111,41 +112,30 @@ def test_a_likelihood_without_reduction_is_the_dense_one_and_a_prompt_never_sees
 
 
 @torch.no_grad()
-def test_tokens_that_neither_write_nor_decay_leave_first_and_leave_no_trace():
-    """Some tokens get steps near zero in every layer; then what is left has the logits that it had."""
-    network, tokens = tiny.model("mamba2"), tiny.ids(1, 40)
-    silent = torch.zeros(250, dtype=torch.bool)
-    silent[tokens[0, 5:30:2]] = True
-    quiet = silent[tokens[0]].nonzero().flatten()
-    mixers = [network.get_submodule(name) for name in ExactScans(network).mixers]
-    for mixer in mixers:  # the convolution passes the token itself alone, and its step comes from the token alone
-        mixer.conv1d.weight[:, :, :-1] = 0
-    scan = __import__("duramen.ssm.mixer", fromlist=["ssd_scan"])
-    original = scan.ssd_scan
-    places = {"now": torch.arange(40)}
+def test_tokens_that_neither_write_nor_decay_leave_first_and_leave_no_trace(monkeypatch):
+    """Some tokens get no step in any layer, and convolutions see no neighbours; then what is left has the logits that it had."""
+    network, tokens, places = tiny.model("mamba2"), tiny.ids(1, 40), {"now": torch.arange(40)}
+    quiet = torch.isin(tokens[0], tokens[0, 5:30:2]).nonzero().flatten()
+    for name in find_mixers(network):
+        network.get_submodule(name).conv1d.weight[:, :, :-1] = 0
 
     def hushed(x, decays, steps, *args, **kwargs):
-        loud = ~torch.isin(places["now"][: x.shape[1]], quiet).view(1, -1, 1)
-        steps.mul_(loud)
-        return original(x, steps, steps, *args, **kwargs)
+        steps.mul_(~torch.isin(places["now"][: x.shape[1]], quiet).view(1, -1, 1))
+        return ssd_scan(x, steps, steps, *args, **kwargs)
 
-    scan.ssd_scan = hushed
-    try:
-        with ExactScans(network):
-            whole = network(tokens).logits
-        with Reduced(network, Reduction(kind="prune", cut=0.1, sites=(0,), window=None)) as reduced:
-            shorten = reduced._shorten
+    monkeypatch.setattr("duramen.ssm.mixer.ssd_scan", hushed)
+    with ExactScans(network):
+        whole = network(tokens).logits
+    with Reduced(network, Reduction(kind="prune", cut=0.1, sites=(0,))) as reduced:
+        shorten = reduced._shorten
 
-            def note(*args):
-                out = shorten(*args)
-                places["now"] = reduced.kept[0].positions
-                return out
+        def noted(*args):
+            out = shorten(*args)
+            places["now"] = reduced.kept[0].positions
+            return out
 
-            reduced._shorten = note
-            found = network(tokens).logits
-            left = reduced.kept[0].positions
-    finally:
-        scan.ssd_scan = original
+        monkeypatch.setattr(reduced, "_shorten", noted)
+        found, left = network(tokens).logits, reduced.kept[0].positions
     gone = set(range(40)) - set(left.tolist())
     assert gone
     assert gone <= set(quiet.tolist())

@@ -71,9 +71,10 @@ class ExactScans:
 
     def __init__(self, network: nn.Module, passages: Mapping[str, Passage] | None = None) -> None:
         self._network = network
-        self.mixers = list(_mixers(network))
+        found = find_mixers(network)
+        self.mixers = list(found)
         self._before: dict[str, Any] = {}
-        for name, mix in _mixers(network).items():
+        for name, mix in found.items():
             mixer = network.get_submodule(name)
             self._before[name] = mixer.__dict__.get("forward")
             mixer.forward = partial(mix, mixer, passage=(passages or {}).get(name))
@@ -94,7 +95,7 @@ class ExactScans:
         self.remove()
 
 
-def _mixers(network: nn.Module) -> dict[str, Callable[..., Tensor]]:
+def find_mixers(network: nn.Module) -> dict[str, Callable[..., Tensor]]:
     """The state-space mixers of a model by name, and how each is run."""
     found: dict[str, Callable[..., Tensor]] = {}
     for name, module in network.named_modules():

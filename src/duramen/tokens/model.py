@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from duramen.problem import Exit, Problem
 from duramen.ssm.fold import GapStep
-from duramen.ssm.mixer import ExactScans, Passage
+from duramen.ssm.mixer import ExactScans, Passage, find_mixers
 from duramen.tokens.compact import Kept, reduce, staying
 from duramen.tokens.match import Pairs, match
 from duramen.tokens.schedule import kept_count, published_sites, solve_keep
@@ -83,9 +83,7 @@ class Reduced:
         self.protect: Tensor | None = None
         self.kept: list[Kept] = []
         self.valid: Tensor | None = None
-        self._scans = ExactScans(network)
-        names = self._scans.mixers
-        self._scans.remove()
+        names = list(find_mixers(network))
         layers = int(getattr(network.config, "num_hidden_layers", 0))
         if len(names) != layers:
             raise Problem(
