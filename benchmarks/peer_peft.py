@@ -101,15 +101,6 @@ def main() -> None:
             **version,
         ),
         rows.row(case, "largest difference of the losses", "nats", "duramen", apart, samples=options.steps, **version),
-        rows.row(
-            case,
-            "fall of the loss",
-            "nats",
-            "duramen",
-            losses["duramen"][0] - losses["duramen"][-1],
-            samples=options.steps,
-            **version,
-        ),
     ]
     rows.write("peer_peft", table)
     print(

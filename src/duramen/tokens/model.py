@@ -34,8 +34,8 @@ class Reduction(BaseModel):
 
     kind: Kind = "utrc"
     """`utrc` matches the less important half with the others, `tome` every second token with the others, and merges; `prune` drops the least important, `random` any, `truncate` the oldest."""
-    score: Score = "delta"
-    """How important a token is: by its step (`delta`), what it writes (`write`), or its output (`clip`, the published one, `l1`, `l2`, `sum`)."""
+    score: Score = "write"
+    """How important a token is: by what it writes (`write`), its step alone (`delta`), or its output (`clip`, the published one, `l1`, `l2`, `sum`)."""
     cut: Annotated[float, Field(ge=0, lt=1)] = 0.2
     """How many fewer tokens the mean layer sees."""
     sites: tuple[int, ...] = ()
