@@ -91,7 +91,7 @@ class ExactScans:
     def __enter__(self) -> ExactScans:
         return self
 
-    def __exit__(self, *failure: object) -> None:
+    def __exit__(self, *_: object) -> None:
         self.remove()
 
 

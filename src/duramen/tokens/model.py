@@ -110,7 +110,7 @@ class Reduced:
     def __enter__(self) -> Reduced:
         return self
 
-    def __exit__(self, *failure: object) -> None:
+    def __exit__(self, *_: object) -> None:
         self.remove()
 
     @property
