@@ -1,5 +1,7 @@
 """The walker: its statistics are those of a plain forward pass, its boundary is that of the edited model."""
 
+import copy
+
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -12,7 +14,7 @@ from duramen.calibrate.walker import walk_blocks as walk_stages
 from duramen.families.model import BlockModel
 from duramen.problem import Problem
 from duramen.prune import wanda
-from duramen.ssm.mixer import ExactScans
+from duramen.ssm.mixer import ExactScans, find_mixers
 
 
 def walk_blocks(model, tokens, edit, names, **how):
@@ -69,6 +71,22 @@ def test_statistics_are_those_of_a_plain_forward_pass(name, tmp_path):
     for layer, statistics in seen.items():
         torch.testing.assert_close(statistics.total.second, expected[layer], rtol=1e-4, atol=1e-4)
         assert statistics.tokens == 120
+
+
+@pytest.mark.parametrize("name", ["mamba", "mamba2", "jamba"])
+@torch.no_grad()
+def test_a_walk_leaves_the_mixers_on_the_scans_that_they_ran_on(name, tmp_path):
+    """Also where the dense model runs in step, in copies of the blocks, which run on weights of their own."""
+    model, tokens = BlockModel.from_folder(tiny.save(name, tmp_path)), tiny.ids(6, 20)
+    before = {path: model.network.get_submodule(path).__dict__["forward"] for path in find_mixers(model.network)}
+    assert before
+    copied = copy.deepcopy(model.blocks[0])
+    for path, mixer in copied.named_modules():
+        if "forward" in mixer.__dict__:
+            assert mixer.forward.args[0] is mixer, path
+    walk_blocks(model, tokens, lambda layer, s: {}, list(model.layer_names()), walk=Walk(), dense_target=True)
+    for path, forward in before.items():
+        assert model.network.get_submodule(path).__dict__["forward"] is forward
 
 
 @torch.no_grad()

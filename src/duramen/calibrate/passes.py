@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from duramen.calibrate.activations import Activations, check_activations
 from duramen.families.model import Call, Layer, run_block
+from duramen.override import override
 
 
 class Passes:
@@ -29,17 +30,16 @@ class Passes:
     def __init__(self, module: nn.Module, calls: list[Call], hidden: Activations) -> None:
         self.module, self.calls, self.hidden = module, calls, hidden
         self._budget = hidden.budget
-        self._settled: set[str] = set()
+        self._settled: dict[str, Callable[[], None]] = {}
         self._outputs: dict[tuple[str, int, int], Any] = {}
         self._counts: Counter[str] = Counter()
         self._batch = 0
 
     def settle(self, children: Iterable[str]) -> None:
         """Says that nothing will be edited any more in these children of the block."""
-        for name in set(children) - self._settled:
+        for name in set(children) - self._settled.keys():
             child = self.module.get_submodule(name)
-            child.forward = self._standing(name, child.forward)
-        self._settled |= set(children)
+            self._settled[name] = override(child, self._standing(name, child.forward))
 
     def _standing(self, name: str, forward: Callable[..., Any]) -> Callable[..., Any]:
         def run(*args: Any, **kwargs: Any) -> Any:
@@ -95,10 +95,10 @@ class Passes:
             after = self._run(batch)
             check_activations(after, block)
             self.hidden[batch] = after
-        for name in self._settled:
-            del self.module.get_submodule(name).forward
+        for undo in self._settled.values():
+            undo()
         self._budget.left += sum(map(_bytes, self._outputs.values()))
-        self._settled, self._outputs = set(), {}
+        self._settled, self._outputs = {}, {}
 
 
 def _bytes(output: Any) -> int:

@@ -10,11 +10,12 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from duramen.override import override
 from duramen.ssm.conv import aligned_conv, causal_conv
 from duramen.ssm.fold import GapStep, fold, gaps, removed_steps
 from duramen.ssm.selective import selective_scan
@@ -22,6 +23,15 @@ from duramen.ssm.ssd import ssd_scan
 
 PARTS = {"A_log", "D", "conv1d", "in_proj", "out_proj"}
 OF_MAMBA, OF_MAMBA2 = {"x_proj", "dt_proj"}, {"dt_bias", "norm"}
+
+
+class Seen(NamedTuple):
+    """What a scan made of its tokens: y, Δ, x after the convolution, and B."""
+
+    outputs: Tensor
+    write_steps: Tensor
+    inputs: Tensor
+    b: Tensor
 
 
 @dataclass
@@ -33,20 +43,16 @@ class Passage:
         places: Where they are in the sequence that they are left of, rising, [B, K]; None where nothing was removed before.
         gap_step: What a removed step would have decayed by; see ``fold``.
         aligned: Whether the convolution sees zeros where tokens were removed, instead of their neighbours.
-        outputs: y of the scan, set by the mixer.
-        steps: Δ.
-        inputs: x after the convolution.
-        b: B.
+        watch: Whether to keep what the scan made of them.
+        seen: That, from the last call.
     """
 
     valid: Tensor | None = None
     places: Tensor | None = None
     gap_step: GapStep = "hold"
     aligned: bool = False
-    outputs: Tensor | None = field(default=None, repr=False)
-    steps: Tensor | None = field(default=None, repr=False)
-    inputs: Tensor | None = field(default=None, repr=False)
-    b: Tensor | None = field(default=None, repr=False)
+    watch: bool = False
+    seen: Seen | None = field(default=None, repr=False)
 
     def decays(self, steps: Tensor, bias: Tensor | None) -> Tensor:
         """Δ̃ from Δ, [B, K, ...]."""
@@ -70,22 +76,16 @@ class ExactScans:
     """
 
     def __init__(self, network: nn.Module, passages: Mapping[str, Passage] | None = None) -> None:
-        self._network = network
         found = find_mixers(network)
-        self.mixers = list(found)
-        self._before: dict[str, Any] = {}
+        self.mixers, self._undo = list(found), []
         for name, mix in found.items():
             mixer = network.get_submodule(name)
-            self._before[name] = mixer.__dict__.get("forward")
-            mixer.forward = partial(mix, mixer, passage=(passages or {}).get(name))
+            self._undo.append(override(mixer, partial(mix, mixer, passage=(passages or {}).get(name))))
 
     def remove(self) -> None:
         """Gives the mixers their own way back."""
-        for name in self.mixers:
-            mixer = self._network.get_submodule(name)
-            del mixer.forward
-            if self._before[name] is not None:
-                mixer.forward = self._before[name]
+        while self._undo:
+            self._undo.pop()()
         self.mixers = []
 
     def __enter__(self) -> ExactScans:
@@ -116,8 +116,8 @@ def selective_mixer(
     **_: Any,
 ) -> Tensor:
     """A mixer of Mamba's kind, [B, T, D] -> [B, T, D]; the cache keeps the last inputs of the convolution and the state."""
-    passage = passage or Passage()
-    kind, valid = hidden_states.dtype, _valid(hidden_states, attention_mask) if passage.valid is None else passage.valid
+    kind, passage = hidden_states.dtype, passage or Passage()
+    valid = _valid(hidden_states, attention_mask, passage)
     x, gate = mixer.in_proj(_masked(hidden_states, valid)).chunk(2, -1)
     x = _convolved(mixer, x, cache, valid, passage)
     low, b, c = torch.split(mixer.x_proj(x), [mixer.time_step_rank, mixer.ssm_state_size, mixer.ssm_state_size], -1)
@@ -125,20 +125,7 @@ def selective_mixer(
         low, b, c = mixer.dt_layernorm(low), mixer.b_layernorm(b), mixer.c_layernorm(c)
     bias = 0 if mixer.dt_proj.bias is None else mixer.dt_proj.bias.float()
     steps = nn.functional.softplus((low @ mixer.dt_proj.weight.T).float() + bias)
-    decays = passage.decays(steps, mixer.dt_proj.bias)
-    y, state = selective_scan(
-        x,
-        decays,
-        steps,
-        -mixer.A_log.float().exp(),
-        b,
-        c,
-        skip=mixer.D.float(),
-        initial_state=_state(mixer, cache),
-        valid=valid,
-    )
-    passage.outputs, passage.steps, passage.inputs, passage.b = y, steps, x, b
-    _remember(mixer, cache, state)
+    y = _scanned(selective_scan, mixer, x, steps, mixer.dt_proj.bias, b, c, cache, valid, passage)
     return mixer.out_proj((y * nn.functional.silu(gate)).to(kind))  # type: ignore[no-any-return]
 
 
@@ -151,8 +138,8 @@ def ssd_mixer(
     **_: Any,
 ) -> Tensor:
     """A mixer of Mamba-2's kind, [B, T, D] -> [B, T, D]; the cache keeps the last inputs of the convolution and the state."""
-    passage = passage or Passage()
-    kind, valid = hidden_states.dtype, _valid(hidden_states, attention_mask) if passage.valid is None else passage.valid
+    kind, passage = hidden_states.dtype, passage or Passage()
+    valid = _valid(hidden_states, attention_mask, passage)
     gate, mixed, dt = mixer.in_proj(_masked(hidden_states, valid)).split(
         [mixer.intermediate_size, mixer.conv_dim, mixer.num_heads], -1
     )
@@ -162,18 +149,14 @@ def ssd_mixer(
     steps = nn.functional.softplus(dt.float() + mixer.dt_bias.float()).clamp(*mixer.time_step_limit)
     b, c = (each.view(*each.shape[:2], mixer.n_groups, mixer.ssm_state_size) for each in (b, c))
     x = x.view(*x.shape[:2], mixer.num_heads, mixer.head_dim)
-    decays = passage.decays(steps, mixer.dt_bias)
-    y, state = ssd_scan(
-        x, decays, steps, -mixer.A_log.float().exp(), b, c,
-        skip=mixer.D.float(), initial_state=_state(mixer, cache), valid=valid,
-    )  # fmt: skip
-    passage.outputs, passage.steps, passage.inputs, passage.b = y, steps, x, b
-    _remember(mixer, cache, state)
+    y = _scanned(ssd_scan, mixer, x, steps, mixer.dt_bias, b, c, cache, valid, passage)
     return mixer.out_proj(mixer.norm(y.flatten(2), gate).to(kind))  # type: ignore[no-any-return]
 
 
-def _valid(hidden: Tensor, mask: Tensor | None) -> Tensor | None:
+def _valid(hidden: Tensor, mask: Tensor | None, passage: Passage) -> Tensor | None:
     """Which tokens count, bool [B, T]; None for all. A mask that goes further back belongs to tokens that came before."""
+    if passage.valid is not None:
+        return passage.valid
     if mask is None or mask.ndim != 2 or mask.shape[1] < hidden.shape[1]:
         return None
     return mask[:, mask.shape[1] - hidden.shape[1] :].bool()
@@ -197,11 +180,25 @@ def _convolved(mixer: Any, x: Tensor, cache: Any, valid: Tensor | None, passage:
     return mixer.act(y).to(x.dtype)  # type: ignore[no-any-return]
 
 
-def _state(mixer: Any, cache: Any) -> Tensor | None:
-    """The state that earlier tokens left."""
-    return None if cache is None else cache.get_recurrent_state(mixer.layer_idx)
-
-
-def _remember(mixer: Any, cache: Any, state: Tensor) -> None:
+def _scanned(
+    scan: Callable[..., tuple[Tensor, Tensor]],
+    mixer: Any,
+    x: Tensor,
+    steps: Tensor,
+    bias: Tensor | None,
+    b: Tensor,
+    c: Tensor,
+    cache: Any,
+    valid: Tensor | None,
+    passage: Passage,
+) -> Tensor:
+    """Y of the scan, which begins with the state that the cache has, and leaves it the new one."""
+    before = None if cache is None else cache.get_recurrent_state(mixer.layer_idx)
+    y, state = scan(
+        x, passage.decays(steps, bias), steps, -mixer.A_log.float().exp(), b, c,
+        skip=mixer.D.float(), initial_state=before, valid=valid,
+    )  # fmt: skip
     if cache is not None:
         cache.update_recurrent_state(state, mixer.layer_idx)
+    passage.seen = Seen(y, steps, x, b) if passage.watch else None
+    return y

@@ -13,10 +13,12 @@ from typing import Annotated, Any, Literal
 
 import torch
 from jaxtyping import Bool, Float, Int
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 from torch import Tensor, nn
 
+from duramen.override import override
 from duramen.problem import Exit, Problem
+from duramen.registry import Settings as MethodSettings
 from duramen.ssm.fold import GapStep
 from duramen.ssm.mixer import ExactScans, Passage, find_mixers
 from duramen.tokens.compact import Kept, reduce, staying
@@ -27,10 +29,8 @@ from duramen.tokens.score import Score, importance
 Kind = Literal["utrc", "tome", "prune", "random", "truncate"]
 
 
-class Reduction(BaseModel):
+class Reduction(MethodSettings):
     """What leaves, and where."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     kind: Kind = "utrc"
     """`utrc` matches the less important half with the others, `tome` every second token with the others, and merges; `prune` drops the least important, `random` any, `truncate` the oldest."""
@@ -58,6 +58,13 @@ class Reduction(BaseModel):
     """What a removed step decays by in later layers: nothing (`hold`), what a zero input would (`bias`), or as its neighbours do."""
     aligned: bool = False
     """Whether convolutions see zeros where tokens were removed, instead of the next ones."""
+
+    @property
+    def shares(self) -> tuple[float, float]:
+        """Which share of the pairs is dropped from what blocks add, and from the stream that they add to."""
+        if self.kind == "utrc":
+            return self.prune_share, float(self.residual == "prune")
+        return (0.0, 0.0) if self.kind == "tome" else (1.0, 1.0)
 
 
 class Reduced:
@@ -94,17 +101,16 @@ class Reduced:
             )
         self.sites = list(self.reduction.sites) or published_sites(layers)
         self.keep = solve_keep(layers, self.sites, self.reduction.cut)
-        self._passages = [Passage(gap_step=self.reduction.gap_step, aligned=self.reduction.aligned) for _ in names]
+        gap_step, aligned = self.reduction.gap_step, self.reduction.aligned
+        self._passages = [Passage(gap_step=gap_step, aligned=aligned, watch=layer in self.sites) for layer in range(layers)]
         self._scans = ExactScans(network, dict(zip(names, self._passages, strict=True)))
-        self._blocks = [network.get_submodule(name.rpartition(".")[0]) for name in names]
-        for layer, block in enumerate(self._blocks):
-            block.forward = partial(self._run, layer, block.forward)
+        blocks = [network.get_submodule(name.rpartition(".")[0]) for name in names]
+        self._undo = [override(block, partial(self._run, layer, block.forward)) for layer, block in enumerate(blocks)]
 
     def remove(self) -> None:
         """Gives the model its own way back."""
-        for block in self._blocks:
-            del block.forward
-        self._blocks = []
+        while self._undo:
+            self._undo.pop()()
         self._scans.remove()
 
     def __enter__(self) -> Reduced:
@@ -124,7 +130,7 @@ class Reduced:
         if layer == 0:
             self._begin(hidden, kwargs.get("attention_mask"), kwargs.get("cache"))
         passage = self._passages[layer]
-        passage.valid, passage.places = (self.valid, self._places()) if self._reading else (None, None)
+        passage.valid, passage.places = (self._mask, self._places) if self._reading else (None, None)
         out = forward(hidden, *args, **kwargs)
         return self._shorten(hidden, out, passage) if self._reading and layer in self.sites else out
 
@@ -141,24 +147,19 @@ class Reduced:
         asked = torch.zeros_like(valid) if self.protect is None else self.protect.to(valid)
         self._asked = [asked[row][valid[row]] for row in range(batch)]
         self.protect = None
+        self._places: Tensor | None = None
+        self._note_padding()
 
-    def _places(self) -> Tensor | None:
-        """The places of the tokens that are left, for gaps and convolutions; None before the first site."""
+    def _note_padding(self) -> None:
+        """What mixers are told of padding: nothing where there is none."""
         assert self.valid is not None
-        if all(len(kept.positions) == len(kept.representative) for kept in self.kept):
-            return None
-        return self.positions
+        self._mask = None if bool(self.valid.all()) else self.valid
 
     def _shorten(self, hidden: Tensor, out: Tensor, passage: Passage) -> Tensor:
         """What is left after a site, [B, K, D] -> [B, K', D]."""
         assert self.valid is not None
-        assert passage.outputs is not None
-        assert passage.steps is not None
-        assert passage.inputs is not None
-        assert passage.b is not None
-        scores = importance(
-            self.reduction.score, outputs=passage.outputs, write_steps=passage.steps, inputs=passage.inputs, b=passage.b
-        )
+        assert passage.seen is not None
+        scores, passage.seen = importance(self.reduction.score, **passage.seen._asdict()), None
         rows = []
         for row, there in enumerate(self.valid):
             added = (out[row] - hidden[row])[there]
@@ -166,6 +167,8 @@ class Reduced:
         counts = torch.tensor([len(each) for each in rows], device=hidden.device)
         slots = torch.arange(int(counts.max()), device=hidden.device)
         self.valid = slots < counts[:, None] if self._right else slots >= counts.max() - counts[:, None]
+        self._places = self.positions
+        self._note_padding()
         return _padded(rows, self.valid, 0)
 
     def _shorten_row(self, row: int, stream: Tensor, added: Tensor, scores: Tensor) -> Tensor:
@@ -177,20 +180,13 @@ class Reduced:
         count = int((~asked).sum())
         pairs = self._leaving(scores, added, count - kept_count(count, self.keep), protected, ~asked)
         sizes = kept.sizes if chosen.sizes else None
-        drops = chosen.kind in ("prune", "random", "truncate")
-        shares = (
-            (1.0, 1.0)
-            if drops
-            else (0.0, 0.0)
-            if chosen.kind == "tome"
-            else (chosen.prune_share, float(chosen.residual == "prune"))
-        )
-        new = reduce(added, pairs, prune_share=shares[0], sizes=sizes) + reduce(
-            stream, pairs, prune_share=shares[1], sizes=sizes
-        )
+        left = [
+            reduce(values, pairs, prune_share=share, sizes=sizes)
+            for values, share in zip((added, stream), chosen.shares, strict=True)
+        ]
         stays = staying(len(stream), pairs)
         self.kept[row], self._asked[row] = kept.without(pairs), asked[stays]
-        return new
+        return left[0] + left[1]
 
     def _leaving(
         self, scores: Float[Tensor, "K"], features: Tensor, count: int, protected: Bool[Tensor, "K"], prompt: Bool[Tensor, "K"]
@@ -235,10 +231,7 @@ def continuation_losses(network: nn.Module, reduced: Reduced, tokens: Int[Tensor
     """
     reduced.protect = (torch.arange(tokens.shape[1], device=tokens.device) >= start).expand_as(tokens)
     logits = network(input_ids=tokens, use_cache=False).logits
-    wanted = torch.arange(start - 1, tokens.shape[1] - 1, device=tokens.device)
-    found = []
-    for row, places in enumerate(reduced.positions):
-        slots = torch.stack([(places == place).nonzero().flatten()[0] for place in wanted])
-        logs = logits[row, slots].float().log_softmax(-1)
-        found.append(-logs.gather(1, tokens[row, start:, None])[:, 0])
-    return torch.stack(found)
+    predicting = torch.arange(start - 1, tokens.shape[1] - 1, device=tokens.device).expand(len(tokens), -1)
+    slots = torch.searchsorted(reduced.positions, predicting.contiguous())
+    found = logits.gather(1, slots[..., None].expand(-1, -1, logits.shape[-1])).float()
+    return nn.functional.cross_entropy(found.transpose(1, 2), tokens[:, start:], reduction="none")

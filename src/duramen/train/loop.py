@@ -20,6 +20,7 @@ from torch.utils._pytree import tree_map_only
 from torch.utils.checkpoint import checkpoint
 
 from duramen.calibrate import ranks
+from duramen.override import override
 from duramen.problem import Exit, Problem
 from duramen.rundir import replacing
 
@@ -86,14 +87,12 @@ def _order(count: int, seed: int) -> list[int]:
 @contextmanager
 def recomputed(blocks: Iterable[nn.Module], *, wanted: bool) -> Iterator[None]:
     """Blocks that run again in the backward pass, instead of keeping all that is inside them, for a while."""
-    chosen = list(blocks) if wanted else []
-    for block in chosen:
-        block.forward = partial(checkpoint, block.forward, use_reentrant=False)
+    again = [override(block, partial(checkpoint, block.forward, use_reentrant=False)) for block in blocks if wanted]
     try:
         yield
     finally:
-        for block in chosen:
-            del block.forward
+        for undo in again:
+            undo()
 
 
 @dataclass
