@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from jaxtyping import Float, Int
@@ -72,7 +73,12 @@ class NextTokens:
 
     def targets(self, index: int) -> int:
         """Target tokens of one row."""
-        return int(self.rows.learned[index].sum())
+        return self._targets[index]
+
+    @cached_property
+    def _targets(self) -> list[int]:
+        counts: list[int] = self.rows.learned.sum(1).tolist()
+        return counts
 
     def loss(self, indices: Sequence[int]) -> Tensor:
         """Sum over the target tokens of some rows."""
@@ -84,7 +90,7 @@ class NextTokens:
         return sum(float(self._loss(part)) for part in parts) / int(self.aside.learned.sum())
 
     def _loss(self, rows: Rows) -> Tensor:
-        wanted = rows.learned[:, 1:]
+        wanted = rows.learned[:, 1:].nonzero(as_tuple=True)
         logits = self._logits(self.network, rows)[wanted].float()
         logs = logits.log_softmax(-1)
         loss = negative_log_likelihood(logs, rows.tokens[:, 1:][wanted]).sum()
