@@ -221,7 +221,7 @@ def test_the_search_comes_near_to_the_best_of_all_candidates(tmp_path):
         "top_k": 300,
     }
     get_method("search").apply(tiny.model("llama"), tokens, walk=walk, **options, **chosen)
-    found = json.loads(walk.reshape.files["search.json"])
+    found = json.loads(walk.files["search.json"])
     model = BlockModel.from_module(tiny.model("llama"))
     database = Database(model, restore(model, found["modules"]), tmp_path / "levels")
     pool = tokens[3::4]

@@ -23,7 +23,7 @@ from duramen.evaluate.evaluate import Subject, check_texts, open_subject
 from duramen.evaluate.evaluate import apply as measure
 from duramen.export.card import write_card
 from duramen.export.gguf import Type, export_gguf
-from duramen.export.hf import assemble, check_masks, copy_other_files, link, publish, verify_logits
+from duramen.export.hf import assemble, check_masks, copy_other_files, publish, verify_logits
 from duramen.families.checkpoint import Checkpoint
 from duramen.families.inventory import inventory
 from duramen.families.model import BlockModel
@@ -235,16 +235,20 @@ def _kept(context: Context, place: str) -> Memo:
     return part
 
 
+def _opening(dtype: torch.dtype, allow_generic: bool) -> dict[str, Any]:
+    """How models are opened to compute with."""
+    return {"dtype": dtype, "device": fastest_device(), "allow_generic": allow_generic}
+
+
 def _subjects(context: Context, folder: Path) -> dict[str, Subject]:
-    options: dict[str, Any] = {"dtype": context.dtype, "device": fastest_device(), "allow_generic": context.allow_generic}
+    options = _opening(context.dtype, context.allow_generic)
     before = open_subject(context.source, **options)
     return {"before": before} if folder == context.source else {"before": before, "after": open_subject(folder, **options)}
 
 
 def _transform(context: Context, folder: Path, step: Step, place: str, results: dict[str, Any]) -> Path:
     """Applies one editing step: walks the blocks; then one rank assembles the folder, reopens it and compares logits."""
-    options: dict[str, Any] = {"dtype": context.dtype, "device": fastest_device(), "allow_generic": context.allow_generic}
-    opened = BlockModel.from_folder(folder, **options)
+    opened = BlockModel.from_folder(folder, **_opening(context.dtype, context.allow_generic))
     assert opened.checkpoint is not None
     store = BlockStore(context.directory.state / place, opened.stored_name)
     walk = Walk(
@@ -271,9 +275,7 @@ def _assemble(
     context: Context, opened: BlockModel, store: BlockStore, step: Step, walk: Walk, records: Records, target: Path
 ) -> dict[str, Any]:
     assert opened.checkpoint is not None
-    copied = assemble(opened.checkpoint, store, len(opened.blocks), target, walk.reshape)
-    for name, file in walk.files.items():
-        link(file, target / name)
+    copied = assemble(opened.checkpoint, store, len(opened.blocks), target, walk.reshape, walk.files)
     assert walk.final_hidden is not None
     assert walk.first_batch is not None
     check = verify_logits(
@@ -338,8 +340,7 @@ def evaluate(model: str, *, allow_generic: bool = False, dtype: str = "auto", **
         **settings: As in the step ``evaluate``.
     """
     chosen = parse_settings(EvaluateSettings, settings, "evaluate")
-    options: dict[str, Any] = {"dtype": forward_dtype(dtype), "device": fastest_device(), "allow_generic": allow_generic}
-    subject = open_subject(open_model(model), **options)
+    subject = open_subject(open_model(model), **_opening(forward_dtype(dtype), allow_generic))
     measured: dict[str, Any] = measure({"before": subject}, **chosen.model_dump())
     return {"model": model, "machine": describe()} | measured
 
@@ -347,7 +348,7 @@ def evaluate(model: str, *, allow_generic: bool = False, dtype: str = "auto", **
 def compare(first: str, second: str, *, allow_generic: bool = False, dtype: str = "auto", **settings: Any) -> dict[str, Any]:
     """Measures two models of one tokenizer on the same tokens, with paired differences; KL is taken from the first."""
     chosen = parse_settings(EvaluateSettings, settings, "compare")
-    options: dict[str, Any] = {"dtype": forward_dtype(dtype), "device": fastest_device(), "allow_generic": allow_generic}
+    options = _opening(forward_dtype(dtype), allow_generic)
     subjects = {name: open_subject(open_model(model), **options) for name, model in (("before", first), ("after", second))}
     measured: dict[str, Any] = measure(subjects, **chosen.model_dump())
     return {"before": first, "after": second, "machine": describe()} | measured

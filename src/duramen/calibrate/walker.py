@@ -60,8 +60,8 @@ class Reshape(Protocol):
         """The config of what stays."""
 
     @property
-    def files(self) -> Mapping[str, str | Path]:
-        """Further files: name -> content, or the file to take."""
+    def files(self) -> Mapping[str, str]:
+        """What the new shapes need beside the weights: name -> content."""
 
     @property
     def summary(self) -> dict[str, Any]:
@@ -97,7 +97,7 @@ class Walk:
         final_hidden: Hidden states of the first batch after the last block that was walked, [B, T, D], set by the walk.
         first_batch: Its token ids, [B, T].
         reshape: What else becomes of the finished blocks, set by methods that change shapes.
-        files: What goes beside the weights of the finished model, name -> file, set by methods that make more than a model.
+        files: What else goes beside the weights of the finished model, name -> content, or the file to take; set by methods.
     """
 
     batch_size: int = 8
@@ -115,7 +115,7 @@ class Walk:
     final_hidden: Tensor | None = field(default=None, repr=False)
     first_batch: Tensor | None = field(default=None, repr=False)
     reshape: Reshape | None = field(default=None, repr=False)
-    files: dict[str, Path] = field(default_factory=dict, repr=False)
+    files: dict[str, str | Path] = field(default_factory=dict, repr=False)
 
 
 @dataclass

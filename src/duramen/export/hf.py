@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import re
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +40,14 @@ _OWN = {
 }
 
 
-def assemble(source: Checkpoint, store: BlockStore, num_blocks: int, folder: Path, reshape: Reshape | None = None) -> list[str]:
+def assemble(
+    source: Checkpoint,
+    store: BlockStore,
+    num_blocks: int,
+    folder: Path,
+    reshape: Reshape | None = None,
+    files: Mapping[str, str | Path] | None = None,
+) -> list[str]:
     """Writes the model folder of one finished step.
 
     Args:
@@ -48,6 +56,7 @@ def assemble(source: Checkpoint, store: BlockStore, num_blocks: int, folder: Pat
         num_blocks: Number of blocks.
         folder: Where to write; whole files are left as they are.
         reshape: What else becomes of the blocks.
+        files: What else goes beside the weights: name -> content, or the file to take.
 
     Returns:
         Names of the tensors outside the blocks, copied as they were.
@@ -59,7 +68,7 @@ def assemble(source: Checkpoint, store: BlockStore, num_blocks: int, folder: Pat
     for number, index in enumerate(kept):
         if reshape is None:
             names = list(store.names(index))
-            link(store.shard(index), folder / shards[number + 1])
+            _link(store.shard(index), folder / shards[number + 1])
         else:
             tensors = _reshaped(store, reshape, index, number)
             names = list(tensors)
@@ -76,11 +85,11 @@ def assemble(source: Checkpoint, store: BlockStore, num_blocks: int, folder: Pat
     copy_other_files(source.folder, folder)
     if reshape:
         write_json(folder / "config.json", reshape.config)
-        for name, content in reshape.files.items():
-            if isinstance(content, Path):
-                link(content, folder / name)
-            else:
-                write_text(folder / name, content)
+    for name, content in {**(reshape.files if reshape else {}), **(files or {})}.items():
+        if isinstance(content, Path):
+            _link(content, folder / name)
+        else:
+            write_text(folder / name, content)
     return outside
 
 
@@ -115,11 +124,10 @@ def copy_other_files(source: Path, folder: Path) -> None:
 def publish(step: Path, out: Path) -> None:
     """Links the finished folder of the last step into OUT."""
     for name, file in visible_files(step).items():
-        link(file, out / name)
+        _link(file, out / name)
 
 
-def link(source: Path, target: Path) -> None:
-    """Gives a file another name, by a copy where the file system wants one."""
+def _link(source: Path, target: Path) -> None:
     target.parent.mkdir(parents=True, exist_ok=True)
     target.unlink(missing_ok=True)
     try:

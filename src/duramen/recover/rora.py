@@ -257,7 +257,7 @@ def apply(model: Model, tokens: Tensor, *, walk: Walk | None = None, dense: Mode
         if chosen.adapter and walk.folder and ranks.leads():
             base = "" if blocks.checkpoint is None else str(blocks.checkpoint.folder)
             write_peft(walk.folder / "adapter", adapters, alpha=chosen.alpha, form=chosen.adapter, base=base)
-            walk.files = {f"adapter/{name}": walk.folder / "adapter" / name for name in (CONFIG, WEIGHTS)}
+            walk.files |= {f"adapter/{name}": walk.folder / "adapter" / name for name in (CONFIG, WEIGHTS)}
         witnesses = _witnesses(network, adapters, tokens[:1].to(blocks.device))
         walk.training = _summary(blocks, adapters, history, chosen, distilled=teacher is not None)
     del network, teacher, text

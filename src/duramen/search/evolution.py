@@ -322,13 +322,13 @@ def _apply(model: BlockModel, tokens: Tensor, settings: Settings, walk: Walk, fo
     if "latency" in settings.target:
         prefill = walk.memo("prefill", lambda: ranks.led(lambda: _prefills(model, plan)))
         plan = dataclasses.replace(plan, made_by=made_by | {"prefill": prefill})
-    files: dict[str, str | Path] = {SEARCH: json.dumps(report)}
+    walk.files[SEARCH] = json.dumps(report)
     if settings.nested:
-        files[NESTED] = folder / NESTED
+        walk.files[NESTED] = folder / NESTED
         if ranks.leads():
             write_nested(folder / NESTED, search.database, report)
         ranks.wait()
-    return carry_out(plan, model, tokens, settings, walk, [module.units for module in modules], files)
+    return carry_out(plan, model, tokens, settings, walk, [module.units for module in modules])
 
 
 def _prefills(model: BlockModel, plan: Plan) -> dict[str, float]:

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import torch
@@ -139,7 +138,6 @@ def carry_out(
     settings: RepairSettings,
     walk: Walk,
     units: list[Units] | None = None,
-    files: Mapping[str, str | Path] | None = None,
 ) -> Records:
     """Cuts what a plan says, and repairs what reads it.
 
@@ -153,14 +151,13 @@ def carry_out(
         settings: How to repair.
         walk: How to walk.
         units: The units whose readers are repaired, if their part stays; None for all of the kinds in the plan.
-        files: Further files to lie beside the weights: name -> content, or the file to take.
 
     Returns:
         One record per projection that was repaired.
     """
     every = find_units(blocks, tuple(plan.kept)) if units is None else units
     units = [each for each in every if each.block not in plan.dropped and each.part not in plan.skipped.get(each.block, ())]
-    walk.reshape = Surgery(blocks, homogenised(blocks, plan) if settings.homogenise else plan, files)
+    walk.reshape = Surgery(blocks, homogenised(blocks, plan) if settings.homogenise else plan)
     readers: dict[str, list[Units]] = {}
     for each in units:
         readers.setdefault(each.reader, []).append(each)

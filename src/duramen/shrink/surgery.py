@@ -39,11 +39,10 @@ class Surgery:
         model: The model as it is; nothing of it is changed.
         plan: What stays.
         units: For every block, the units of the kinds that the plan touches.
-        more: Further files for beside the weights: name -> content, or the file to take.
     """
 
-    def __init__(self, model: BlockModel, plan: Plan, more: Mapping[str, str | Path] | None = None) -> None:
-        self.model, self.plan, self.more = model, plan, dict(more or {})
+    def __init__(self, model: BlockModel, plan: Plan) -> None:
+        self.model, self.plan = model, plan
         self.units: list[list[Units]] = [[] for _ in model.blocks]
         for each in find_units(model, tuple(plan.kept)):
             self.units[each.block].append(each)
@@ -59,12 +58,12 @@ class Surgery:
         return [index for index in range(len(self.model.blocks)) if index not in self.plan.dropped]
 
     @property
-    def files(self) -> dict[str, str | Path]:
+    def files(self) -> dict[str, str]:
         """What lies beside the weights: the plan, and the modelling file where the config needs it."""
         before = self.model.checkpoint and self.model.checkpoint.folder / PLAN
         plan = Plan.load(before).then(self.plan) if before and before.is_file() else self.plan
         needs = "auto_map" in self.config
-        return {PLAN: plan.to_json()} | self.more | ({MODELING.name: MODELING.read_text(encoding="utf-8")} if needs else {})
+        return {PLAN: plan.to_json()} | ({MODELING.name: MODELING.read_text(encoding="utf-8")} if needs else {})
 
     def block(self, index: int, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """What stays of one block's tensors, which are given by their paths inside the block."""
