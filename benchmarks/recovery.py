@@ -70,6 +70,8 @@ STEPS, LONG, BATCH, LENGTH = 60, 240, 4, 128
 PEER = "LoRA"
 RUNS = rows.RESULTS / "recovery.json"
 Cell = dict[str, Any]
+UNTOLD = ("loss", "kl", "curve", "machine")
+"""What of a run is kept and not printed."""
 
 
 def main() -> None:
@@ -126,12 +128,9 @@ class Keeper:
         self.runs.append(run)
         write_json(RUNS, self.runs)
         print(
-            {key: round(value, 4) if isinstance(value, float) else value for key, value in run.items() if key not in WINDOWS},
+            {key: round(value, 4) if isinstance(value, float) else value for key, value in run.items() if key not in UNTOLD},
             flush=True,
         )
-
-
-WINDOWS = ("loss", "kl", "machine", "date")
 
 
 def stages(bases: list[str], keep: Keeper) -> Iterator[list[Cell]]:
@@ -183,19 +182,14 @@ def compressed(options: argparse.Namespace) -> dict[str, str]:
     return folders
 
 
-def tokens_of(setup: Cell) -> torch.Tensor:
-    """What is trained on, and one in eight held out, [S, T]."""
-    tokenizer = AutoTokenizer.from_pretrained(setup["folders"]["dense"])
-    return calibration_tokens(tokenizer, setup["calibration"], sequences=512, length=LENGTH, seed=1)
-
-
 class Judge:
-    """The dense model in float32 and what it says of the evaluation windows, and copies of the compressed ones."""
+    """What all cells of a process share: the dense model in float32 and what it says of the windows, the tokens to learn, and the compressed models."""
 
     def __init__(self, setup: Cell) -> None:
         self.setup, self.device = setup, fastest_device()
         tokenizer = AutoTokenizer.from_pretrained(setup["folders"]["dense"])
         self.windows = evaluation_tokens(tokenizer, literature(setup["text"]), length=1024, windows=10)
+        self.tokens = calibration_tokens(tokenizer, setup["calibration"], sequences=512, length=LENGTH, seed=1).to(self.device)
         self.dense = self.opened("dense", torch.float32)
         self.hidden = final_hidden(self.dense, self.windows)
 
@@ -227,14 +221,17 @@ def judged(setup: Cell, base: str, subject: str) -> Cell:
     return judge.figures(judge.opened(f"{base} {subject}", torch.float32)) | {"machine": rows.machine()}
 
 
+def start_of(cell: Cell) -> str:
+    """The model that a cell's adapters are trained on."""
+    return f"{cell['base']} {'refit' if cell['subject'].startswith('refit') else 'pruned'}"
+
+
 def text_of(judge: Judge, cell: Cell, settings: Settings) -> tuple[nn.Module, BlockModel, NextTokens]:
     """The student, and what it learns."""
     dtype = forward_dtype("auto")
-    start = f"{cell['base']} {'refit' if cell['subject'].startswith('refit') else 'pruned'}"
-    model, tokens = judge.opened(start, dtype), tokens_of(judge.setup).to(judge.device)
-    aside = set_aside(len(tokens), settings.held_out, "held_out").to(judge.device)
+    model, rows_of = judge.opened(start_of(cell), dtype), Rows.whole(judge.tokens)
+    aside = set_aside(len(rows_of), settings.held_out, "held_out").to(judge.device)
     teacher = judge.opened("dense", dtype).network if settings.objective == "distill" else None
-    rows_of = Rows.whole(tokens)
     return model.network, model, NextTokens(model.network, teacher, rows_of[~aside], rows_of[aside], settings.distill_weight)
 
 
@@ -263,8 +260,7 @@ def run_cell(setup: Cell, cell: Cell, end: float) -> Cell | None:
 @torch.no_grad()
 def merged_figures(judge: Judge, cell: Cell, adapters: dict[str, Any]) -> Cell:
     """Figures of the base with the adapters merged."""
-    start = f"{cell['base']} {'refit' if cell['subject'].startswith('refit') else 'pruned'}"
-    model, before = judge.opened(start, torch.float32), {}
+    model, before = judge.opened(start_of(cell), torch.float32), {}
     for name, adapter in adapters.items():
         parameter = model.network.get_parameter(f"{name}.weight")
         before[name] = parameter.clone()
@@ -277,7 +273,7 @@ def merged_figures(judge: Judge, cell: Cell, adapters: dict[str, Any]) -> Cell:
 
 
 def step_seconds(setup: Cell, subject: str) -> float:
-    """Of one training step at rank 32 on the base 2:4, alone on the machine: the median of ten."""
+    """Of one training step at rank 32 on the first base, alone on the machine: the median of ten."""
     cell = {"base": setup["bases"][0], "subject": subject, "rank": MIDDLE, "rate": 1e-4, "seed": 0, "steps": 12}
     judge, settings = judge_of(setup), settings_of(cell)
     network, model, text = text_of(judge, cell, settings)
