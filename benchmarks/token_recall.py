@@ -76,7 +76,7 @@ def measured(network: nn.Module, settings: dict[str, object]) -> dict[str, np.nd
     with Reduced(network, Reduction(**{"sites": SITES, "cut": CUT, "first": 0, "last": 1, **settings})) as reduced:
         reduced.protect = (torch.arange(tokens.shape[1]) >= CONTEXT).expand_as(tokens)
         logits = network(tokens, use_cache=False).logits[:, -PAYLOAD:]
-        left = (reduced.positions[:, None] == places[..., None]).any(-1)
+        left = (reduced.prompt.positions[:, None] == places[..., None]).any(-1)
     loss = nn.functional.cross_entropy(logits.flatten(0, 1), answers.flatten(), reduction="none").view_as(answers)
     right = logits.argmax(-1) == answers
     return {

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 import tiny
+from duramen.override import override
 from duramen.problem import Problem
 from duramen.ssm.mixer import ExactScans, find_mixers
 from duramen.ssm.ssd import ssd_scan
@@ -11,22 +12,23 @@ from duramen.tokens.model import Reduced, Reduction, continuation_losses
 from duramen.tokens.schedule import kept_count
 
 NAMES = ("mamba", "mamba2", "falcon_mamba")
+HYBRIDS = ("jamba", "bamba", "zamba2", "nemotron_h")
 KINDS = ("utrc", "tome", "prune", "random", "truncate")
 CLOSE = {"rtol": 1e-4, "atol": 5e-5}
 
 
-def some(**more):
-    return Reduction(cut=0.3, sites=(0, 1), **more)
+def some(name="mamba2", **more):
+    return Reduction(cut=0.3, sites=(0,) if name in HYBRIDS else (0, 1), **more)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", NAMES + HYBRIDS)
 @torch.no_grad()
 def test_where_nothing_leaves_nothing_changes(name):
     network, tokens = tiny.model(name), tiny.ids(2, 30)
     stock = network(tokens).logits
-    reduced = Reduced(network, Reduction(cut=0.0, sites=(0, 1)))
+    reduced = Reduced(network, Reduction(cut=0.0, sites=(0,)))
     torch.testing.assert_close(network(tokens).logits, stock, **CLOSE)
-    assert reduced.positions.tolist() == [list(range(30))] * 2
+    assert reduced.prompt.positions.tolist() == [list(range(30))] * 2
     reduced.remove()
     assert torch.equal(network(tokens).logits, stock)
 
@@ -36,22 +38,22 @@ def test_where_nothing_leaves_nothing_changes(name):
 @torch.no_grad()
 def test_as_many_leave_as_the_schedule_says_and_protected_ones_stay(name, kind):
     network, tokens = tiny.model(name), tiny.ids(3, 40)
-    with Reduced(network, some(kind=kind, merge_forward=False)) as reduced:
+    with Reduced(network, some(name, kind=kind, merge_forward=False)) as reduced:
         logits = network(tokens).logits
-    left = kept_count(kept_count(40, reduced.keep), reduced.keep)
+    left = kept_count(kept_count(40, reduced.keep[0]), reduced.keep[1])
     assert logits.shape[1] == left < 40
-    assert reduced.valid.all()
-    for kept in reduced.kept:
+    assert reduced.prompt.valid.all()
+    for kept in reduced.prompt.kept:
         places = kept.positions.tolist()
         assert places == sorted(places)
         assert {0, 36, 37, 38, 39} <= set(places)
         assert kept.sizes.sum() == 40
     assert torch.isfinite(logits).all()
     if kind == "truncate":
-        assert reduced.kept[0].positions[1:].tolist() == list(range(41 - left, 40))
+        assert reduced.prompt.kept[0].positions[1:].tolist() == list(range(41 - left, 40))
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", NAMES + HYBRIDS)
 @pytest.mark.parametrize(
     "more", [{}, {"gap_step": "bias"}, {"gap_step": "mean", "aligned": True}, {"kind": "prune", "score": "clip"}]
 )
@@ -64,21 +66,23 @@ def test_a_row_does_not_depend_on_its_mates(name, more, side):
     for row, prompt in enumerate(prompts):
         place = slice(0, len(prompt)) if side == "right" else slice(33 - len(prompt), 33)
         tokens[row, place], mask[row, place] = prompt, 1
-    with Reduced(network, some(**more)) as reduced:
+    with Reduced(network, some(name, **more)) as reduced:
         together = network(tokens, attention_mask=mask).logits
-        kept, valid = reduced.kept, reduced.valid
+        kept, valid = reduced.prompt.kept, reduced.prompt.valid
         for row, prompt in enumerate(prompts):
             alone = network(prompt[None]).logits[0]
-            assert reduced.kept[0].positions.tolist() == kept[row].positions.tolist()
+            assert reduced.prompt.kept[0].positions.tolist() == kept[row].positions.tolist()
             torch.testing.assert_close(together[row][valid[row]], alone, **CLOSE)
 
 
-@pytest.mark.parametrize(("name", "kind"), [*((name, "utrc") for name in NAMES), *(("mamba2", kind) for kind in KINDS[1:])])
+@pytest.mark.parametrize(
+    ("name", "kind"), [*((name, "utrc") for name in NAMES + HYBRIDS), *(("mamba2", kind) for kind in KINDS[1:])]
+)
 @torch.no_grad()
 def test_generation_goes_on_from_what_is_left(name, kind):
     """Reduced prompt and cached steps, against one pass over prompt and continuation with the latter protected."""
     network, tokens = tiny.model(name), tiny.ids(2, 30)
-    with Reduced(network, some(kind=kind)) as reduced:
+    with Reduced(network, some(name, kind=kind)) as reduced:
         out = network(tokens, use_cache=True)
         logits, whole = [out.logits[:, -1]], tokens
         for _ in range(5):
@@ -90,6 +94,29 @@ def test_generation_goes_on_from_what_is_left(name, kind):
         torch.testing.assert_close(-continuation_losses(network, reduced, whole, 30), cached, **CLOSE)
         options = {"max_new_tokens": 5, "do_sample": False, "pad_token_id": 0, "attention_mask": torch.ones_like(tokens)}
         assert torch.equal(network.generate(tokens, **options), whole)
+
+
+@pytest.mark.parametrize("name", HYBRIDS)
+@torch.no_grad()
+def test_later_layers_see_what_is_left_at_the_places_that_it_had(name):
+    """Against the stock model whose first block is made to give the tokens that are left, told where they were."""
+    network, tokens = tiny.model(name), tiny.ids(1, 30)
+    seen = {}
+    first = network.model.layers[0]
+    handle = first.register_forward_hook(lambda module, args, out: seen.update(out=out))
+    network(tokens)
+    handle.remove()
+    with Reduced(network, some(name, kind="prune")) as reduced:
+        found = network(tokens).logits
+        kept = reduced.prompt.positions
+    assert kept.shape[1] < 30
+    whole = seen["out"][0] if isinstance(seen["out"], tuple) else seen["out"]
+    left = whole[:, kept[0]]
+    undo = override(first, lambda *_, **__: (left, None) if isinstance(seen["out"], tuple) else left)
+    embedded = network.get_input_embeddings()(tokens[:, kept[0]])
+    expected = network(inputs_embeds=embedded, position_ids=kept, attention_mask=torch.ones_like(kept)).logits
+    undo()
+    torch.testing.assert_close(found, expected, **CLOSE)
 
 
 @torch.no_grad()
@@ -104,9 +131,9 @@ def test_a_likelihood_without_reduction_is_the_dense_one_and_a_prompt_never_sees
     other[:, 25:] = (other[:, 25:] + 1) % 250
     with Reduced(network, some()) as reduced:
         first = continuation_losses(network, reduced, tokens, 20)
-        kept = [each.positions[each.positions < 20].tolist() for each in reduced.kept]
+        kept = [each.positions[each.positions < 20].tolist() for each in reduced.prompt.kept]
         second = continuation_losses(network, reduced, other, 20)
-        assert kept == [each.positions[each.positions < 20].tolist() for each in reduced.kept]
+        assert kept == [each.positions[each.positions < 20].tolist() for each in reduced.prompt.kept]
         torch.testing.assert_close(first[:, :5], second[:, :5], **CLOSE)
         assert len(kept[0]) < 20
 
@@ -131,11 +158,11 @@ def test_tokens_that_neither_write_nor_decay_leave_first_and_leave_no_trace(monk
 
         def noted(*args):
             out = shorten(*args)
-            places["now"] = reduced.kept[0].positions
+            places["now"] = reduced.prompt.kept[0].positions
             return out
 
         monkeypatch.setattr(reduced, "_shorten", noted)
-        found, left = network(tokens).logits, reduced.kept[0].positions
+        found, left = network(tokens).logits, reduced.prompt.kept[0].positions
     gone = set(range(40)) - set(left.tolist())
     assert gone
     assert gone <= set(quiet.tolist())
@@ -145,8 +172,9 @@ def test_tokens_that_neither_write_nor_decay_leave_first_and_leave_no_trace(monk
 @pytest.mark.parametrize(
     ("name", "reduction", "words"),
     [
-        ("llama", {}, "0 of them are state-space layers"),
-        ("jamba", {}, "2 of them are state-space layers"),
+        ("llama", {}, "no state-space layers"),
+        ("jamba", {"sites": (1,)}, "after layer 1, which is no state-space layer"),
+        ("mamba", {"sites": (7,)}, "after layer 7"),
         ("mamba", {"sites": (2,), "cut": 0.5}, "cannot be cut"),
         ("mamba", {"sites": (), "cut": 0.99}, "cannot be cut"),
     ],

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from duramen.problem import Problem
 from duramen.tokens.compact import Kept, reduce, staying
 from duramen.tokens.match import match
-from duramen.tokens.schedule import kept_count, published_sites, solve_keep, token_fraction
+from duramen.tokens.schedule import counted_tokens, kept_count, published_sites, solve_keep, token_fraction
 from duramen.tokens.score import importance
 
 
@@ -142,18 +142,18 @@ def test_the_published_schedules():
         sites = published_sites(layers)
         assert sites == list(range(12, 43, 5)) if layers == 64 else list(range(10, 36, 5))
         for cut, keep, end in zip((0.1, 0.2, 0.3), keeps, left, strict=True):
-            found = solve_keep(layers, sites, cut)
+            found = solve_keep(counted_tokens(layers), sites, cut)
             assert found == pytest.approx(keep, abs=1e-3)
             assert found ** len(sites) == pytest.approx(end, abs=2e-3)
-            assert token_fraction(layers, sites, found) == pytest.approx(1 - cut, abs=1e-9)
-    assert 1 - token_fraction(64, published_sites(64), 0.905) == pytest.approx(0.2984, abs=1e-4)
-    assert token_fraction(4, [1, 2], [0.5, 0.25]) == pytest.approx((1 + 1 + 0.5 + 0.125) / 4)
+            assert token_fraction(layers, dict.fromkeys(sites, found)) == pytest.approx(1 - cut, abs=1e-9)
+    assert 1 - token_fraction(64, dict.fromkeys(published_sites(64), 0.905)) == pytest.approx(0.2984, abs=1e-4)
+    assert token_fraction(4, {1: 0.5, 2: 0.25}) == pytest.approx((1 + 1 + 0.5 + 0.125) / 4)
     assert kept_count(100, 0.55) == 55
     assert kept_count(52, 0.7) == math.ceil(36.4)
     with pytest.raises(Problem, match="cannot be cut"):
-        solve_keep(48, [40], 0.5)
+        solve_keep(counted_tokens(48), [40], 0.5)
     with pytest.raises(Problem, match="after the layers none"):
-        solve_keep(48, [], 0.1)
+        solve_keep(counted_tokens(48), [], 0.1)
 
 
 def test_sorting_every_channel_over_time_would_thin_the_beginning():

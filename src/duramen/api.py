@@ -23,7 +23,7 @@ from duramen.evaluate.evaluate import Subject, check_texts, open_subject
 from duramen.evaluate.evaluate import apply as measure
 from duramen.export.card import write_card
 from duramen.export.gguf import Type, export_gguf
-from duramen.export.hf import assemble, check_masks, copy_other_files, publish, verify_logits
+from duramen.export.hf import annotate, assemble, check_masks, copy_other_files, publish, verify_logits
 from duramen.families.checkpoint import Checkpoint
 from duramen.families.inventory import inventory
 from duramen.families.model import BlockModel
@@ -35,6 +35,9 @@ from duramen.registry import get_method
 from duramen.report.page import write_report
 from duramen.rundir import BlockStore, RunDirectory, hash_file, hash_tokens, write_json, write_text
 from duramen.shrink.groups import find_units, known_kinds
+from duramen.tokens.folder import load
+
+__all__ = ["compare", "evaluate", "export", "inspect", "load", "load_results", "plan", "report", "run", "versions"]
 
 Progress = Callable[[str, dict[str, Any]], None]
 """(event, fields); events are step, layer, trained, part, evaluating, saved and done."""
@@ -125,7 +128,10 @@ def _run(context: Context, steps: list[Step], model: str, command: str) -> dict[
     for number, step in enumerate(steps):
         place = f"step-{number:02d}-{step.id}"
         context.tell("step", method=step.method, number=number, of=len(steps))
-        if step.method != "evaluate":
+        kind = get_method(step.method).kind
+        if kind == "reduce":
+            folder = _reduce(context, folder, step, place, results)
+        elif kind != "evaluate":
             folder = _transform(context, folder, step, place, results)
         elif ranks.leads():
             subjects = _subjects(context, folder)
@@ -170,12 +176,17 @@ def _claim(context: Context, lock: dict[str, Any]) -> None:
             write_text(directory.out / name, dump_yaml(content))
 
 
-def _tokens(recipe: Recipe, source: Path) -> Tensor:
+def _tokenizer(folder: Path) -> Any:
     from transformers import AutoTokenizer
 
+    return AutoTokenizer.from_pretrained(folder)
+
+
+def _tokens(recipe: Recipe, source: Path) -> Tensor:
     wanted = recipe.calibration
-    tokenizer = AutoTokenizer.from_pretrained(source)
-    return calibration_tokens(tokenizer, wanted.text, sequences=wanted.sequences, length=wanted.length, seed=recipe.seed)
+    return calibration_tokens(
+        _tokenizer(source), wanted.text, sequences=wanted.sequences, length=wanted.length, seed=recipe.seed
+    )
 
 
 def _lock(recipe: Recipe, steps: list[Step], dtype: torch.dtype) -> dict[str, Any]:
@@ -271,23 +282,44 @@ def _transform(context: Context, folder: Path, step: Step, place: str, results: 
     return target
 
 
+def _reduce(context: Context, folder: Path, step: Step, place: str, results: dict[str, Any]) -> Path:
+    """Applies a step that changes how a model reads: the weights stay, and a file beside them says how."""
+    opened = BlockModel.from_folder(folder, **_opening(context.dtype, context.allow_generic))
+    walk, target = Walk(memo=_kept(context, place)), context.directory.state / place / "model"
+    found = get_method(step.method).apply(opened, context.tokens, walk=walk, **step.settings.model_dump())
+    if ranks.leads():
+        annotate(folder, target, walk.files)
+        check = _reopened(context, opened, walk, target, last=1)
+        sample, tokenizer = found["sample"], _tokenizer(folder)
+        sample["pieces"] = [tokenizer.decode([token]) for token in sample.pop("ids")]
+        record = {"id": step.id, "method": step.method, "settings": step.lock(), "reopened": check, "layers": []}
+        results["steps"].append(record | {"reduction": found})
+    ranks.wait()
+    return target
+
+
 def _assemble(
     context: Context, opened: BlockModel, store: BlockStore, step: Step, walk: Walk, records: Records, target: Path
 ) -> dict[str, Any]:
     assert opened.checkpoint is not None
     copied = assemble(opened.checkpoint, store, len(opened.blocks), target, walk.reshape, walk.files)
-    assert walk.final_hidden is not None
-    assert walk.first_batch is not None
-    check = verify_logits(
-        target, opened, walk.final_hidden, walk.first_batch, whole_up_to=min(peak_memory(), free_memory(opened.device))
-    )
-    context.tell("saved", folder=str(target), **check)
+    check = _reopened(context, opened, walk, target)
     edited = {record["layer"] for record in records}
     return {
         "id": step.id, "method": step.method, "settings": step.lock(), "reopened": check, "layers": records,
         "skipped": [name for name in opened.layer_names() if name not in edited], "copied_unchanged": copied,
         "shape": walk.reshape.summary if walk.reshape else None, "training": walk.training,
     }  # fmt: skip
+
+
+def _reopened(context: Context, opened: BlockModel, walk: Walk, target: Path, **options: int) -> dict[str, Any]:
+    """What the check of a saved folder found."""
+    assert walk.final_hidden is not None
+    assert walk.first_batch is not None
+    fits = min(peak_memory(), free_memory(opened.device))
+    check = verify_logits(target, opened, walk.final_hidden, walk.first_batch, whole_up_to=fits, **options)
+    context.tell("saved", folder=str(target), **check)
+    return check
 
 
 def _finish(context: Context, folder: Path, model: str, results: dict[str, Any]) -> None:

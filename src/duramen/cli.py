@@ -26,6 +26,7 @@ Texts = Annotated[list[str] | None, typer.Option("--text", help="Embedded text o
 Tasks = Annotated[list[str] | None, typer.Option("--task", help="Embedded likelihood task; repeatable.")]
 Windows = Annotated[int | None, typer.Option(help="Windows per text; 0 takes the whole text.")]
 Length = Annotated[int | None, typer.Option(help="Tokens per window.")]
+ContextLength = Annotated[int | None, typer.Option("--context", help="Tokens of every window that are only read.")]
 Documents = Annotated[int | None, typer.Option(help="Documents per task.")]
 Latency = Annotated[bool, typer.Option(help="Measure prefill and decode.")]
 
@@ -88,6 +89,7 @@ def evaluate(
     task: Tasks = None,
     windows: Windows = None,
     length: Length = None,
+    context: ContextLength = None,
     documents: Documents = None,
     latency: Latency = True,
     allow_generic: Generic = False,
@@ -97,7 +99,7 @@ def evaluate(
     from duramen import api, tables
 
     _quiet()
-    settings = _evaluation(text, task, windows, length, documents, latency)
+    settings = _evaluation(text, task, windows, length, context, documents, latency)
     _show(api.evaluate(model, allow_generic=allow_generic, **settings), tables.evaluation_tables, as_json)
 
 
@@ -109,6 +111,7 @@ def compare(
     task: Tasks = None,
     windows: Windows = None,
     length: Length = None,
+    context: ContextLength = None,
     documents: Documents = None,
     latency: Latency = True,
     allow_generic: Generic = False,
@@ -118,7 +121,7 @@ def compare(
     from duramen import api, tables
 
     _quiet()
-    settings = _evaluation(text, task, windows, length, documents, latency)
+    settings = _evaluation(text, task, windows, length, context, documents, latency)
     _show(api.compare(first, second, allow_generic=allow_generic, **settings), tables.evaluation_tables, as_json)
 
 
@@ -198,11 +201,12 @@ def _evaluation(
     task: list[str] | None,
     windows: int | None,
     length: int | None,
+    context: int | None,
     documents: int | None,
     latency: bool,
 ) -> dict[str, Any]:
     """The given options as settings of the step ``evaluate``; the others keep their defaults."""
-    given = {"text": text, "tasks": task, "length": length, "documents": documents}
+    given = {"text": text, "tasks": task, "length": length, "context": context, "documents": documents}
     settings: dict[str, Any] = {key: value for key, value in given.items() if value is not None}
     if windows is not None:
         settings["windows"] = windows or None

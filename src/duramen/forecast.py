@@ -22,6 +22,7 @@ from duramen.search import evolution, masks, subnet
 from duramen.shrink import cut, depth
 from duramen.shrink.model import ShrinkSettings, predicted
 from duramen.shrink.surgery import REMOTE, Surgery
+from duramen.tokens import reduction
 
 EFFICIENCY = 0.6
 """Share of the speed of a large matrix product that whole runs reached on the machines we measured."""
@@ -59,6 +60,9 @@ def forecast(model: BlockModel, recipe: Recipe, steps: list[Step], *, gigaflops:
             entry = _refitted(model, shapes, step.settings, tokens, width)
         elif isinstance(step.settings, rora.Settings):
             entry = _trained(model, shapes, step.settings, recipe.calibration.length, tokens)
+        elif isinstance(step.settings, reduction.Settings):
+            entry = _shortened(model, shapes, step.settings, recipe.calibration.length)
+            opens = READS_SHORTER
         else:
             surgery = _surgery(model, step.settings)
             entry = _shrunk(model, shapes, step, surgery, tokens, width)
@@ -77,6 +81,7 @@ def forecast(model: BlockModel, recipe: Recipe, steps: list[Step], *, gigaflops:
     }
 
 
+READS_SHORTER = "duramen.load, which shortens prompts; plain transformers opens the dense model"
 ORDINARY = "transformers, vLLM and every tool that opens the source folder; the result is an ordinary dense checkpoint"
 
 
@@ -168,6 +173,23 @@ def _trained(
     note = f"{trained:,} parameters in {len(names)} layers, γ {settings.gamma:.3g}, learning rate {settings.rate:.2g}"
     memory = BASE_MEMORY + whole + 16 * trained + logits + activations
     return {"flops": flops + _walk_flops(model, shapes, names, tokens), "memory_bytes": memory, "note": note}
+
+
+def _shortened(
+    model: BlockModel, shapes: dict[str, tuple[int, int]], settings: reduction.Settings, length: int
+) -> dict[str, Any]:
+    """Forward passes of what is tried, up to six times; a sample; and one check."""
+    everything = sum(map(prod, shapes.values())) + _head(model)
+    candidates = next(iter(reduction.candidates(model, settings)[1]))
+    seen = (6 if settings.choose else 1) * settings.sequences * length
+    note = f"tokens leave after layers {', '.join(map(str, candidates.sites))}, where {candidates.keep[0]:.1%} stay"
+    memory = (
+        BASE_MEMORY
+        + 4 * _outside(model)
+        + 8 * _largest_block(model, shapes)
+        + 8 * settings.sequences * length * model.config.hidden_size
+    )
+    return {"flops": 2.0 * everything * seen, "memory_bytes": memory, "note": f"{note} (predicted; other layers may be chosen)"}
 
 
 def _shapes(model: BlockModel) -> dict[str, tuple[int, int]]:

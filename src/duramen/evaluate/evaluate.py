@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor
 
 from duramen.assets import get_asset
@@ -25,6 +25,7 @@ from duramen.families.model import BlockModel
 from duramen.problem import Problem
 from duramen.registry import Settings as MethodSettings
 from duramen.registry import method
+from duramen.tokens.folder import load, open_blocks
 
 Memo = Callable[[str, Callable[[], Any]], Any]
 """(key, compute) -> the result, from an earlier run if it is kept."""
@@ -45,6 +46,8 @@ class Settings(MethodSettings):
     """Texts for perplexity and divergence: embedded names or files. None of them may be a calibration text."""
     length: int = Field(default=1024, ge=2)
     """Tokens per window; windows are disjoint."""
+    context: int = Field(default=0, ge=0)
+    """Tokens at the beginning of every window that are read and not scored; needed where prompts are shortened, which these are then."""
     windows: int | None = Field(default=16, ge=1)
     """Windows per text, from its start; null takes the whole text."""
     tasks: tuple[str, ...] = ()
@@ -57,6 +60,12 @@ class Settings(MethodSettings):
     """Tokens per generation."""
     latency: bool = True
     """Whether to measure prefill and decode on this machine."""
+
+    @model_validator(mode="after")
+    def _something_is_scored(self) -> Settings:
+        if self.context >= self.length:
+            raise ValueError(f"a context of {self.context} leaves nothing to score of windows of {self.length}")
+        return self
 
 
 @dataclass(frozen=True)
@@ -72,7 +81,7 @@ def open_subject(folder: Path, **options: Any) -> Subject:
     """Opens a model folder for evaluation; the options are those of ``BlockModel.from_folder``."""
     from transformers import AutoTokenizer
 
-    return Subject(folder, BlockModel.from_folder(folder, **options), AutoTokenizer.from_pretrained(folder))
+    return Subject(folder, open_blocks(folder, **options), AutoTokenizer.from_pretrained(folder))
 
 
 def _no_memo(key: str, compute: Callable[[], Any]) -> Any:
@@ -122,19 +131,21 @@ def check_texts(settings: Settings, calibration: tuple[str, ...]) -> None:
 def _texts(subjects: dict[str, Subject], text: str, settings: Settings) -> dict[str, Any]:
     any_subject = next(iter(subjects.values()))
     windows = evaluation_tokens(any_subject.tokenizer, text, length=settings.length, windows=settings.windows)
-    hidden = {name: perplexity.final_hidden(subject.model, windows) for name, subject in subjects.items()}
-    found: dict[str, Any] = {"length": settings.length, "stride": settings.length, "windows": len(windows)}
+    hidden = {name: perplexity.final_hidden(subject.model, windows, settings.context) for name, subject in subjects.items()}
+    found: dict[str, Any] = {
+        "length": settings.length, "stride": settings.length, "context": settings.context, "windows": len(windows),
+    }  # fmt: skip
     if len(subjects) == 1:
         (name,) = subjects
-        losses = perplexity.token_losses(subjects[name].model, hidden[name], windows).mean(1).double().numpy()
-        return found | {name: perplexity.perplexity(losses).as_dict()}
-    return found | _paired(subjects, hidden, windows)
+        losses = perplexity.token_losses(subjects[name].model, hidden[name], windows, settings.context)
+        return found | {name: perplexity.perplexity(losses.mean(1).double().numpy()).as_dict()}
+    return found | _paired(subjects, hidden, windows, settings.context)
 
 
-def _paired(subjects: dict[str, Subject], hidden: dict[str, list[Tensor]], windows: Tensor) -> dict[str, Any]:
+def _paired(subjects: dict[str, Subject], hidden: dict[str, list[Tensor]], windows: Tensor, context: int) -> dict[str, Any]:
     dense, edited = subjects["before"].model, subjects["after"].model
-    before = perplexity.token_losses(dense, hidden["before"], windows).mean(1).double().numpy()
-    after = perplexity.divergence(dense, hidden["before"], edited, hidden["after"], windows)
+    before = perplexity.token_losses(dense, hidden["before"], windows, context).mean(1).double().numpy()
+    after = perplexity.divergence(dense, hidden["before"], edited, hidden["after"], windows, context)
     figures = {
         "before": perplexity.perplexity(before),
         "after": perplexity.perplexity(after.loss),
@@ -176,15 +187,11 @@ def _mean(tasks: list[dict[str, Any]]) -> dict[str, Any]:
 
 def _loaded(subjects: dict[str, Subject], settings: Settings) -> dict[str, Any]:
     """What needs the whole model in memory: generations, latency, bytes in memory. Models are loaded one after another."""
-    from transformers import AutoModelForCausalLM
-
     found: dict[str, Any] = {"generations": {}, "latency": {}, "bytes_in_memory": {}}
     if not (settings.prompts or settings.latency):
         return found
     for name, subject in subjects.items():
-        network = (
-            AutoModelForCausalLM.from_pretrained(subject.folder, dtype=subject.model.dtype).eval().to(subject.model.device)
-        )
+        network = load(subject.folder, dtype=subject.model.dtype).to(subject.model.device)
         found["bytes_in_memory"][name] = speed.memory_bytes(network)
         for prompt in settings.prompts:
             text = _continue(network, subject.tokenizer, prompt, settings.new_tokens)

@@ -72,7 +72,8 @@ def score_requests(model: BlockModel, requests: list[Request]) -> list[tuple[flo
     """
     order = sorted(range(len(requests)), key=lambda i: len(requests[i].ids))
     batches = _batches(order, requests)
-    hidden = model.last_hidden(_pad([requests[i].ids for i in batch]) for batch in batches)
+    starts = [[requests[i].start for i in batch] for batch in batches]
+    hidden = model.last_hidden((_pad([requests[i].ids for i in batch]) for batch in batches), starts)
     scores: list[tuple[float, bool]] = [(0.0, False)] * len(requests)
     for batch, state in zip(batches, hidden, strict=True):
         for i, score in zip(batch, _score_batch(model, state, [requests[i] for i in batch]), strict=True):

@@ -37,7 +37,7 @@ def _metadata(results: dict[str, Any]) -> dict[str, Any]:
 
 def _body(results: dict[str, Any]) -> str:
     shapes = [step["shape"] for step in results["steps"] if step.get("shape")]
-    masked = any(not step.get("shape") for step in results["steps"])
+    masked = any(not (step.get("shape") or step.get("reduction")) for step in results["steps"])
     opens = shapes[-1]["opens_in"] if shapes else "plain transformers"
     parts = [f"# {results['model']}, {results['recipe']}", f"Made with Duramen. Opens in {opens}."]
     parts += [_step(step) for step in results["steps"]]
@@ -54,6 +54,10 @@ def _body(results: dict[str, Any]) -> str:
 
 
 def _step(step: dict[str, Any]) -> str:
+    if step.get("reduction"):
+        found = step["reduction"]
+        words = f"Prompts get shorter inside the model: the mean layer sees {found['tokens']:.0%} of the tokens. The weights are those of the dense model, which is what plain transformers opens; `duramen.load` opens the one that was measured, by `reduction.json`."
+        return f"## {step['method']}\n\n{words} Settings: {_settings(step)}."
     if step.get("shape"):
         before, after = (step["shape"]["parameters"][when] for when in ("before", "after"))
         sizes = f"{after:,} parameters instead of {before:,}; `pruning_plan.json` lists what stayed."

@@ -23,6 +23,7 @@ from duramen.families.checkpoint import INDEX, Checkpoint
 from duramen.families.model import BlockModel
 from duramen.problem import Exit, Problem
 from duramen.rundir import MASKS, BlockStore, unpack_mask, visible_files, write_json, write_tensors, write_text
+from duramen.tokens.folder import load, open_blocks
 
 TOLERANCE = 1e-3
 """Largest difference of logits after reopening, relative to the largest logit."""
@@ -85,11 +86,7 @@ def assemble(
     copy_other_files(source.folder, folder)
     if reshape:
         write_json(folder / "config.json", reshape.config)
-    for name, content in {**(reshape.files if reshape else {}), **(files or {})}.items():
-        if isinstance(content, Path):
-            _link(content, folder / name)
-        else:
-            write_text(folder / name, content)
+    _add(folder, {**(reshape.files if reshape else {}), **(files or {})})
     return outside
 
 
@@ -121,6 +118,24 @@ def copy_other_files(source: Path, folder: Path) -> None:
             shutil.copyfile(file, folder / file.name)
 
 
+def annotate(source: Path, folder: Path, files: Mapping[str, str | Path]) -> None:
+    """Writes the model folder of a step that changes no weight: a copy of the source, and these files, name -> content or the file to take."""
+    folder.mkdir(parents=True, exist_ok=True)
+    copy_other_files(source, folder)
+    for file in source.iterdir():
+        if file.name in (INDEX, MASKS) or (file.name.startswith("model") and file.suffix == ".safetensors"):
+            shutil.copyfile(file, folder / file.name)
+    _add(folder, files)
+
+
+def _add(folder: Path, files: Mapping[str, str | Path]) -> None:
+    for name, content in files.items():
+        if isinstance(content, Path):
+            _link(content, folder / name)
+        else:
+            write_text(folder / name, content)
+
+
 def publish(step: Path, out: Path) -> None:
     """Links the finished folder of the last step into OUT."""
     for name, file in visible_files(step).items():
@@ -137,7 +152,9 @@ def _link(source: Path, target: Path) -> None:
 
 
 @torch.no_grad()
-def verify_logits(folder: Path, model: BlockModel, hidden: Tensor, tokens: Tensor, *, whole_up_to: int) -> dict[str, Any]:
+def verify_logits(
+    folder: Path, model: BlockModel, hidden: Tensor, tokens: Tensor, *, whole_up_to: int, last: int = 256
+) -> dict[str, Any]:
     """Reopens a folder in a fresh object and compares its logits with the edited model's.
 
     Args:
@@ -145,7 +162,8 @@ def verify_logits(folder: Path, model: BlockModel, hidden: Tensor, tokens: Tenso
         model: The model that was edited.
         hidden: Its hidden states after the last block, [B, T, D].
         tokens: The token ids behind them, [B, T].
-        whole_up_to: Weight bytes up to which plain transformers loads the folder whole; a larger one is streamed.
+        whole_up_to: Weight bytes up to which the folder is loaded whole; a larger one is streamed.
+        last: How many tokens at the end are compared.
 
     Returns:
         ``{"how", "largest_difference", "largest_logit"}``.
@@ -154,15 +172,13 @@ def verify_logits(folder: Path, model: BlockModel, hidden: Tensor, tokens: Tenso
         Problem: If the logits differ.
     """
     size = sum(file.stat().st_size for file in folder.glob("model*.safetensors"))
-    expected = model.logits(hidden[:1, -256:])
+    expected = model.logits(hidden[:1, -last:])
     if size <= whole_up_to:
-        from transformers import AutoModelForCausalLM
-
-        Checkpoint(folder)  # from here on transformers knows its type, also where it is one of ours
-        reopened = AutoModelForCausalLM.from_pretrained(folder, dtype=model.dtype).eval().to(model.device)
-        how, found = "plain transformers, whole", reopened(tokens[:1].to(model.device), use_cache=False).logits[:, -256:]
+        reopened = load(folder, dtype=model.dtype).to(model.device)
+        how = "duramen.load, whole" if hasattr(reopened, "reduced") else "plain transformers, whole"
+        found = reopened(tokens[:1].to(model.device), use_cache=False).logits[:, -last:]
     else:
-        how, found = "streamed, block by block", _streamed_logits(folder, model, tokens)
+        how, found = "streamed, block by block", _streamed_logits(folder, model, tokens, last)
     difference = float((found.float() - expected.float()).abs().max())
     scale = float(expected.abs().max())
     limit = TOLERANCE if model.dtype == torch.float32 else 0.1
@@ -176,11 +192,11 @@ def verify_logits(folder: Path, model: BlockModel, hidden: Tensor, tokens: Tenso
     return {"how": how, "largest_difference": difference, "largest_logit": scale}
 
 
-def _streamed_logits(folder: Path, model: BlockModel, tokens: Tensor) -> Tensor:
+def _streamed_logits(folder: Path, model: BlockModel, tokens: Tensor, last: int) -> Tensor:
     generic = model.family.name == "generic"
-    fresh = BlockModel.from_folder(folder, dtype=model.dtype, device=model.device, allow_generic=generic)
-    (hidden,) = fresh.last_hidden([tokens[:1]])
-    return fresh.logits(hidden[:, -256:])
+    fresh = open_blocks(folder, dtype=model.dtype, device=model.device, allow_generic=generic)
+    (hidden,) = fresh.last_hidden([tokens[:1]], [[tokens.shape[1]]])
+    return fresh.logits(hidden[:, -last:])
 
 
 def check_masks(model: BlockModel) -> dict[str, Any] | None:

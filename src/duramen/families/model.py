@@ -306,8 +306,13 @@ class BlockModel:
             self.network.base_model(input_ids=tokens.to(self.device), use_cache=False)  # type: ignore[operator]
         return recorders[0].hidden, [recorder.call for recorder in recorders]
 
-    def last_hidden(self, batches: Iterable[Tensor]) -> list[Tensor]:
-        """Runs all blocks: the hidden states after the last one, [B, T, D] for every batch of token ids [B, T]."""
+    def last_hidden(self, batches: Iterable[Tensor], starts: Iterable[Sequence[int]] | None = None) -> list[Tensor]:
+        """Runs all blocks: the hidden states after the last one, [B, T, D] for every batch of token ids [B, T].
+
+        Args:
+            batches: Token ids.
+            starts: Where what is scored begins, for every row of every batch; matters to models that shorten what comes before.
+        """
         captured = [self.capture(batch) for batch in batches]
         hidden = [item for item, _ in captured]
         for index in range(len(self.blocks)):

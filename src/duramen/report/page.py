@@ -59,6 +59,8 @@ def verdict(results: dict[str, Any]) -> str:
         parts.append(
             f"the model has {after / 1e6:,.1f} million parameters instead of {before / 1e6:,.1f} ({after / before - 1:+.1%})"
         )
+    reductions = [step["reduction"] for step in results["steps"] if step.get("reduction")]
+    parts += [f"{1 - found['tokens']:.0%} fewer tokens of a prompt reach the mean layer" for found in reductions]
     for evaluation in results["evaluations"][-1:]:
         for text, found in evaluation["perplexity"].items():
             parts.append(_perplexity_verdict(text, found))
@@ -80,6 +82,8 @@ def measured_rows(evaluation: dict[str, Any]) -> list[Row]:
     rows: list[Row] = []
     for text, found in evaluation["perplexity"].items():
         basis = f"{found['windows']} windows of {found['length']} tokens, stride {found['stride']}"
+        if found.get("context"):
+            basis += f", after {found['context']} that are only read"
         ratio = f"× {_interval(found['ratio'])}" if "ratio" in found else ""
         rows.append(_row(f"Perplexity, {text}", found, ratio, basis))
         for key, label in (("kl", "KL from dense, nats"), ("agreement", "Same top-1 token as dense")):
@@ -116,6 +120,8 @@ def _difference(measured: dict[str, float]) -> str:
 
 def _step(step: dict[str, Any]) -> dict[str, Any]:
     """What the page shows of one step: totals per role, and the error of every layer as a map of blocks by roles."""
+    if step.get("reduction"):
+        return _reduction(step)
     layers = step["layers"]
     roles = list(dict.fromkeys(layer["role"] for layer in layers))
     errors: dict[int, dict[str, float]] = defaultdict(dict)
@@ -130,7 +136,8 @@ def _step(step: dict[str, Any]) -> dict[str, Any]:
 
     return {
         "method": step["method"],
-        "settings": {key: value for key, value in step["settings"].items() if key not in ("id", "method")},
+        "reduction": None,
+        "settings": _settings(step),
         "reopened": step["reopened"],
         "roles": [_role_totals(role, [layer for layer in layers if layer["role"] == role]) for role in roles],
         "names": roles,
@@ -145,6 +152,38 @@ def _step(step: dict[str, Any]) -> dict[str, Any]:
         "skipped": step["skipped"],
         "copied": step["copied_unchanged"],
     }
+
+
+def _settings(step: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in step["settings"].items() if key not in ("id", "method")}
+
+
+def _reduction(step: dict[str, Any]) -> dict[str, Any]:
+    """What the page shows of a step that shortens prompts: what it saves in which layer, what was tried, and a text with what leaves."""
+    found, layers = step["reduction"], len(step["reduction"]["costs"]["dense"])
+    kind = {"tokens": "tokens", "macs": "multiply-adds", "seconds": "seconds"}[found["cut_of"]]
+    shares = [after / before for before, after in zip(found["costs"]["dense"], found["costs"]["reduced"], strict=True)]
+    sample = found["sample"]
+    tried = [
+        {
+            "sites": ", ".join(map(str, each["reduction"]["sites"])), "gap_step": each["reduction"]["gap_step"],
+            "aligned": "yes" if each["reduction"]["aligned"] else "no", "loss": f"{each['loss']:.4f}",
+            "chosen": each["reduction"] == found["reduction"],
+        }
+        for each in found["tried"]
+    ]  # fmt: skip
+    words = f"The mean layer sees {found['tokens']:.1%} of the tokens of a prompt. Predicted, a prompt of {found['length']:,} tokens takes {found['saved']:.1%} fewer {kind}; speed, where it was measured, is above."
+    return {
+        "method": step["method"], "settings": _settings(step), "reopened": step["reopened"], "training": None, "shape": None,
+        "reduction": {
+            "words": words, "kind": kind, "tried": tried if len(tried) > 1 else [],
+            "chart": line_chart(list(enumerate(shares)), "layer", f"share of the {kind}"),
+            "pieces": [
+                (piece, None if after is None else round(100 * (after + 1) / layers))
+                for piece, after in zip(sample["pieces"], sample["left_after"], strict=True)
+            ],
+        },
+    }  # fmt: skip
 
 
 def _training(found: dict[str, Any]) -> dict[str, Any]:

@@ -72,7 +72,11 @@ def match(
 
 
 def _nearest(features: Tensor, a: Tensor, b: Tensor, forward: bool, window: int | None) -> tuple[Tensor, Tensor]:
-    """The greatest cosine of each of ``a`` with those of ``b`` that it may merge into, and which that is."""
+    """The greatest cosine of each of ``a`` with those of ``b`` that it may merge into, and which that is; both rise, and what is too far off is not looked at."""
+    if window is not None:
+        first = min(int(torch.searchsorted(b, a[0] - window)), len(b) - 1)
+        end = int(torch.searchsorted(b, a[-1] + window, right=True))
+        b = b[first : max(end, first + 1)]
     one, other = (torch.nn.functional.normalize(features[each].float(), dim=-1) for each in (a, b))
     cosines, apart = one @ other.T, b - a[:, None]
     if forward:

@@ -7,13 +7,16 @@ are dropped and half merge, all of X merge. Each layer's state is built from the
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Mapping
 from functools import partial
+from inspect import signature
 from typing import Annotated, Any, Literal
+from weakref import WeakKeyDictionary
 
 import torch
 from jaxtyping import Bool, Float, Int
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from duramen.override import override
@@ -23,7 +26,8 @@ from duramen.ssm.fold import GapStep
 from duramen.ssm.mixer import ExactScans, Passage, find_mixers
 from duramen.tokens.compact import Kept, reduce, staying
 from duramen.tokens.match import Pairs, match
-from duramen.tokens.schedule import kept_count, published_sites, solve_keep
+from duramen.tokens.prompt import Prompt
+from duramen.tokens.schedule import counted_tokens, kept_count, published_sites, solve_keep
 from duramen.tokens.score import Score, importance
 
 Kind = Literal["utrc", "tome", "prune", "random", "truncate"]
@@ -40,6 +44,8 @@ class Reduction(MethodSettings):
     """How many fewer tokens the mean layer sees."""
     sites: tuple[int, ...] = ()
     """Layers after which tokens leave, from 0; empty for the published ones."""
+    keep: tuple[Annotated[float, Field(gt=0, le=1)], ...] = ()
+    """What share stays at each site; empty for the same at all of them, so that `cut` comes out."""
     prune_share: Annotated[float, Field(ge=0, le=1)] = 0.5
     """q: which share of the pairs is dropped from what blocks add, instead of merged; the most similar ones."""
     residual: Literal["merge", "prune"] = "merge"
@@ -59,6 +65,14 @@ class Reduction(MethodSettings):
     aligned: bool = False
     """Whether convolutions see zeros where tokens were removed, instead of the next ones."""
 
+    @model_validator(mode="after")
+    def _one_share_for_each_site(self) -> Reduction:
+        if list(self.sites) != sorted(set(self.sites)):
+            raise ValueError("sites must rise")
+        if self.keep and len(self.keep) != len(self.sites):
+            raise ValueError(f"{len(self.keep)} shares in `keep` for {len(self.sites)} `sites`")
+        return self
+
     @property
     def shares(self) -> tuple[float, float]:
         """Which share of the pairs is dropped from what blocks add, and from the stream that they add to."""
@@ -70,42 +84,48 @@ class Reduction(MethodSettings):
 class Reduced:
     """A state-space model that takes tokens out of every prompt, until ``remove`` or the end of a ``with``.
 
-    A prompt is what comes in with more than one token and nothing cached; everything else passes as it is.
+    A prompt is what comes in with more than one token and nothing cached; everything else passes as it is. Attention layers of hybrids see what is
+    left at the places that it had, and new tokens go on from the length that the prompt had.
 
     Args:
-        network: A transformers model all of whose blocks are state-space layers.
+        network: A transformers model with state-space layers.
         reduction: What leaves, and where.
 
     Attributes:
         protect: Further tokens of the next prompt that stay and do not count for what is to leave, bool [B, T]; set by the user.
-        kept: What was left of every row of the last prompt.
-        valid: Which slots of its logits belong to tokens, bool [B, K].
+        prompt: What is left of the last prompt.
+        keep: What share stays, by the layers after which tokens leave.
 
     Raises:
-        Problem: If the model has other layers, or the cut is impossible at these sites.
+        Problem: If the model has no state-space layer, or none where tokens are to leave, or the cut is impossible at these sites.
     """
 
     def __init__(self, network: nn.Module, reduction: Reduction | None = None) -> None:
         self.reduction = reduction or Reduction()
         self.protect: Tensor | None = None
-        self.kept: list[Kept] = []
-        self.valid: Tensor | None = None
-        names = list(find_mixers(network))
-        layers = int(getattr(network.config, "num_hidden_layers", 0))
-        if len(names) != layers:
+        self.prompt: Prompt
+        self._reading, self._cached = False, WeakKeyDictionary[Any, Prompt]()
+        blocks, mixers = scanned_blocks(network)
+        sites = list(self.reduction.sites) or nearest_mixers(published_sites(len(blocks)), mixers)
+        if missing := sorted(set(sites) - mixers.keys()):
             raise Problem(
-                f"{type(network).__name__} has {layers} layers, and {len(names)} of them are state-space layers that can be shortened.",
-                why="attention layers would need their own masks and places.",
-                fix="a model of the families mamba, mamba2 or falcon_mamba.",
+                f"No token can leave after layer {missing[0]}, which is no state-space layer of this model.",
+                why="how important a token is, is read off the scan of the layer that it leaves after.",
+                fix=f"sites among {', '.join(map(str, mixers))}.",
                 code=Exit.INCOMPATIBLE,
             )
-        self.sites = list(self.reduction.sites) or published_sites(layers)
-        self.keep = solve_keep(layers, self.sites, self.reduction.cut)
+        one = 1.0 if self.reduction.keep else solve_keep(counted_tokens(len(blocks)), sites, self.reduction.cut)
+        self.keep = dict(zip(sites, self.reduction.keep or [one] * len(sites), strict=True))
         gap_step, aligned = self.reduction.gap_step, self.reduction.aligned
-        self._passages = [Passage(gap_step=gap_step, aligned=aligned, watch=layer in self.sites) for layer in range(layers)]
-        self._scans = ExactScans(network, dict(zip(names, self._passages, strict=True)))
-        blocks = [network.get_submodule(name.rpartition(".")[0]) for name in names]
-        self._undo = [override(block, partial(self._run, layer, block.forward)) for layer, block in enumerate(blocks)]
+        self._passages = {layer: Passage(gap_step=gap_step, aligned=aligned, watch=layer in self.keep) for layer in mixers}
+        self._scans = ExactScans(network, {name: self._passages[layer] for layer, name in mixers.items()})
+        self._first_state = int(network.get_submodule(next(iter(mixers.values()))).layer_idx)  # type: ignore[arg-type]
+        base = network.get_submodule(str(network.base_model_prefix))
+        self._undo = [override(base, partial(self._read, base, base.forward, list(signature(base.forward).parameters)))]
+        for layer, block in enumerate(blocks):
+            attends = any(name.rpartition(".")[2] == "q_proj" for name, _ in block.named_modules())
+            run = partial(self._run, layer, block.forward, list(signature(block.forward).parameters), attends)
+            self._undo.append(override(block, run))
 
     def remove(self) -> None:
         """Gives the model its own way back."""
@@ -119,74 +139,102 @@ class Reduced:
     def __exit__(self, *_: object) -> None:
         self.remove()
 
-    @property
-    def positions(self) -> Int[Tensor, "B K"]:
-        """Where the token of every slot was among those of its row; −1 for padding."""
-        assert self.valid is not None
-        return _padded([kept.positions for kept in self.kept], self.valid, -1)
+    def _read(self, base: nn.Module, forward: Callable[..., Any], names: list[str], *args: Any, **kwargs: Any) -> Any:
+        """The whole model: a prompt begins, or new tokens follow one."""
+        given: dict[str, Any] = dict(zip(names, args, strict=False)) | kwargs
+        cache, embedded = given.get("cache"), given.get("inputs_embeds")
+        tokens = given["input_ids"] if embedded is None else embedded[..., 0]
+        self._reading = tokens.shape[1] > 1 and (cache is None or cache.get_recurrent_state(self._first_state) is None)
+        before = None if cache is None else self._cached.get(cache)
+        if self._reading:
+            if base.training:
+                raise Problem(
+                    "A model that shortens its prompts cannot be trained.",
+                    why="which tokens leave is a choice that no gradient passes through.",
+                    fix="`network.eval()`; or train the dense model.",
+                )
+            mask, valid = given.get("attention_mask"), torch.ones(tokens.shape, dtype=torch.bool, device=tokens.device)
+            if isinstance(mask, Tensor) and mask.shape == valid.shape:
+                valid = mask.bool()
+            self.prompt = Prompt.begin(valid, given.get("position_ids"), self.protect)
+            self.protect = None
+        elif before is not None and "position_ids" in names:
+            given |= {"position_ids": before.following(tokens.shape[1]), "attention_mask": None}
+        return forward(**given)
 
-    def _run(self, layer: int, forward: Callable[..., Tensor], hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    def _run(
+        self, layer: int, forward: Callable[..., Any], names: list[str], attends: bool, *args: Any, **kwargs: Any
+    ) -> Tensor | tuple[Any, ...]:
         """One block, and what leaves after it."""
-        if layer == 0:
-            self._begin(hidden, kwargs.get("attention_mask"), kwargs.get("cache"))
-        passage = self._passages[layer]
-        passage.valid, passage.places = (self._mask, self._places) if self._reading else (None, None)
-        out = forward(hidden, *args, **kwargs)
-        return self._shorten(hidden, out, passage) if self._reading and layer in self.sites else out
-
-    def _begin(self, hidden: Tensor, mask: Tensor | None, cache: Any) -> None:
-        """Notes which tokens a new prompt has."""
-        batch, length, _ = hidden.shape
-        self._reading = length > 1 and (cache is None or cache.get_recurrent_state(0) is None)
+        given: dict[str, Any] = dict(zip(names, args, strict=False)) | kwargs
+        hidden, cache, passage = given[names[0]], given.get("cache"), self._passages.get(layer)
+        mask = next(name for name in ("causal_mask", "attention_mask") if name in names) if attends else None
         if not self._reading:
-            return
-        fits = mask is not None and mask.ndim == 2 and mask.shape[1] == length
-        valid = mask.bool() if mask is not None and fits else torch.ones(batch, length, dtype=torch.bool, device=hidden.device)
-        self.valid, self._right = valid, not bool(valid[:, -1].all())
-        self.kept = [Kept.all_of(int(row.sum()), hidden.device) for row in valid]
-        asked = torch.zeros_like(valid) if self.protect is None else self.protect.to(valid)
-        self._asked = [asked[row][valid[row]] for row in range(batch)]
-        self.protect = None
-        self._places: Tensor | None = None
-        self._note_padding()
+            if passage is not None:
+                passage.valid = passage.places = None
+            before = None if cache is None else self._cached.get(cache)
+            if mask and before is not None and cache is not None:
+                given[mask] = before.mask_after(layer, cache.get_seq_length(layer), hidden.shape[1], hidden.dtype)
+            return forward(**given)  # type: ignore[no-any-return]
+        prompt = self.prompt
+        if cache is not None:
+            self._cached[cache] = prompt
+        if mask:
+            prompt.attended[layer] = prompt.valid
+        if prompt.shortened:
+            given = prompt.told(given, besides=names[0], causal=mask)
+        if passage is not None:
+            passage.valid, passage.places = prompt.padding, prompt.positions if prompt.shortened else None
+        out = forward(**given)
+        if layer not in self.keep:
+            return out  # type: ignore[no-any-return]
+        assert passage is not None
+        if isinstance(out, tuple):
+            return (self._shorten(layer, hidden, out[0], passage), *out[1:])
+        return self._shorten(layer, hidden, out, passage)
 
-    def _note_padding(self) -> None:
-        """What mixers are told of padding: nothing where there is none."""
-        assert self.valid is not None
-        self._mask = None if bool(self.valid.all()) else self.valid
-
-    def _shorten(self, hidden: Tensor, out: Tensor, passage: Passage) -> Tensor:
+    def _shorten(self, layer: int, hidden: Tensor, out: Tensor, passage: Passage) -> Tensor:
         """What is left after a site, [B, K, D] -> [B, K', D]."""
-        assert self.valid is not None
+        prompt = self.prompt
         assert passage.seen is not None
         scores, passage.seen = importance(self.reduction.score, **passage.seen._asdict()), None
-        rows = []
-        for row, there in enumerate(self.valid):
-            added = (out[row] - hidden[row])[there]
-            rows.append(self._shorten_row(row, hidden[row][there], added, scores[row][there]))
-        counts = torch.tensor([len(each) for each in rows], device=hidden.device)
-        slots = torch.arange(int(counts.max()), device=hidden.device)
-        self.valid = slots < counts[:, None] if self._right else slots >= counts.max() - counts[:, None]
-        self._places = self.positions
-        self._note_padding()
-        return _padded(rows, self.valid, 0)
+        if not bool(scores[prompt.valid].isfinite().all()):
+            raise Problem(
+                f"A token's importance after layer {layer} is not finite.",
+                why="the scan of that layer overflowed, or the model's weights are damaged.",
+                fix="`duramen inspect` names damaged tensors; otherwise `dtype: float32`.",
+                code=Exit.CHECK_FAILED,
+            )
+        left = [
+            self._shorten_row(
+                hidden[row][there],
+                (out[row] - hidden[row])[there],
+                scores[row][there],
+                prompt.kept[row],
+                prompt.asked[row],
+                self.keep[layer],
+            )
+            for row, there in enumerate(prompt.valid)
+        ]
+        rows, kept, asked = (list(each) for each in zip(*left, strict=True))
+        return prompt.leave(layer, rows, kept, asked)
 
-    def _shorten_row(self, row: int, stream: Tensor, added: Tensor, scores: Tensor) -> Tensor:
-        """What is left of one row, [K, D]."""
-        chosen, kept, asked = self.reduction, self.kept[row], self._asked[row]
+    def _shorten_row(
+        self, stream: Tensor, added: Tensor, scores: Tensor, kept: Kept, asked: Tensor, share: float
+    ) -> tuple[Tensor, Kept, Tensor]:
+        """What is left of one row, [K, D], of what is known of it, and of what the user asked for, where a share is to stay."""
+        chosen = self.reduction
         protected = asked.clone()
         protected[: chosen.first] = True
         protected[(~asked).nonzero().flatten()[-chosen.last :]] = True
         count = int((~asked).sum())
-        pairs = self._leaving(scores, added, count - kept_count(count, self.keep), protected, ~asked)
+        pairs = self._leaving(scores, added, count - kept_count(count, share), protected, ~asked)
         sizes = kept.sizes if chosen.sizes else None
         left = [
-            reduce(values, pairs, prune_share=share, sizes=sizes)
-            for values, share in zip((added, stream), chosen.shares, strict=True)
+            reduce(values, pairs, prune_share=dropped, sizes=sizes)
+            for values, dropped in zip((added, stream), chosen.shares, strict=True)
         ]
-        stays = staying(len(stream), pairs)
-        self.kept[row], self._asked[row] = kept.without(pairs), asked[stays]
-        return left[0] + left[1]
+        return left[0] + left[1], kept.without(pairs), asked[staying(len(stream), pairs)]
 
     def _leaving(
         self, scores: Float[Tensor, "K"], features: Tensor, count: int, protected: Bool[Tensor, "K"], prompt: Bool[Tensor, "K"]
@@ -211,11 +259,31 @@ class Reduced:
         return Pairs(source, after, torch.zeros_like(scores[source]))
 
 
-def _padded(rows: list[Tensor], valid: Tensor, filler: float) -> Tensor:
-    """Rows [K_b, ...] in the slots that count, [B, K, ...]."""
-    found = rows[0].new_full((*valid.shape, *rows[0].shape[1:]), filler)
-    found[valid] = torch.cat(rows)
-    return found
+def scanned_blocks(network: nn.Module) -> tuple[nn.ModuleList, dict[int, str]]:
+    """The blocks of a model, and the names of their state-space mixers by block.
+
+    Raises:
+        Problem: If it has none of the known kinds.
+    """
+    mixers = list(find_mixers(network))
+    if not mixers:
+        raise Problem(
+            f"{type(network).__name__} has no state-space layers that can be shortened.",
+            why="tokens leave by what a scan makes of them, and this model has none, or one of another kind.",
+            fix="a model of mamba, falcon_mamba, mamba2, jamba, bamba, zamba2 or nemotron_h.",
+            code=Exit.INCOMPATIBLE,
+        )
+    found = re.match(r"(.*?)\.\d+\.", mixers[0])
+    assert found
+    blocks = network.get_submodule(found[1])
+    assert isinstance(blocks, nn.ModuleList)
+    return blocks, {int(name.removeprefix(f"{found[1]}.").partition(".")[0]): name for name in mixers}
+
+
+def nearest_mixers(sites: list[int], mixers: Mapping[int, str]) -> list[int]:
+    """The last state-space layer up to each site."""
+    found = (max((layer for layer in mixers if layer <= site), default=min(mixers)) for site in sites)
+    return sorted(set(found))
 
 
 def continuation_losses(network: nn.Module, reduced: Reduced, tokens: Int[Tensor, "B T"], start: int) -> Float[Tensor, "B S"]:
@@ -232,6 +300,6 @@ def continuation_losses(network: nn.Module, reduced: Reduced, tokens: Int[Tensor
     reduced.protect = (torch.arange(tokens.shape[1], device=tokens.device) >= start).expand_as(tokens)
     logits = network(input_ids=tokens, use_cache=False).logits
     predicting = torch.arange(start - 1, tokens.shape[1] - 1, device=tokens.device).expand(len(tokens), -1)
-    slots = torch.searchsorted(reduced.positions, predicting.contiguous())
+    slots = torch.searchsorted(reduced.prompt.positions, predicting.contiguous())
     found = logits.gather(1, slots[..., None].expand(-1, -1, logits.shape[-1])).float()
     return nn.functional.cross_entropy(found.transpose(1, 2), tokens[:, start:], reduction="none")

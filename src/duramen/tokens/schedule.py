@@ -1,9 +1,10 @@
-"""At which layers tokens leave, and what share stays each time, so that a share of the work is saved."""
+"""At which layers tokens leave, and what share stays each time, so that a share of a prompt's cost is saved."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 
 from duramen.problem import Problem
 
@@ -18,45 +19,79 @@ def kept_count(tokens: int, keep: float) -> int:
     return math.ceil(keep * tokens - HAIR)
 
 
-def token_fraction(layers: int, sites: Sequence[int], keep: float | Sequence[float]) -> float:
-    """Mean share of the tokens that a layer sees.
+@dataclass(frozen=True)
+class Costs:
+    """What a prompt costs.
+
+    Attributes:
+        layers: Of every layer, what so many tokens cost.
+        site: What it costs to choose among so many tokens.
+        outside: What comes on top, whatever leaves.
+        unit: What is counted.
+    """
+
+    layers: Sequence[Callable[[float], float]]
+    site: Callable[[float], float] = lambda tokens: 0.0
+    outside: float = 0.0
+    unit: str = "tokens"
+
+    def by_layer(self, tokens: int, keep: Mapping[int, float]) -> list[float]:
+        """Of every layer, with its site, where a share stays after some of them."""
+        found, left = [], float(tokens)
+        for layer, cost in enumerate(self.layers):
+            found.append(cost(left) + (self.site(left) if layer in keep else 0.0))
+            left *= keep.get(layer, 1.0)
+        return found
+
+    def total(self, tokens: int, keep: Mapping[int, float]) -> float:
+        """Of a whole prompt."""
+        return self.outside + sum(self.by_layer(tokens, keep))
+
+
+def counted_tokens(layers: int) -> Costs:
+    """Every layer costs its tokens, which is what the paper counts."""
+    return Costs([float] * layers)
+
+
+def token_fraction(layers: int, keep: Mapping[int, float]) -> float:
+    """Mean share of the tokens that a layer sees, where a share stays after some of them."""
+    return sum(counted_tokens(layers).by_layer(1, keep)) / layers
+
+
+def solve_keep(costs: Costs, sites: Sequence[int], cut: float, *, tokens: int = 1) -> float:
+    """The share that must stay at every site to save ``cut`` of the cost of a prompt; the saving falls as the share grows, so by bisection.
 
     Args:
-        layers: How many there are.
+        costs: Of a prompt.
         sites: Layers after which tokens leave, from 0.
-        keep: Share that stays at each site, or at all of them.
-    """
-    shares = [keep] * len(sites) if isinstance(keep, int | float) else list(keep)
-    left = dict(zip(sites, shares, strict=True))
-    seen, now = 0.0, 1.0
-    for layer in range(layers):
-        seen += now
-        now *= left.get(layer, 1.0)
-    return seen / layers
-
-
-def solve_keep(layers: int, sites: Sequence[int], cut: float) -> float:
-    """The share that must stay at every site for the mean layer to see 1 − ``cut`` of the tokens; the cut falls as the share grows, so by bisection.
+        cut: Share of the cost to save.
+        tokens: Length of the prompt.
 
     Raises:
-        Problem: If so much cannot be cut at these sites.
+        Problem: If so much cannot be saved at these sites.
     """
-    most = 1 - token_fraction(layers, sites, 0.0)
-    if not 0 <= cut < most:
+    dense = costs.total(tokens, {})
+
+    def saved(keep: float) -> float:
+        return 1 - costs.total(tokens, dict.fromkeys(sites, keep)) / dense
+
+    if cut == 0:
+        return 1.0
+    if not cut < (most := saved(0.0)):
         raise Problem(
-            f"{cut:.0%} of the tokens cannot be cut after the layers {', '.join(map(str, sites)) or 'none'} of {layers}.",
-            why=f"the layers up to the first site see all of them; at most {most:.0%} can be cut.",
-            fix="earlier `sites`, or a smaller cut.",
+            f"{cut:.0%} of the {costs.unit} cannot be cut after the layers {', '.join(map(str, sites)) or 'none'} of {len(costs.layers)}.",
+            why=f"the layers up to the first site see all tokens; at most {most:.0%} can be cut.",
+            fix="earlier `sites`, or a smaller `cut`.",
         )
     low, high = 0.0, 1.0
     for _ in range(60):
         middle = (low + high) / 2
-        low, high = (middle, high) if 1 - token_fraction(layers, sites, middle) > cut else (low, middle)
+        low, high = (middle, high) if saved(middle) > cut else (low, middle)
     return high
 
 
 def published_sites(layers: int) -> list[int]:
     """The sites of the paper's models, and the same rule for others: 12 to 42 of 64 layers, 10 to 35 of 48, every fifth."""
     first = {64: 12}.get(layers, min(FIRST, layers // 4))
-    last = {64: 42, 48: 35}.get(layers, round(0.7 * layers))
+    last = {64: 42, 48: 35}.get(layers, min(round(0.7 * layers), layers - 2))
     return list(range(first, last + 1, EVERY if layers >= 4 * EVERY else 1))
