@@ -1,4 +1,4 @@
-"""Claim: at every share of tokens cut, matching by what tokens write to the state costs the least of what follows a prompt.
+"""Claim: at every share of tokens cut, dropping those that write least to the state costs the least of what follows a prompt.
 
     python benchmarks/train_state_space.py mamba2-words out/mamba2-words --minutes 30 --length 512 --batch 8
     OMP_NUM_THREADS=1 python benchmarks/token_quality.py out/mamba2-words
@@ -6,7 +6,7 @@
 Reads windows of text that the model has not seen: a context is shortened inside the model, and what follows it is scored. Every kind of reduction and every score, at 10 to 40 %
 fewer tokens in the mean layer, at the published kind of sites; and the dense model with the end of the context alone, which says how much of a
 context such a model uses at all. Measures nats per token above the dense model, paired window by window. Writes benchmarks/results/token_quality.csv; about
-ten minutes on one core.
+a quarter of an hour on one core.
 """
 
 from __future__ import annotations
@@ -26,17 +26,19 @@ from duramen.ssm.mixer import ExactScans
 from duramen.tokens.model import Reduced, Reduction, continuation_losses
 
 CUTS = (0.1, 0.2, 0.3, 0.4)
-PUBLISHED = {"score": "clip", "merge_forward": False, "sizes": False, "window": None, "first": 0, "last": 1}
+PUBLISHED = {"kind": "utrc", "score": "clip", "merge_forward": False, "sizes": False, "window": None, "first": 0, "last": 1}
 SUBJECTS: dict[str, dict[str, object]] = {
-    **{f"utrc, {score}": {"score": score} for score in ("write", "delta", "clip", "l2", "random")},
+    **{f"utrc, {score}": {"kind": "utrc", "score": score} for score in ("write", "delta", "clip", "l2", "random")},
     "utrc as published": PUBLISHED,
     **{f"prune, {score}": {"kind": "prune", "score": score} for score in ("write", "delta", "clip")},
     "tome": {"kind": "tome"},
     "random": {"kind": "random"},
     "truncate": {"kind": "truncate"},
-    "utrc, write, aligned": {"score": "write", "aligned": True},
-    "utrc, write, bias": {"score": "write", "gap_step": "bias"},
-    "prune, write, aligned": {"kind": "prune", "score": "write", "aligned": True},
+    "utrc, write, stream merges": {"kind": "utrc", "prune_share": 1.0},
+    "utrc, write, nothing merges": {"kind": "utrc", "prune_share": 1.0, "residual": "prune"},
+    "utrc, write, aligned": {"kind": "utrc", "aligned": True},
+    "utrc, write, bias": {"kind": "utrc", "gap_step": "bias"},
+    "prune, write, aligned": {"kind": "prune", "aligned": True},
 }
 ENDS = (16, 64)
 BATCH = 8

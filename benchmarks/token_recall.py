@@ -27,10 +27,10 @@ STEPS, WARMUP, FLAT, BATCH, RATE = 1200, 100, 0.7, 32, 4e-3
 SITES, CUT = (0, 1), 0.27
 SUBJECTS: dict[str, dict[str, object]] = {
     "dense": {"cut": 0.0},
-    **{f"utrc, {score}": {"score": score} for score in ("delta", "write", "clip", "l2", "random")},
+    **{f"utrc, {score}": {"kind": "utrc", "score": score} for score in ("delta", "write", "clip", "l2", "random")},
     **{f"prune, {score}": {"kind": "prune", "score": score} for score in ("delta", "write", "clip", "l2")},
-    "utrc as published": {"score": "clip", "merge_forward": False, "sizes": False, "window": None},
-    "utrc, delta, bias, aligned": {"score": "delta", "gap_step": "bias", "aligned": True},
+    "utrc as published": {"kind": "utrc", "score": "clip", "merge_forward": False, "sizes": False, "window": None},
+    "utrc, delta, bias, aligned": {"kind": "utrc", "score": "delta", "gap_step": "bias", "aligned": True},
     "tome": {"kind": "tome"},
     "random": {"kind": "random"},
     "truncate": {"kind": "truncate"},

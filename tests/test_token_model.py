@@ -18,7 +18,7 @@ CLOSE = {"rtol": 1e-4, "atol": 5e-5}
 
 
 def some(name="mamba2", **more):
-    return Reduction(cut=0.3, sites=(0,) if name in HYBRIDS else (0, 1), **more)
+    return Reduction(**{"kind": "utrc", "cut": 0.3, "sites": (0,) if name in HYBRIDS else (0, 1), **more})
 
 
 @pytest.mark.parametrize("name", NAMES + HYBRIDS)

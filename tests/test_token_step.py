@@ -86,7 +86,7 @@ def test_what_was_measured_is_what_follows_a_shortened_context(finished, texts):
 @torch.no_grad()
 def test_block_by_block_is_the_whole_model(folders, name):
     """Batches of different lengths, interleaved as the blocks are walked; their losses are those of the network as a whole."""
-    reduction = Reduction(cut=0.3, sites=(0,))
+    reduction = Reduction(kind="utrc", cut=0.3, sites=(0,))
     network, batches = tiny.model(name), [tiny.ids(2, 40), tiny.ids(1, 28)]
     model = ReducedModel(BlockModel.from_folder(folders / name), reduction)
     hidden = model.last_hidden(batches, [[30, 30], [20]])

@@ -2,7 +2,7 @@
 
 Unified Token Reduction by token importance Classification ("Rethinking Token Reduction for State Space Models", arXiv 2410.14725), with what its text leaves open
 decided as in ``match`` and ``compact``. Both branches of a block, what it adds (Y) and what it adds to (X), lose the same tokens: half of the pairs of Y
-are dropped and half merge, all of X merge. Each layer's state is built from the tokens that reach it, and generation goes on from there.
+are dropped and half merge, all of X merge. By default tokens are dropped and nothing merges, which was better wherever we measured. Each layer's state is built from the tokens that reach it, and generation goes on from there.
 """
 
 from __future__ import annotations
@@ -34,10 +34,10 @@ Kind = Literal["utrc", "tome", "prune", "random", "truncate"]
 
 
 class Reduction(MethodSettings):
-    """What leaves, and where."""
+    """What leaves, and where; `prune_share`, `residual`, `merge_forward`, `sizes` and `window` are of the kinds that merge."""
 
-    kind: Kind = "utrc"
-    """`utrc` matches the less important half with the others, `tome` every second token with the others, and merges; `prune` drops the least important, `random` any, `truncate` the oldest."""
+    kind: Kind = "prune"
+    """`prune` drops the least important tokens; `utrc`, the published way, matches the less important half with the others and merges what is most alike, `tome` every second token with the others; `random` drops any, `truncate` the oldest."""
     score: Score = "write"
     """How important a token is: by what it writes (`write`), its step alone (`delta`), or its output (`clip`, the published one, `l1`, `l2`, `sum`)."""
     cut: Annotated[float, Field(ge=0, lt=1)] = 0.2
