@@ -27,10 +27,23 @@ def test_where_nothing_leaves_nothing_changes(name):
     network, tokens = tiny.model(name), tiny.ids(2, 30)
     stock = network(tokens).logits
     reduced = Reduced(network, Reduction(cut=0.0, sites=(0,)))
-    torch.testing.assert_close(network(tokens).logits, stock, **CLOSE)
+    found = network(tokens).logits
+    torch.testing.assert_close(found, stock, **CLOSE)
     assert reduced.prompt.positions.tolist() == [list(range(30))] * 2
     reduced.remove()
     assert torch.equal(network(tokens).logits, stock)
+    with ExactScans(network):
+        assert torch.equal(network(tokens).logits, found), "on the same scans bit for bit"
+
+
+@torch.no_grad()
+def test_of_a_prompt_that_is_all_protected_nothing_leaves():
+    network, tokens = tiny.model("mamba2"), tiny.ids(2, 5)
+    with Reduced(network, some()) as reduced:
+        found = network(tokens).logits
+        assert reduced.prompt.positions.tolist() == [list(range(5))] * 2
+    with ExactScans(network):
+        assert torch.equal(network(tokens).logits, found)
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -207,12 +207,7 @@ class Reduced:
             )
         left = [
             self._shorten_row(
-                hidden[row][there],
-                (out[row] - hidden[row])[there],
-                scores[row][there],
-                prompt.kept[row],
-                prompt.asked[row],
-                self.keep[layer],
+                hidden[row][there], out[row][there], scores[row][there], prompt.kept[row], prompt.asked[row], self.keep[layer]
             )
             for row, there in enumerate(prompt.valid)
         ]
@@ -220,7 +215,7 @@ class Reduced:
         return prompt.leave(layer, rows, kept, asked)
 
     def _shorten_row(
-        self, stream: Tensor, added: Tensor, scores: Tensor, kept: Kept, asked: Tensor, share: float
+        self, stream: Tensor, out: Tensor, scores: Tensor, kept: Kept, asked: Tensor, keep: float
     ) -> tuple[Tensor, Kept, Tensor]:
         """What is left of one row, [K, D], of what is known of it, and of what the user asked for, where a share is to stay."""
         chosen = self.reduction
@@ -228,13 +223,14 @@ class Reduced:
         protected[: chosen.first] = True
         protected[(~asked).nonzero().flatten()[-chosen.last :]] = True
         count = int((~asked).sum())
-        pairs = self._leaving(scores, added, count - kept_count(count, share), protected, ~asked)
-        sizes = kept.sizes if chosen.sizes else None
-        left = [
-            reduce(values, pairs, prune_share=dropped, sizes=sizes)
-            for values, dropped in zip((added, stream), chosen.shares, strict=True)
-        ]
-        return left[0] + left[1], kept.without(pairs), asked[staying(len(stream), pairs)]
+        pairs = self._leaving(scores, out - stream, count - kept_count(count, keep), protected, ~asked)
+        stays, sizes = staying(len(stream), pairs), kept.sizes if chosen.sizes else None
+        rows = out[stays]
+        if len(pairs.source) and min(chosen.shares) < 1:
+            dropped, fewer = chosen.shares
+            rows = reduce(out - stream, pairs, prune_share=dropped, sizes=sizes)
+            rows = rows + reduce(stream, pairs, prune_share=fewer, sizes=sizes)
+        return rows, kept.without(pairs), asked[stays]
 
     def _leaving(
         self, scores: Float[Tensor, "K"], features: Tensor, count: int, protected: Bool[Tensor, "K"], prompt: Bool[Tensor, "K"]
