@@ -56,7 +56,7 @@ class Memory:
     def load(self, index: int) -> None:
         """Nothing was finished before."""
 
-    def save(self, index: int, tensors: dict[str, torch.Tensor], pruned: object, records: object) -> None:
+    def save(self, index: int, tensors: dict[str, torch.Tensor], *_: object) -> None:
         """Keeps one block."""
         self.tensors |= {name: tensor.clone() for name, tensor in tensors.items() if tensor.ndim == 2}
 

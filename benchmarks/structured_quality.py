@@ -129,7 +129,7 @@ class Kept:
     def load(self, index: int) -> None:
         """Nothing was finished before."""
 
-    def save(self, index: int, tensors: dict[str, Tensor], pruned: object, records: object) -> None:
+    def save(self, index: int, tensors: dict[str, Tensor], *_: object) -> None:
         """Keeps one block."""
         self.tensors |= {name: tensor.clone() for name, tensor in tensors.items()}
 

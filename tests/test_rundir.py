@@ -90,7 +90,7 @@ def test_a_damaged_block_counts_as_missing(tmp_path):
     store = BlockStore(tmp_path, lambda name: name.removeprefix("model."))
     mask = torch.rand(4, 9) < 0.5
     records = [{"layer": "model.q", "removed": int(mask.sum())}]
-    store.save(0, {"model.q.weight": torch.ones(4, 9)}, {"model.q": mask}, records)
+    store.save(0, {"model.q.weight": torch.ones(4, 9)}, {"model.q": mask}, {}, records)
     tensors, found = store.load(0)
     assert torch.equal(tensors["model.q.weight"], torch.ones(4, 9))
     assert found == records

@@ -23,7 +23,7 @@ from duramen.evaluate.evaluate import Subject, check_texts, open_subject
 from duramen.evaluate.evaluate import apply as measure
 from duramen.export.card import write_card
 from duramen.export.gguf import Type, export_gguf
-from duramen.export.hf import annotate, assemble, check_masks, copy_other_files, publish, verify_logits
+from duramen.export.hf import annotate, assemble, check_codes, check_masks, copy_other_files, publish, verify_logits
 from duramen.families.checkpoint import Checkpoint
 from duramen.families.inventory import inventory
 from duramen.families.model import BlockModel
@@ -359,7 +359,7 @@ def inspect(model: str, *, allow_generic: bool = False) -> dict[str, Any]:
     """What a model holds, and whether its masks are kept; see ``duramen.families.inventory``."""
     opened = BlockModel.from_folder(open_model(model), allow_generic=allow_generic)
     groups = [units.describe() for units in find_units(opened, known_kinds(opened))]
-    return {"model": model} | inventory(opened) | {"masks": check_masks(opened), "groups": groups}
+    return {"model": model} | inventory(opened) | {"masks": check_masks(opened), "codes": check_codes(opened), "groups": groups}
 
 
 def evaluate(model: str, *, allow_generic: bool = False, dtype: str = "auto", **settings: Any) -> dict[str, Any]:

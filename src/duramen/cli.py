@@ -73,12 +73,12 @@ def inspect(
     ] = False,
     as_json: Json = False,
 ) -> None:
-    """Shows blocks, roles, widths, formats and sparsity; fails on damaged tensors and broken masks."""
+    """Shows blocks, roles, widths, formats and sparsity; fails on damaged tensors, broken masks, and weights that are not what their codes say."""
     from duramen import api, tables
 
     found = api.inspect(model, allow_generic=allow_generic)
     _show(found, partial(tables.inspect_tables, layers=layers, groups=groups), as_json)
-    if found["damaged"] or (found["masks"] or {}).get("broken"):
+    if found["damaged"] or any((found[key] or {}).get("broken") for key in ("masks", "codes")):
         raise typer.Exit(Exit.CHECK_FAILED)
 
 

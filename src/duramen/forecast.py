@@ -13,8 +13,10 @@ from typing import Any
 from duramen.evaluate.evaluate import Settings as EvaluateSettings
 from duramen.families.model import BlockModel
 from duramen.families.select import filter_layers
+from duramen.grids import parse_grid
 from duramen.prune.model import PruneSettings
 from duramen.prune.pattern import Scope, parse_pattern
+from duramen.quantize.model import QuantizeSettings
 from duramen.recipe import Recipe, Step
 from duramen.recover import refit, rora
 from duramen.registry import Settings
@@ -56,6 +58,8 @@ def forecast(model: BlockModel, recipe: Recipe, steps: list[Step], *, gigaflops:
             flops = _walk_flops(model, shapes, names, tokens) + sum(_solve_flops(step.settings, shapes[name]) for name in names)
             memory = _memory(model, shapes, step.settings, tokens, width)
             entry = {"flops": flops, "memory_bytes": memory} | _coverage(model, shapes, names, step.settings)
+        elif isinstance(step.settings, QuantizeSettings):
+            entry = _rounded(model, shapes, step.settings, tokens, width)
         elif isinstance(step.settings, refit.Settings):
             entry = _refitted(model, shapes, step.settings, tokens, width)
         elif isinstance(step.settings, rora.Settings):
@@ -134,6 +138,19 @@ def _shrunk(
         ],
         "note": f"{note}; widths will follow the scores, block by block" if scored else note,
     }  # fmt: skip
+
+
+def _rounded(
+    model: BlockModel, shapes: dict[str, tuple[int, int]], settings: QuantizeSettings, tokens: int, width: int
+) -> dict[str, Any]:
+    """Rounding to a grid: a walk, a sweep, and the rounds that refine it."""
+    names, grid = filter_layers(model.layer_names(), settings.only, settings.skip), parse_grid(settings.grid)
+    extra = 16 + grid.bits * grid.affine
+    bits = sum(shapes[name][0] * shapes[name][1] * (grid.bits + extra / grid.width(shapes[name][1])) for name in names)
+    weights = sum(prod(shapes[name]) for name in names)
+    flops = _walk_flops(model, shapes, names, tokens) + sum(_solve_flops(settings, shapes[name]) for name in names)
+    note = f"{bits / weights:.2f} bits per weight in {len(names)} layers, {bits / 8 / 2**20:,.0f} MiB; stored as ordinary tensors too"
+    return {"flops": flops, "memory_bytes": _memory(model, shapes, settings, tokens, width), "note": note}
 
 
 def _refitted(
@@ -232,7 +249,7 @@ def _walk_flops(model: BlockModel, shapes: dict[str, tuple[int, int]], names: li
     return flops
 
 
-def _solve_flops(settings: PruneSettings, shape: tuple[int, int]) -> float:
+def _solve_flops(settings: PruneSettings | QuantizeSettings, shape: tuple[int, int]) -> float:
     outputs, inputs = shape
     products = settings.products
     tries = len(settings.damping_grid) if getattr(settings, "damping", None) == "held-out" else 0
@@ -248,7 +265,13 @@ def _evaluation_flops(
     return 2.0 * parameters * tokens * subjects
 
 
-def _memory(model: BlockModel, shapes: dict[str, tuple[int, int]], settings: PruneSettings, tokens: int, width: int) -> int:
+def _memory(
+    model: BlockModel,
+    shapes: dict[str, tuple[int, int]],
+    settings: PruneSettings | QuantizeSettings,
+    tokens: int,
+    width: int,
+) -> int:
     """Outside tensors, one block twice (stored and running), one boundary, the widest layer's Grams and its solve."""
     block, outside = _largest_block(model, shapes), _outside(model)
     grams = 1 + (getattr(settings, "damping", None) == "held-out") + 2 * (settings.alpha > 0)

@@ -20,10 +20,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from duramen.grids import Quantized
 from duramen.problem import Exit, Problem
 
 STATE = ".duramen"
 MASKS = "masks.safetensors"
+CODES, GRIDS = "codes.safetensors", "grids.json"
 
 
 @contextmanager
@@ -201,7 +203,7 @@ def _short(value: Any) -> str:
 
 
 class BlockStore:
-    """Finished blocks of one step: tensors by stored name, bit-packed masks, records."""
+    """Finished blocks of one step: tensors by stored name, bit-packed masks, codes, records."""
 
     def __init__(self, folder: Path, stored_name: Callable[[str], str]) -> None:
         self.folder, self.stored_name = folder, stored_name
@@ -217,26 +219,49 @@ class BlockStore:
         """Masks of a block."""
         return self.folder / f"block-{index:04d}.masks.safetensors"
 
+    def codes(self, index: int) -> Path:
+        """Codes of a block."""
+        return self.folder / f"block-{index:04d}.codes.safetensors"
+
+    def grids(self, index: int) -> dict[str, str]:
+        """The grids of the layers of a finished block that were rounded, as they are written."""
+        return dict(json.loads(self._record(index).read_text(encoding="utf-8"))["grids"])
+
+    def edited(self, index: int) -> set[str]:
+        """The layers of a finished block that the step edited."""
+        return {record["layer"] for record in json.loads(self._record(index).read_text(encoding="utf-8"))["records"]}
+
     def names(self, index: int) -> dict[str, str]:
         """Stored name of every tensor of a finished block -> the model's own."""
         return dict(json.loads(self._record(index).read_text(encoding="utf-8"))["names"])
 
-    def save(self, index: int, tensors: dict[str, Tensor], pruned: dict[str, Tensor], records: list[dict[str, Any]]) -> None:
-        """Keeps a finished block with its masks by layer; its record, written last, makes it count."""
+    def save(
+        self,
+        index: int,
+        tensors: dict[str, Tensor],
+        pruned: dict[str, Tensor],
+        quantized: dict[str, Quantized],
+        records: list[dict[str, Any]],
+    ) -> None:
+        """Keeps a finished block with its masks and codes by layer; its record, written last, makes it count."""
         names = {self.stored_name(name): name for name in tensors}
         write_tensors(self.shard(index), {stored: tensors[name] for stored, name in names.items()})
         write_tensors(self.masks(index), {name: pack_mask(mask) for name, mask in pruned.items()})
-        digests = {"shard": hash_file(self.shard(index)), "masks": hash_file(self.masks(index))}
-        write_json(self._record(index), digests | {"names": names, "records": records})
+        codes = {f"{name}.{end}": each for name, found in quantized.items() for end, each in found.tensors().items()}
+        write_tensors(self.codes(index), codes)
+        files = {"shard": self.shard(index), "masks": self.masks(index), "codes": self.codes(index)}
+        digests = {name: hash_file(file) for name, file in files.items()}
+        grids = {name: found.grid.text for name, found in quantized.items()}
+        write_json(self._record(index), {"files": digests, "names": names, "grids": grids, "records": records})
 
     def load(self, index: int) -> tuple[dict[str, Tensor], list[dict[str, Any]]] | None:
         """A finished block by the model's own names, or None if it is missing or damaged."""
         if not self._record(index).is_file():
             return None
         kept = json.loads(self._record(index).read_text(encoding="utf-8"))
-        for file, digest in ((self.shard(index), kept["shard"]), (self.masks(index), kept["masks"])):
-            if not file.is_file() or hash_file(file) != digest:
-                return None
+        files = {"shard": self.shard(index), "masks": self.masks(index), "codes": self.codes(index)}
+        if any(not file.is_file() or hash_file(file) != kept["files"][name] for name, file in files.items()):
+            return None
         tensors = load_file(self.shard(index))
         return {kept["names"][stored]: tensor.clone() for stored, tensor in tensors.items()}, kept["records"]
 

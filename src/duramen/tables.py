@@ -45,6 +45,7 @@ def plan_tables(found: dict[str, Any]) -> list[Printable]:
             kinds = [(item["kind"], f"{item['units']:,}", item["stay"], f"{item['parameters']:,}") for item in step["units"]]
             title = f"step {step['id']} ({step['method']})"
             parts.append(_table(title, "kind", "units in a block", "stay", "parameters of one unit", rows=kinds))
+        if "note" in step:
             parts.append(f"step {step['id']}: {step['note']}")
         parts.append(f"step {step['id']}: predicted {step['seconds'] / 60:.1f} min, {step['memory_bytes'] / 2**30:.1f} GiB")
     parts.append(f"in all: predicted {found['seconds'] / 60:.1f} min, peak {found['memory_bytes'] / 2**30:.1f} GiB")
@@ -82,6 +83,14 @@ def inspect_tables(found: dict[str, Any], *, layers: bool = False, groups: bool 
         masks = found["masks"]
         kept = f"BROKEN in {', '.join(masks['broken'])}" if masks["broken"] else "every removed weight is zero"
         parts.append(f"masks: {masks['removed']:,} of {masks['size']:,} removed; {kept}")
+    if found["codes"]:
+        kept = (
+            f"BROKEN in {', '.join(found['codes']['broken'])}"
+            if found["codes"]["broken"]
+            else "every weight is what its code says"
+        )
+        counts = ", ".join(f"{count} layers {grid}" for grid, count in found["codes"]["layers"].items())
+        parts.append(f"codes: {counts}; {kept}")
     if found["damaged"]:
         parts.append(f"DAMAGED, not finite: {', '.join(found['damaged'])}")
     return parts

@@ -25,6 +25,7 @@ from duramen.calibrate.activations import Activations, Budget, check_activations
 from duramen.calibrate.passes import Passes
 from duramen.calibrate.statistics import Statistics
 from duramen.families.model import BlockModel, Call, Layer, OpenBlock
+from duramen.grids import Quantized
 from duramen.problem import Exit, Problem
 
 SCRATCH = "activations-"
@@ -44,8 +45,15 @@ class Store(Protocol):
     def load(self, index: int) -> tuple[dict[str, Tensor], Records] | None:
         """The edited tensors and records of a finished block, or None."""
 
-    def save(self, index: int, tensors: dict[str, Tensor], pruned: dict[str, Tensor], records: Records) -> None:
-        """Keeps a finished block and the masks of its layers, durably."""
+    def save(
+        self,
+        index: int,
+        tensors: dict[str, Tensor],
+        pruned: dict[str, Tensor],
+        quantized: dict[str, Quantized],
+        records: Records,
+    ) -> None:
+        """Keeps a finished block with the masks and the codes of its layers, durably."""
 
 
 class Reshape(Protocol):
@@ -277,7 +285,8 @@ def _edit_block(
         if walk.store and ranks.leads():
             edited = dict(chain(*(layer.edited.items() for layer in block.layers.values())))
             masks = {layer.name: layer.pruned for layer in block.layers.values() if layer.pruned is not None}
-            walk.store.save(index, block.tensors | edited, masks, records)
+            codes = {layer.name: layer.quantized for layer in block.layers.values() if layer.quantized is not None}
+            walk.store.save(index, block.tensors | edited, masks, codes, records)
         ranks.wait()
         for each in filter(None, (passes, dense)):
             each.advance(f"{model.family.blocks}.{index}")
@@ -301,15 +310,15 @@ def _edit_stage(layers: list[Layer], statistics: Statistics, edit: Edit) -> Iter
     edit_layer = edit(layers, statistics)
     for first in range(0, len(layers), ranks.count()):
         together = layers[first : first + ranks.count()]
-        done: tuple[dict[str, Any], dict[str, Tensor], Tensor | None] | None = None
+        done: tuple[dict[str, Any], dict[str, Tensor], Tensor | None, Quantized | None] | None = None
         for layer in together[ranks.rank() : ranks.rank() + 1]:
             head = {"layer": layer.name, "role": layer.projection.role, "block": layer.block, "tokens": statistics.tokens}
             record = head | edit_layer(layer)
-            done = record, layer.edited, layer.pruned
+            done = record, layer.edited, layer.pruned, layer.quantized
         for owner, layer in enumerate(together):
-            record, edited, pruned = ranks.shared(done if owner == ranks.rank() else None, owner)
+            record, edited, pruned, quantized = ranks.shared(done if owner == ranks.rank() else None, owner)
             if owner != ranks.rank():
-                layer.take_over(edited, pruned)
+                layer.take_over(edited, pruned, quantized)
             yield record
 
 

@@ -62,6 +62,11 @@ def _step(step: dict[str, Any]) -> str:
         before, after = (step["shape"]["parameters"][when] for when in ("before", "after"))
         sizes = f"{after:,} parameters instead of {before:,}; `pruning_plan.json` lists what stayed."
         return f"## {step['method']}\n\n{sizes} Settings: {_settings(step)}."
+    rounded = [layer for layer in step["layers"] if "bits" in layer]
+    if rounded:
+        bits = sum(layer["bits"] * layer["size"] for layer in rounded) / sum(layer["size"] for layer in rounded)
+        words = f"The weights of {len(rounded)} layers are on a grid, {bits:.2f} bits each with their steps; `codes.safetensors` has the codes, `grids.json` the grids, and the ordinary tensors what they stand for."
+        return f"## {step['method']}\n\n{words} Settings: {_settings(step)}."
     removed = sum(layer["removed"] for layer in step["layers"])
     size = sum(layer["size"] for layer in step["layers"])
     return f"## {step['method']}\n\n{removed:,} of {size:,} weights removed in {len(step['layers'])} layers. Settings: {_settings(step)}."

@@ -22,6 +22,7 @@ from duramen.families import find_family
 from duramen.families.checkpoint import Checkpoint, check_finite
 from duramen.families.generic import infer_family
 from duramen.families.table import Family, Projection, Sizes
+from duramen.grids import Quantized
 from duramen.problem import Exit, Problem
 from duramen.ssm.mixer import ExactScans
 
@@ -42,6 +43,7 @@ class Layer:
         stored: Its weight and, if it has one, its bias as stored, not as cast for the forward pass.
         edited: The new ones by full name, in the stored type and layout, once written.
         pruned: What was removed from the weight, bool [O, I], where the edit removed anything.
+        quantized: The codes that the weight stands for, where the edit rounded it to a grid.
         parent: The same layer of the dense model, where a step runs that in step.
     """
 
@@ -52,6 +54,7 @@ class Layer:
     stored: dict[str, Tensor]
     edited: dict[str, Tensor] = field(default_factory=dict)
     pruned: Tensor | None = None
+    quantized: Quantized | None = None
     parent: Layer | None = None
 
     def read(self) -> Tensor:
@@ -71,9 +74,9 @@ class Layer:
         if bias is not None:
             self._set("bias", bias)
 
-    def take_over(self, edited: dict[str, Tensor], pruned: Tensor | None) -> None:
-        """Sets what another process wrote: its ``edited`` and its mask."""
-        self.pruned = pruned
+    def take_over(self, edited: dict[str, Tensor], pruned: Tensor | None, quantized: Quantized | None) -> None:
+        """Sets what another process wrote: its ``edited``, its mask and its codes."""
+        self.pruned, self.quantized = pruned, quantized
         for name, tensor in edited.items():
             self._set(name.rpartition(".")[2], tensor)
 

@@ -53,7 +53,13 @@ def verdict(results: dict[str, Any]) -> str:
     shapes = [step["shape"] for step in results["steps"] if step.get("shape")]
     removed, size = sum(layer["removed"] for layer in layers), sum(layer["size"] for layer in layers)
     gone = f"{removed / max(size, 1):.1%} of the {size / 1e6:,.1f} million weights in {len(layers)} layers are gone"
-    parts = [gone] if removed else [f"{len(layers)} layers were fitted anew"] if layers else []
+    rounded = [layer for layer in layers if "bits" in layer]
+    parts = [gone] if removed else []
+    if rounded:
+        bits = sum(layer["bits"] * layer["size"] for layer in rounded) / sum(layer["size"] for layer in rounded)
+        parts.append(f"the weights of {len(rounded)} layers are {bits:.2f} bits each")
+    elif layers and not removed:
+        parts.append(f"{len(layers)} layers were fitted anew")
     if shapes:
         before, after = shapes[0]["parameters"]["before"], shapes[-1]["parameters"]["after"]
         parts.append(
@@ -149,6 +155,7 @@ def _step(step: dict[str, Any]) -> dict[str, Any]:
         "from_dense": any("error_before" in layer for layer in layers),
         "training": _training(step["training"]) if step.get("training") else None,
         "treated": len(layers),
+        "rounded": any("bits" in layer for layer in layers),
         "skipped": step["skipped"],
         "copied": step["copied_unchanged"],
     }
@@ -251,6 +258,7 @@ def _role_totals(role: str, layers: list[dict[str, Any]]) -> dict[str, Any]:
     return {
         "role": role, "layers": len(layers), "removed": removed, "share": removed / size,
         "error": sum(layer["relative_error"] for layer in layers) / len(layers),
+        "bits": sum(layer.get("bits", 0) * layer["size"] for layer in layers) / size,
     }  # fmt: skip
 
 

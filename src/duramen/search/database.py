@@ -22,6 +22,7 @@ from torch import Tensor
 from duramen.calibrate.statistics import Statistics
 from duramen.calibrate.walker import Records, Walk, walk_blocks
 from duramen.families.model import BlockModel, Layer, OpenBlock
+from duramen.grids import Quantized
 from duramen.prune.layer import Stage, aim, corrected_bias, prepare
 from duramen.prune.reconstruct import output_error
 from duramen.rundir import BlockStore, write_tensors
@@ -288,9 +289,17 @@ class _LevelStore(BlockStore):
         if bias is not None:
             self.pending[f"{units.kind}.{level}.bias"] = bias
 
-    def save(self, index: int, tensors: dict[str, Tensor], pruned: dict[str, Tensor], records: Records) -> None:
+    def save(
+        self,
+        index: int,
+        tensors: dict[str, Tensor],
+        pruned: dict[str, Tensor],
+        quantized: dict[str, Quantized],
+        records: Records,
+    ) -> None:
         """Writes the levels of a finished block; its record, written last, makes it count."""
         write_tensors(level_file(self.folder, index), self.pending)
         layers = tuple(f"{record['layer']}." for record in records)
-        super().save(index, {name: tensor for name, tensor in tensors.items() if name.startswith(layers)}, pruned, records)
+        own = {name: tensor for name, tensor in tensors.items() if name.startswith(layers)}
+        super().save(index, own, pruned, quantized, records)
         self.pending = {}

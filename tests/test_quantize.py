@@ -1,0 +1,131 @@
+"""Quantization of whole models: codes beside ordinary weights, masks that stay, runs that go on, and what a later step makes stale."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+import duramen
+import tiny
+from duramen.grids import Quantized, parse_grid
+from duramen.problem import Problem
+from duramen.report.page import write_report
+from duramen.rundir import CODES, GRIDS, MASKS, BlockStore, unpack_mask
+
+
+def recipe(texts, *steps):
+    calibration = {"text": [str(texts[0])], "sequences": 8, "length": 64}
+    return {"name": "tiny", "dtype": "float32", "calibration": calibration, "steps": list(steps)}
+
+
+def gptq(**more):
+    return {"method": "gptq", "grid": "W3 g8", **more}
+
+
+def weights(folder):
+    return {key: tensor for file in folder.glob("model*.safetensors") for key, tensor in load_file(file).items()}
+
+
+def codes(folder):
+    tensors, grids = load_file(folder / CODES), json.loads((folder / GRIDS).read_text())
+    return {
+        name: Quantized(tensors[f"{name}.codes"], tensors[f"{name}.steps"], tensors.get(f"{name}.zeros"), parse_grid(text))
+        for name, text in grids.items()
+    }
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "opt", "mamba2", "jamba"])
+@pytest.mark.parametrize("step", [gptq(grid="W3 g4"), {"method": "rtn", "grid": "W4 row affine"}])
+def test_every_family_is_what_its_codes_say(name, step, texts, tmp_path):
+    """gpt2 stores its weights [I, O]."""
+    tiny.save(name, tmp_path / "model")
+    found = duramen.run(recipe(texts, step), str(tmp_path / "model"), tmp_path / "out")
+    layers = found["steps"][0]["layers"]
+    assert duramen.inspect(str(tmp_path / "out"))["codes"] == {"layers": {step["grid"]: len(layers)}, "broken": []}
+    assert all(0 < layer["relative_error"] < 0.5 for layer in layers)
+    stored = codes(tmp_path / "out")
+    for layer in layers:
+        each = stored[layer["layer"]]
+        assert each.grid.least <= int(each.codes.min()) <= int(each.codes.max()) <= each.grid.most
+        assert each.steps.dtype == torch.float16
+        extra = 16 + each.grid.bits * each.grid.affine
+        assert layer["bits"] == pytest.approx(each.grid.bits + extra * each.steps.numel() / each.codes.numel())
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "out")(tiny.ids()).logits.isfinite().all()
+    page = write_report(tmp_path / "out", found).read_text()
+    assert "Bits per weight" in page
+    assert "bits each" in page
+
+
+def test_refined_rounding_is_nearer_than_gptq_and_that_than_nearest(llama, texts, tmp_path):
+    """Summed over the layers of a model, which is only so in practice."""
+    errors = []
+    for number, step in enumerate((gptq(), gptq(refine=0), {"method": "rtn", "grid": "W3 g8"})):
+        found = duramen.run(recipe(texts, step), str(llama), tmp_path / str(number))
+        errors.append(sum(layer["relative_error"] for layer in found["steps"][0]["layers"]))
+    assert errors[0] < errors[1] < errors[2]
+
+
+def test_masks_stay_and_the_zeros_with_them(llama, texts, tmp_path):
+    prune = {"method": "multiweight", "pattern": "2:4", "effort": "fast"}
+    duramen.run(recipe(texts, prune, gptq(damping="held-out", dense_target=0.25)), str(llama), tmp_path / "out")
+    duramen.run(recipe(texts, prune), str(llama), tmp_path / "pruned")
+    masks, before = load_file(tmp_path / "out" / MASKS), load_file(tmp_path / "pruned" / MASKS)
+    assert masks.keys() == before.keys()
+    assert all(torch.equal(masks[name], before[name]) for name in masks)
+    stored = weights(tmp_path / "out")
+    for name, packed in masks.items():
+        pruned = unpack_mask(packed, stored[f"{name}.weight"].shape[1])
+        assert (stored[f"{name}.weight"][pruned] == 0).all()
+    assert duramen.inspect(str(tmp_path / "out"))["masks"]["broken"] == []
+
+
+def test_a_later_step_takes_the_codes_of_what_it_edits(llama, texts, tmp_path):
+    prune = {"method": "wanda", "sparsity": 0.5, "only": ["q"]}
+    duramen.run(recipe(texts, gptq(), prune), str(llama), tmp_path / "out")
+    left = codes(tmp_path / "out")
+    assert left
+    assert not any(name.endswith("q_proj") for name in left)
+    assert duramen.inspect(str(tmp_path / "out"))["codes"]["broken"] == []
+
+
+def test_stopped_and_run_again_it_ends_with_the_same_bytes(llama, texts, tmp_path, monkeypatch):
+    duramen.run(recipe(texts, gptq()), str(llama), tmp_path / "whole")
+    real, stopped = BlockStore.save, []
+
+    def save(self, index, *rest):
+        if index == 1 and not stopped:
+            stopped.append(index)
+            raise KeyboardInterrupt
+        real(self, index, *rest)
+
+    monkeypatch.setattr(BlockStore, "save", save)
+    with pytest.raises(KeyboardInterrupt):
+        duramen.run(recipe(texts, gptq()), str(llama), tmp_path / "again")
+    duramen.run(recipe(texts, gptq()), str(llama), tmp_path / "again")
+    for name in (CODES, GRIDS, *(file.name for file in (tmp_path / "whole").glob("model*"))):
+        assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "again" / name).read_bytes()
+
+
+def test_a_weight_that_is_not_what_its_code_says_is_named(llama, texts, tmp_path):
+    duramen.run(recipe(texts, gptq(only=["o"])), str(llama), tmp_path / "out")
+    (file,) = [
+        each
+        for each in (tmp_path / "out").glob("model*")
+        if each.suffix == ".safetensors" and "model.layers.1.self_attn.o_proj.weight" in load_file(each)
+    ]
+    tensors = {key: tensor.clone() for key, tensor in load_file(file).items()}
+    tensors["model.layers.1.self_attn.o_proj.weight"][0, 0] += 1
+    save_file(tensors, file, {"format": "pt"})
+    assert duramen.inspect(str(tmp_path / "out"))["codes"]["broken"] == ["model.layers.1.self_attn.o_proj"]
+
+
+def test_plan_says_the_bits_and_bad_words_stop_before_the_walk(llama, texts, tmp_path):
+    planned = duramen.plan(recipe(texts, gptq()), str(llama))
+    assert "5.00 bits per weight in 21 layers" in planned["steps"][0]["note"]
+    with pytest.raises(Problem, match="is no grid"):
+        duramen.run(recipe(texts, gptq(grid="W3 columns")), str(llama), tmp_path / "a")
+    with pytest.raises(Problem, match="inputs of model.layers.0.self_attn.q_proj"):
+        duramen.run(recipe(texts, gptq(grid="W3 g7")), str(llama), tmp_path / "b")
+    assert not list((tmp_path / "b").glob("model*"))
