@@ -2,13 +2,15 @@
 
 import json
 
+import gguf
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig
 
 import duramen
 import tiny
+from duramen.export.gguf import export_gguf
 from duramen.grids import Quantized, parse_grid
 from duramen.problem import Problem
 from duramen.report.page import write_report
@@ -20,7 +22,7 @@ def recipe(texts, *steps):
     return {"name": "tiny", "dtype": "float32", "calibration": calibration, "steps": list(steps)}
 
 
-def gptq(**more):
+def rounding(**more):
     return {"method": "gptq", "grid": "W3 g8", **more}
 
 
@@ -37,7 +39,7 @@ def codes(folder):
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "opt", "mamba2", "jamba"])
-@pytest.mark.parametrize("step", [gptq(grid="W3 g4"), {"method": "rtn", "grid": "W4 row affine"}])
+@pytest.mark.parametrize("step", [rounding(grid="W3 g4"), {"method": "rtn", "grid": "W4 row affine"}])
 def test_every_family_is_what_its_codes_say(name, step, texts, tmp_path):
     """gpt2 stores its weights [I, O]."""
     tiny.save(name, tmp_path / "model")
@@ -61,7 +63,7 @@ def test_every_family_is_what_its_codes_say(name, step, texts, tmp_path):
 def test_refined_rounding_is_nearer_than_gptq_and_that_than_nearest(llama, texts, tmp_path):
     """Summed over the layers of a model, which is only so in practice."""
     errors = []
-    for number, step in enumerate((gptq(), gptq(refine=0), {"method": "rtn", "grid": "W3 g8"})):
+    for number, step in enumerate((rounding(), rounding(refine=0), {"method": "rtn", "grid": "W3 g8"})):
         found = duramen.run(recipe(texts, step), str(llama), tmp_path / str(number))
         errors.append(sum(layer["relative_error"] for layer in found["steps"][0]["layers"]))
     assert errors[0] < errors[1] < errors[2]
@@ -69,7 +71,7 @@ def test_refined_rounding_is_nearer_than_gptq_and_that_than_nearest(llama, texts
 
 def test_masks_stay_and_the_zeros_with_them(llama, texts, tmp_path):
     prune = {"method": "multiweight", "pattern": "2:4", "effort": "fast"}
-    duramen.run(recipe(texts, prune, gptq(damping="held-out", dense_target=0.25)), str(llama), tmp_path / "out")
+    duramen.run(recipe(texts, prune, rounding(damping="held-out", dense_target=0.25)), str(llama), tmp_path / "out")
     duramen.run(recipe(texts, prune), str(llama), tmp_path / "pruned")
     masks, before = load_file(tmp_path / "out" / MASKS), load_file(tmp_path / "pruned" / MASKS)
     assert masks.keys() == before.keys()
@@ -83,7 +85,7 @@ def test_masks_stay_and_the_zeros_with_them(llama, texts, tmp_path):
 
 def test_a_later_step_takes_the_codes_of_what_it_edits(llama, texts, tmp_path):
     prune = {"method": "wanda", "sparsity": 0.5, "only": ["q"]}
-    duramen.run(recipe(texts, gptq(), prune), str(llama), tmp_path / "out")
+    duramen.run(recipe(texts, rounding(), prune), str(llama), tmp_path / "out")
     left = codes(tmp_path / "out")
     assert left
     assert not any(name.endswith("q_proj") for name in left)
@@ -91,7 +93,7 @@ def test_a_later_step_takes_the_codes_of_what_it_edits(llama, texts, tmp_path):
 
 
 def test_stopped_and_run_again_it_ends_with_the_same_bytes(llama, texts, tmp_path, monkeypatch):
-    duramen.run(recipe(texts, gptq()), str(llama), tmp_path / "whole")
+    duramen.run(recipe(texts, rounding()), str(llama), tmp_path / "whole")
     real, stopped = BlockStore.save, []
 
     def save(self, index, *rest):
@@ -102,14 +104,14 @@ def test_stopped_and_run_again_it_ends_with_the_same_bytes(llama, texts, tmp_pat
 
     monkeypatch.setattr(BlockStore, "save", save)
     with pytest.raises(KeyboardInterrupt):
-        duramen.run(recipe(texts, gptq()), str(llama), tmp_path / "again")
-    duramen.run(recipe(texts, gptq()), str(llama), tmp_path / "again")
+        duramen.run(recipe(texts, rounding()), str(llama), tmp_path / "again")
+    duramen.run(recipe(texts, rounding()), str(llama), tmp_path / "again")
     for name in (CODES, GRIDS, *(file.name for file in (tmp_path / "whole").glob("model*"))):
         assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "again" / name).read_bytes()
 
 
 def test_a_weight_that_is_not_what_its_code_says_is_named(llama, texts, tmp_path):
-    duramen.run(recipe(texts, gptq(only=["o"])), str(llama), tmp_path / "out")
+    duramen.run(recipe(texts, rounding(only=["o"])), str(llama), tmp_path / "out")
     (file,) = [
         each
         for each in (tmp_path / "out").glob("model*")
@@ -122,10 +124,38 @@ def test_a_weight_that_is_not_what_its_code_says_is_named(llama, texts, tmp_path
 
 
 def test_plan_says_the_bits_and_bad_words_stop_before_the_walk(llama, texts, tmp_path):
-    planned = duramen.plan(recipe(texts, gptq()), str(llama))
+    planned = duramen.plan(recipe(texts, rounding()), str(llama))
     assert "5.00 bits per weight in 21 layers" in planned["steps"][0]["note"]
     with pytest.raises(Problem, match="is no grid"):
-        duramen.run(recipe(texts, gptq(grid="W3 columns")), str(llama), tmp_path / "a")
-    with pytest.raises(Problem, match="inputs of model.layers.0.self_attn.q_proj"):
-        duramen.run(recipe(texts, gptq(grid="W3 g7")), str(llama), tmp_path / "b")
+        duramen.run(recipe(texts, rounding(grid="W3 columns")), str(llama), tmp_path / "a")
+    with pytest.raises(Problem, match=r"inputs of model\.layers\.0\.self_attn\.q_proj"):
+        duramen.run(recipe(texts, rounding(grid="W3 g7")), str(llama), tmp_path / "b")
     assert not list((tmp_path / "b").glob("model*"))
+
+
+@pytest.mark.parametrize(
+    ("grid", "kind"),
+    [("W4 g32", "Q4_0"), ("W3 row", "Q4_0"), ("W8 g64", "Q8_0"), ("W4 tensor narrow", "Q4_0"), ("W4 g32 affine", None)],
+)
+def test_codes_go_into_gguf_as_they_are(grid, kind, texts, tmp_path):
+    """Bit for bit, with q and k in llama.cpp's order of rows; an affine grid has no such blocks and goes as it is."""
+    config = LlamaConfig(
+        hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, vocab_size=259,
+        max_position_embeddings=512, bos_token_id=257, eos_token_id=258,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "model")
+    tiny.tokenizer().save_pretrained(tmp_path / "model")
+    duramen.run(recipe(texts, rounding(grid=grid)), str(tmp_path / "model"), tmp_path / "out")
+    file = tmp_path / "model.gguf"
+    found = export_gguf(tmp_path / "out", file, kind="f32")
+    assert found["coded"] == (14 if kind else 0)
+    tensors = {tensor.name: tensor for tensor in gguf.GGUFReader(file).tensors}
+    stored = codes(tmp_path / "out")
+    for layer, name in (("mlp.down_proj", "ffn_down"), ("self_attn.k_proj", "attn_k")):
+        there, here = tensors[f"blk.1.{name}.weight"], stored[f"model.layers.1.{layer}"].weight()
+        assert there.tensor_type.name == (kind or "F32")
+        if name == "attn_k":
+            here = here.view(2, 2, 8, 64).transpose(1, 2).reshape(32, 64)
+        values = gguf.quants.dequantize(there.data, there.tensor_type).reshape(here.shape)
+        assert torch.equal(torch.from_numpy(values.copy()), here)

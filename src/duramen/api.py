@@ -22,8 +22,9 @@ from duramen.evaluate.evaluate import Settings as EvaluateSettings
 from duramen.evaluate.evaluate import Subject, check_texts, open_subject
 from duramen.evaluate.evaluate import apply as measure
 from duramen.export.card import write_card
+from duramen.export.codes import check_codes
 from duramen.export.gguf import Type, export_gguf
-from duramen.export.hf import annotate, assemble, check_codes, check_masks, copy_other_files, publish, verify_logits
+from duramen.export.hf import annotate, assemble, check_masks, copy_other_files, publish, verify_logits
 from duramen.families.checkpoint import Checkpoint
 from duramen.families.inventory import inventory
 from duramen.families.model import BlockModel

@@ -119,7 +119,8 @@ def export_tables(found: dict[str, Any]) -> list[Printable]:
         else f"llama.cpp continued {agreed} of {found['prompts']} prompts as transformers does"
     )  # fmt: skip
     return [
-        f"{found['file']}: architecture {found['architecture']}, {found['tensors']} tensors, {found['bytes']:,} bytes, {found['type']}",
+        f"{found['file']}: architecture {found['architecture']}, {found['tensors']} tensors, {found['bytes']:,} bytes, {found['type']}"
+        + (f" but for {found['coded']} that have codes, which are kept" if found["coded"] else ""),
         f"read back: entries differ by at most {found['largest_error']:.1e} of their tensor's largest; {ran}",
     ]
 

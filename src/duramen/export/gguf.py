@@ -4,12 +4,15 @@ What ``deci`` can hold: FFN widths, KV groups and query heads of each block, blo
 left out stands as 32 channels of zeros where the block keeps its attention, since llama.cpp forgets the output of an attention that no
 MLP follows. All heads have one width and one rotary table. Rows of q and k change places: llama.cpp turns neighbouring entries of a head
 by one angle, transformers those that are half a head apart.
+
+Layers that were rounded to a symmetric grid go into the file code by code, as Q4_0 or Q8_0, whose blocks of 32 all get the step of their row or group; the package's own
+quantizer would choose steps anew and lose what was fitted. llama.cpp executes both as integers, with activations of eight bits.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -19,8 +22,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from duramen.export.codes import read_codes
 from duramen.families import OWN
 from duramen.families.model import BlockModel
+from duramen.grids import Quantized
 from duramen.hardware.machine import total_memory
 from duramen.problem import Exit, Problem
 from duramen.rundir import replacing
@@ -58,10 +63,10 @@ def export_gguf(folder: Path, file: Path, *, kind: Type = "f16") -> dict[str, An
     Args:
         folder: A Hugging Face folder.
         file: Where to write.
-        kind: Type of the matrices; vectors are float32.
+        kind: Type of the matrices that were not rounded to a grid of blocks; vectors are float32.
 
     Returns:
-        ``architecture``, ``bytes``, ``tensors``; ``largest_error`` of an entry read back, relative to its tensor's largest; ``prompts``
+        ``architecture``, ``bytes``, ``tensors``; how many of them are ``coded``; ``largest_error`` of an entry read back, relative to its tensor's largest; ``prompts``
         that llama.cpp was given, and ``agreed``: how many it continued as transformers does, None if it was not there, or if both would
         not fit in memory.
 
@@ -75,6 +80,7 @@ def export_gguf(folder: Path, file: Path, *, kind: Type = "f16") -> dict[str, An
     import gguf
 
     model = BlockModel.from_folder(folder, dtype=torch.float32)
+    codes = {name: found for name, found in read_codes(folder).items() if _fits_blocks(found)}
     shapes = _shapes(model)
     alike = _alike(shapes) and 0 not in (shapes[0].heads, shapes[0].ffn)
     architecture = "llama" if alike else "deci"
@@ -82,29 +88,31 @@ def export_gguf(folder: Path, file: Path, *, kind: Type = "f16") -> dict[str, An
         writer = gguf.GGUFWriter(partial, architecture, use_temp_file=True)
         _write_header(writer, model, shapes, folder.resolve().name)
         _write_tokenizer(writer, folder)
-        for name, tensor in _tensors(model, shapes):
-            array, raw = _packed(tensor, kind)
+        coded = 0
+        for name, tensor, quantized in _tensors(model, shapes, codes):
+            array, raw = _packed(tensor, kind) if quantized is None else _blocks(quantized)
+            coded += quantized is not None
             writer.add_tensor(name, array, raw_dtype=raw)
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_tensors_to_file()
         writer.close()
-        count, error = _read_back(partial, _tensors(model, shapes), kind)
+        count, error = _read_back(partial, _tensors(model, shapes, codes), kind)
         small = 16 * sum(p.numel() for p in model.network.parameters()) < total_memory()
-        agreed = llama_cpp_agrees(partial, folder, PROMPTS) if find_spec("xllamacpp") and small else None
+        agreed = llama_cpp_agrees(partial, folder, PROMPTS, exact=not coded) if find_spec("xllamacpp") and small else None
     return {
-        "architecture": architecture, "bytes": file.stat().st_size, "tensors": count, "largest_error": error,
+        "architecture": architecture, "bytes": file.stat().st_size, "tensors": count, "coded": coded, "largest_error": error,
         "prompts": len(PROMPTS), "agreed": agreed,
     }  # fmt: skip
 
 
-def llama_cpp_agrees(file: Path, folder: Path, prompts: Sequence[str], new_tokens: int = 16) -> int:
+def llama_cpp_agrees(file: Path, folder: Path, prompts: Sequence[str], new_tokens: int = 16, *, exact: bool = True) -> int:
     """For how many prompts llama.cpp, with its cache in float32, continues greedily with the same text as transformers in float32.
 
-    Both get the same token ids. Where two tokens are about equally likely, the rounding of the file's matrices may decide.
+    Both get the same token ids. Where two tokens are about equally likely, the rounding of the file's matrices may decide, or that of activations where matrices are coded.
 
     Raises:
-        Problem: If it is none of them.
+        Problem: If it is none of them, and all was to be ``exact``.
     """
     import xllamacpp
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -135,7 +143,7 @@ def llama_cpp_agrees(file: Path, folder: Path, prompts: Sequence[str], new_token
                 do_sample=False, pad_token_id=0,
             )  # fmt: skip
         equal += theirs == tokenizer.decode(ours[0, len(ids) :], skip_special_tokens=True)
-    if not equal:
+    if exact and not equal:
         raise Problem(
             f"llama.cpp continues none of {len(prompts)} prompts as transformers does.",
             why=f"the arithmetic of {file.name} is not that of {folder}.",
@@ -206,16 +214,40 @@ def _write_header(writer: Any, model: BlockModel, shapes: Sequence[Shape], name:
     writer.add_vocab_size(config.vocab_size)
 
 
-def _tensors(model: BlockModel, shapes: Sequence[Shape]) -> Iterator[tuple[str, Tensor]]:
-    """All tensors under their names in GGUF, one block in memory at a time."""
+def _fits_blocks(quantized: Quantized) -> bool:
+    """Whether blocks of 32 with one 16-bit step each can hold a matrix."""
+    inputs = quantized.codes.shape[1]
+    whole = inputs % 32 == 0 and quantized.grid.width(inputs) % 32 == 0
+    return whole and quantized.zeros is None and quantized.steps.dtype == torch.float16
+
+
+def _blocks(quantized: Quantized) -> tuple[np.ndarray, Any]:
+    """Codes as Q4_0 (a step and 16 pairs of codes, the first half of 32 in the low bits) or Q8_0 (a step and 32 codes), and which it is."""
+    import gguf
+
+    codes = quantized.codes.view(len(quantized.codes), -1, 32)
+    steps = quantized.steps.repeat_interleave(codes.shape[1] // quantized.steps.shape[1], 1)
+    scales = steps.numpy()[:, :, None].view(np.uint8)
+    if quantized.grid.bits > 4:
+        packed, kind = codes.numpy().view(np.uint8), gguf.GGMLQuantizationType.Q8_0
+    else:
+        nibbles = (codes + 8).to(torch.uint8)
+        packed, kind = (nibbles[:, :, :16] | nibbles[:, :, 16:] << 4).numpy(), gguf.GGMLQuantizationType.Q4_0
+    return np.concatenate([scales, packed], -1).reshape(len(codes), -1), kind
+
+
+def _tensors(
+    model: BlockModel, shapes: Sequence[Shape], codes: Mapping[str, Quantized]
+) -> Iterator[tuple[str, Tensor, Quantized | None]]:
+    """All tensors under their names in GGUF, with their codes where there are any, one block in memory at a time."""
     network: Any = model.network
     factors = _rotary_factors(model)
-    yield "token_embd.weight", network.get_input_embeddings().weight.detach()
-    yield "output_norm.weight", network.model.norm.weight.detach()
+    yield "token_embd.weight", network.get_input_embeddings().weight.detach(), None
+    yield "output_norm.weight", network.model.norm.weight.detach(), None
     if not model.config.tie_word_embeddings:
-        yield "output.weight", network.get_output_embeddings().weight.detach()
+        yield "output.weight", network.get_output_embeddings().weight.detach(), None
     if factors is not None:
-        yield "rope_freqs.weight", factors
+        yield "rope_freqs.weight", factors, None
     width = model.config.hidden_size
     for number, shape in enumerate(shapes):
         with model.opened(shape.block) as block:
@@ -226,14 +258,18 @@ def _tensors(model: BlockModel, shapes: Sequence[Shape]) -> Iterator[tuple[str, 
         for path, name in NAMES.items():
             there = shape.heads if name.startswith("attn") else shape.ffn
             if there:
-                tensor = state[f"{path}.weight"]
+                tensor, quantized = state[f"{path}.weight"], codes.get(f"{model.family.blocks}.{shape.block}.{path}")
                 if name in ("attn_q", "attn_k"):
-                    tensor = _interleaved(tensor, shape.heads if name == "attn_q" else shape.groups)
-                yield f"blk.{number}.{name}.weight", tensor
+                    heads = shape.heads if name == "attn_q" else shape.groups
+                    tensor = _interleaved(tensor, heads)
+                    if quantized is not None:
+                        turned, steps = (_interleaved(each, heads) for each in (quantized.codes, quantized.steps))
+                        quantized = Quantized(turned, steps, None, quantized.grid)
+                yield f"blk.{number}.{name}.weight", tensor, quantized
 
 
 def _interleaved(weight: Tensor, heads: int) -> Tensor:
-    """Rows of q or k, [heads · P, D], with the two halves of every head in turns."""
+    """Rows of q or k, [heads · P, D], or their steps, with the two halves of every head in turns."""
     return weight.reshape(heads, 2, -1, weight.shape[1]).transpose(1, 2).reshape(weight.shape)
 
 
@@ -270,23 +306,24 @@ def _packed(tensor: Tensor, kind: Type) -> tuple[np.ndarray, Any]:
     return gguf.quants.quantize(values, named), named
 
 
-def _read_back(file: Path, expected: Iterable[tuple[str, Tensor]], kind: Type) -> tuple[int, float]:
+def _read_back(file: Path, expected: Iterable[tuple[str, Tensor, Quantized | None]], kind: Type) -> tuple[int, float]:
     """How many tensors there are, and the largest difference of an entry, relative to the largest of its tensor.
 
     Raises:
-        Problem: If a tensor differs by more than its type rounds.
+        Problem: If a tensor differs by more than its type rounds; those with codes by none.
     """
     import gguf
 
-    allowed, count, worst = {"f32": 0.0, "f16": 2**-10, "bf16": 2**-8, "q8_0": 2**-7}[kind], 0, 0.0
+    rounds, count, worst = {"f32": 0.0, "f16": 2**-10, "bf16": 2**-8, "q8_0": 2**-7}[kind], 0, 0.0
     found = {tensor.name: tensor for tensor in gguf.GGUFReader(file).tensors}
-    for name, tensor in expected:
+    for name, stored, quantized in expected:
+        tensor, allowed = (stored, rounds) if quantized is None else (quantized.weight(), 0.0)
         values = gguf.quants.dequantize(found[name].data, found[name].tensor_type).reshape(tensor.shape)
         error = float(np.abs(values - tensor.float().cpu().numpy()).max()) / (float(tensor.abs().max()) or 1.0)
         if error > allowed:
             raise Problem(
                 f"{name} does not come back from the GGUF file: it differs by {error:.2g} of its largest entry.",
-                why=f"{kind} rounds by at most {allowed:.2g}.",
+                why=f"it may round by at most {allowed:.2g}.",
                 fix="`--type f32`; if that fails too, please report it.",
                 code=Exit.CHECK_FAILED,
             )

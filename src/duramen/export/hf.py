@@ -7,11 +7,9 @@ with those of the model that was edited.
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import shutil
-from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -21,9 +19,9 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from duramen.calibrate.walker import Reshape
+from duramen.export.codes import write_codes
 from duramen.families.checkpoint import INDEX, Checkpoint
 from duramen.families.model import BlockModel
-from duramen.grids import Quantized, parse_grid
 from duramen.problem import Exit, Problem
 from duramen.rundir import CODES, GRIDS, MASKS, BlockStore, unpack_mask, visible_files, write_json, write_tensors, write_text
 from duramen.tokens.folder import load, open_blocks
@@ -88,7 +86,7 @@ def assemble(
     size = sum((folder / shard).stat().st_size for shard in shards)
     write_json(folder / INDEX, {"metadata": {"total_size": size}, "weight_map": dict(sorted(places.items()))})
     _write_masks(source.folder, store, num_blocks, folder, reshape)
-    _write_codes(source.folder, store, num_blocks, folder, reshape)
+    write_codes(source.folder, store, num_blocks, folder, shapes_stay=reshape is None)
     copy_other_files(source.folder, folder)
     if reshape:
         write_json(folder / "config.json", reshape.config)
@@ -122,29 +120,6 @@ def copy_other_files(source: Path, folder: Path) -> None:
         weights = file.name.startswith(("model", "pytorch_model")) and file.suffix in (".safetensors", ".bin")
         if file.is_file() and not weights and file.name not in _OWN and not file.name.startswith("."):
             shutil.copyfile(file, folder / file.name)
-
-
-def _write_codes(source: Path, store: BlockStore, num_blocks: int, folder: Path, reshape: Reshape | None) -> None:
-    """All codes in one file, with the grid of every layer beside it; those of earlier steps stay for layers that this step left as they were."""
-    blocks = range(num_blocks)
-    edited = {name for index in blocks for name in store.edited(index)}
-    kept = {name: grid for name, grid in read_grids(source).items() if name not in edited and reshape is None}
-    codes: dict[str, Tensor] = load_file(source / CODES) if kept else {}
-    codes = {name: tensor for name, tensor in codes.items() if name.rpartition(".")[0] in kept}
-    for index in blocks:
-        codes |= load_file(store.codes(index))
-        kept |= store.grids(index)
-    if kept:
-        write_tensors(
-            folder / CODES, codes, ("layout", "codes [O, I], steps [O, n], zeros [O, n]; weight = steps * (codes - zeros)")
-        )
-        write_json(folder / GRIDS, dict(sorted(kept.items())))
-
-
-def read_grids(folder: Path) -> dict[str, str]:
-    """The grids of a folder's rounded layers, as they are written; none without codes."""
-    file = folder / GRIDS
-    return dict(json.loads(file.read_text(encoding="utf-8"))) if file.is_file() else {}
 
 
 def annotate(source: Path, folder: Path, files: Mapping[str, str | Path]) -> None:
@@ -226,21 +201,6 @@ def _streamed_logits(folder: Path, model: BlockModel, tokens: Tensor, last: int)
     fresh = open_blocks(folder, dtype=model.dtype, device=model.device, allow_generic=generic)
     (hidden,) = fresh.last_hidden([tokens[:1]], [[tokens.shape[1]]])
     return fresh.logits(hidden[:, -last:])
-
-
-def check_codes(model: BlockModel) -> dict[str, Any] | None:
-    """Counts the layers that are on a grid, by grid, and names those whose weights are not what their codes stand for; None without codes."""
-    assert model.checkpoint is not None
-    grids = read_grids(model.checkpoint.folder)
-    if not grids:
-        return None
-    tensors, broken = load_file(model.checkpoint.folder / CODES), []
-    for name, text in grids.items():
-        stored = model.checkpoint.read(model.stored_name(f"{name}.weight"))
-        found = Quantized(tensors[f"{name}.codes"], tensors[f"{name}.steps"], tensors.get(f"{name}.zeros"), parse_grid(text))
-        if not torch.equal(found.weight().to(stored.dtype), stored.T if model.transposed(name) else stored):
-            broken.append(name)
-    return {"layers": dict(Counter(grids.values())), "broken": broken}
 
 
 def check_masks(model: BlockModel) -> dict[str, Any] | None:
