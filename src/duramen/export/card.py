@@ -37,7 +37,7 @@ def _metadata(results: dict[str, Any]) -> dict[str, Any]:
 
 def _body(results: dict[str, Any]) -> str:
     shapes = [step["shape"] for step in results["steps"] if step.get("shape")]
-    masked = any(not (step.get("shape") or step.get("reduction")) for step in results["steps"])
+    masked = any(layer["removed"] for step in results["steps"] if not step.get("shape") for layer in step["layers"])
     opens = shapes[-1]["opens_in"] if shapes else "plain transformers"
     parts = [f"# {results['model']}, {results['recipe']}", f"Made with Duramen. Opens in {opens}."]
     parts += [_step(step) for step in results["steps"]]

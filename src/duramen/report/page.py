@@ -156,6 +156,7 @@ def _step(step: dict[str, Any]) -> dict[str, Any]:
         "training": _training(step["training"]) if step.get("training") else None,
         "treated": len(layers),
         "rounded": any("bits" in layer for layer in layers),
+        "removed": any(layer["removed"] for layer in layers) and not step.get("shape"),
         "skipped": step["skipped"],
         "copied": step["copied_unchanged"],
     }
@@ -182,6 +183,7 @@ def _reduction(step: dict[str, Any]) -> dict[str, Any]:
     words = f"The mean layer sees {found['tokens']:.1%} of the tokens of a prompt. Predicted, a prompt of {found['length']:,} tokens takes {found['saved']:.1%} fewer {kind}; speed, where it was measured, is above."
     return {
         "method": step["method"], "settings": _settings(step), "reopened": step["reopened"], "training": None, "shape": None,
+        "rounded": False, "removed": False,
         "reduction": {
             "words": words, "kind": kind, "tried": tried if len(tried) > 1 else [],
             "chart": line_chart(list(enumerate(shares)), "layer", f"share of the {kind}"),
