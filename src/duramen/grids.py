@@ -121,6 +121,13 @@ class Quantized:
         zeros = 0 if self.zeros is None else self.zeros.to(steps.dtype)[:, :, None]
         return ((codes - zeros) * steps[:, :, None]).view(self.codes.shape)
 
+    @property
+    def bits(self) -> float:
+        """Bits per weight, with its share of steps and codes of zero."""
+        steps = self.steps.numel() * self.steps.element_size() * 8
+        zeros = 0 if self.zeros is None else self.zeros.numel() * self.grid.bits
+        return self.grid.bits + (steps + zeros) / self.codes.numel()
+
     def tensors(self) -> dict[str, Tensor]:
         """As they are stored, by the ends of their names."""
         found = {"codes": self.codes, "steps": self.steps}

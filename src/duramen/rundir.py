@@ -211,6 +211,14 @@ class BlockStore:
     def _record(self, index: int) -> Path:
         return self.folder / f"block-{index:04d}.json"
 
+    def _kept(self, index: int) -> dict[str, Any]:
+        """The record of a finished block."""
+        return dict(json.loads(self._record(index).read_text(encoding="utf-8")))
+
+    def _files(self, index: int) -> dict[str, Path]:
+        """What else is kept of it."""
+        return {"shard": self.shard(index), "masks": self.masks(index), "codes": self.codes(index)}
+
     def shard(self, index: int) -> Path:
         """Tensors of a block."""
         return self.folder / f"block-{index:04d}.safetensors"
@@ -225,15 +233,15 @@ class BlockStore:
 
     def grids(self, index: int) -> dict[str, str]:
         """The grids of the layers of a finished block that were rounded, as they are written."""
-        return dict(json.loads(self._record(index).read_text(encoding="utf-8"))["grids"])
+        return dict(self._kept(index)["grids"])
 
     def edited(self, index: int) -> set[str]:
         """The layers of a finished block that the step edited."""
-        return {record["layer"] for record in json.loads(self._record(index).read_text(encoding="utf-8"))["records"]}
+        return {record["layer"] for record in self._kept(index)["records"]}
 
     def names(self, index: int) -> dict[str, str]:
         """Stored name of every tensor of a finished block -> the model's own."""
-        return dict(json.loads(self._record(index).read_text(encoding="utf-8"))["names"])
+        return dict(self._kept(index)["names"])
 
     def save(
         self,
@@ -249,8 +257,7 @@ class BlockStore:
         write_tensors(self.masks(index), {name: pack_mask(mask) for name, mask in pruned.items()})
         codes = {f"{name}.{end}": each for name, found in quantized.items() for end, each in found.tensors().items()}
         write_tensors(self.codes(index), codes)
-        files = {"shard": self.shard(index), "masks": self.masks(index), "codes": self.codes(index)}
-        digests = {name: hash_file(file) for name, file in files.items()}
+        digests = {name: hash_file(file) for name, file in self._files(index).items()}
         grids = {name: found.grid.text for name, found in quantized.items()}
         write_json(self._record(index), {"files": digests, "names": names, "grids": grids, "records": records})
 
@@ -258,9 +265,8 @@ class BlockStore:
         """A finished block by the model's own names, or None if it is missing or damaged."""
         if not self._record(index).is_file():
             return None
-        kept = json.loads(self._record(index).read_text(encoding="utf-8"))
-        files = {"shard": self.shard(index), "masks": self.masks(index), "codes": self.codes(index)}
-        if any(not file.is_file() or hash_file(file) != kept["files"][name] for name, file in files.items()):
+        kept = self._kept(index)
+        if any(not file.is_file() or hash_file(file) != kept["files"][name] for name, file in self._files(index).items()):
             return None
         tensors = load_file(self.shard(index))
         return {kept["names"][stored]: tensor.clone() for stored, tensor in tensors.items()}, kept["records"]

@@ -100,13 +100,15 @@ def prepare(
 
 
 def prune_layer(prune: PruneFunction, layer: Layer, stage: Stage, settings: Solve, target: dict[str, Any]) -> dict[str, Any]:
-    """Prunes one layer of a stage to its target (``sparsity``, ``pattern``) and returns its record."""
+    """Prunes one layer of a stage to its target (``sparsity``, ``pattern``), or rounds it, and returns its record."""
     start, weight = time.perf_counter(), layer.read()
     wanted = aim(weight, stage, settings.alpha)
     found = prune(wanted, stage.gram, **settings.options, **target, **stage.options)
     found = replace(found, weight=found.weight.to(weight.dtype))
     bias = corrected_bias(layer, found.weight, stage.statistics, settings.alpha) if stage.with_bias else None
-    layer.write(found.weight, pruned=found.pruned, bias=bias)
+    no_mask = found.quantized is not None and not bool(found.pruned.any())
+    layer.write(found.weight, pruned=None if no_mask else found.pruned, bias=bias)
+    layer.quantized = found.quantized
     return (
         found.report
         | stage.report

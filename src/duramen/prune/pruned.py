@@ -1,4 +1,4 @@
-"""What every pruning method returns."""
+"""What every method returns that prunes or rounds a matrix."""
 
 from __future__ import annotations
 
@@ -7,24 +7,27 @@ from dataclasses import dataclass, field
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from duramen.grids import Quantized
 from duramen.prune.reconstruct import output_error
 
 
 @dataclass(frozen=True)
 class Pruned:
-    """A pruned weight matrix.
+    """A pruned or rounded weight matrix.
 
     Attributes:
         weight: [O, I], in the dtype of the given weight, exactly zero where pruned.
-        pruned: bool [O, I], True where a weight was removed. A kept weight may be zero too.
+        pruned: bool [O, I], True where a weight was removed, or had to stay removed. A kept weight may be zero too.
         error: tr(ΔW·gram·ΔWᵀ), at the scale of the given Gram, without damping.
         report: Further figures of the method, such as iterations and the damping used.
+        quantized: The codes that the weights stand for, if they were rounded.
     """
 
     weight: Float[Tensor, "O I"]
     pruned: Bool[Tensor, "O I"]
     error: float
     report: dict[str, float] = field(default_factory=dict)
+    quantized: Quantized | None = None
 
 
 def finish(

@@ -20,8 +20,9 @@ from duramen.grids import Grid, pack
 from duramen.prune.factor import Factor, factorise
 from duramen.prune.layer import Damping
 from duramen.prune.pattern import lasting_zeros
+from duramen.prune.pruned import Pruned
 from duramen.prune.reconstruct import check_shapes, compute_dtype
-from duramen.quantize.model import QuantizeSettings, Rounded, finish, quantize_model
+from duramen.quantize.model import QuantizeSettings, finish, quantize_model
 from duramen.quantize.steps import Step, choose_steps, of_every_weight, rounded_to
 from duramen.registry import method
 
@@ -153,7 +154,7 @@ def quantize(
     refine: int = 4,
     damping: float = 0.01,
     factor: Factor | None = None,
-) -> Rounded:
+) -> Pruned:
     """Rounds by GPTQ, and refines.
 
     Args:

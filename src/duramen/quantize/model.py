@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -17,7 +15,7 @@ from duramen.calibrate.walker import Records, Walk, walk_blocks
 from duramen.families.model import BlockModel, Layer, Model
 from duramen.families.select import filter_layers
 from duramen.grids import Quantized, parse_grid
-from duramen.prune.layer import GRID, DampingGrid, HeldOut, aim, errors, prepare
+from duramen.prune.layer import GRID, DampingGrid, HeldOut, PruneFunction, prepare, prune_layer
 from duramen.prune.pruned import Pruned
 from duramen.prune.reconstruct import output_error
 from duramen.quantize.steps import Step
@@ -73,25 +71,15 @@ class QuantizeSettings(Settings):
         return own | {"grid": parse_grid(self.grid), "step_type": TYPES[self.step_type]}
 
 
-@dataclass(frozen=True)
-class Rounded(Pruned):
-    """A rounded weight matrix: as ``Pruned``, where ``pruned`` are the zeros that had to stay, with its codes.
-
-    Attributes:
-        quantized: The codes and steps.
-    """
-
-    quantized: Quantized | None = None
-
-
-def finish(weight: Tensor, quantized: Quantized, gram: Tensor, pruned: Bool[Tensor, "O I"], **report: float) -> Rounded:
-    """What the codes stand for, in the weight's type, and its error."""
+def finish(weight: Tensor, quantized: Quantized, gram: Tensor, pruned: Bool[Tensor, "O I"], **report: float) -> Pruned:
+    """What the codes stand for, in the weight's type, with its error and its bits; ``pruned`` are the zeros that had to stay."""
     rounded = quantized.weight().to(weight.dtype)
-    return Rounded(rounded, pruned, output_error(weight, rounded, gram), report, quantized)
+    report |= {"bits": quantized.bits}
+    return Pruned(rounded, pruned, output_error(weight, rounded, gram), report, quantized)
 
 
 def quantize_model(
-    quantize: Callable[..., Rounded], model: Model, tokens: Tensor, settings: QuantizeSettings, *, walk: Walk | None = None
+    quantize: PruneFunction, model: Model, tokens: Tensor, settings: QuantizeSettings, *, walk: Walk | None = None
 ) -> Records:
     """Rounds the linear weights of all blocks; embeddings, head, norms and biases stay as they are.
 
@@ -116,30 +104,9 @@ def quantize_model(
 
     def edit(layers: list[Layer], statistics: Statistics) -> Callable[[Layer], dict[str, Any]]:
         stage = prepare(quantize, layers, statistics, settings, {})
-        options = settings.options | stage.options
-
-        def round_layer(layer: Layer) -> dict[str, Any]:
-            start, weight = time.perf_counter(), layer.read()
-            wanted = aim(weight, stage, settings.alpha)
-            found = quantize(wanted, stage.gram, **options)
-            found = replace(found, weight=found.weight.to(weight.dtype))
-            layer.write(found.weight, pruned=found.pruned if bool(found.pruned.any()) else None)
-            layer.quantized = found.quantized
-            report = found.report | stage.report | errors(layer, found, None, stage, shifted=wanted is not weight)
-            size = {"removed": int(found.pruned.sum()), "size": weight.numel(), "bits": bits(found.quantized)}
-            return report | size | {"seconds": time.perf_counter() - start}
-
-        return round_layer
+        return lambda layer: prune_layer(quantize, layer, stage, settings, {})
 
     return walk_blocks(
         blocks, tokens, edit, names, walk=walk or Walk(),
         held_out_every=round(1 / settings.held_out) if choose else 0, dense_target=settings.alpha > 0,
     )  # fmt: skip
-
-
-def bits(quantized: Quantized | None) -> float:
-    """Bits per weight, with its share of steps and codes of zero."""
-    assert quantized is not None
-    steps = quantized.steps.numel() * quantized.steps.element_size() * 8
-    zeros = 0 if quantized.zeros is None else quantized.zeros.numel() * quantized.grid.bits
-    return quantized.grid.bits + (steps + zeros) / quantized.codes.numel()

@@ -9,19 +9,16 @@ from duramen.calibrate.walker import Records, Walk
 from duramen.families.model import Model
 from duramen.grids import Grid, encode, pack
 from duramen.prune.pattern import lasting_zeros
+from duramen.prune.pruned import Pruned
 from duramen.prune.reconstruct import check_shapes, compute_dtype
-from duramen.quantize.model import QuantizeSettings, Rounded, finish, quantize_model
+from duramen.quantize.model import QuantizeSettings, finish, quantize_model
 from duramen.quantize.steps import Step, choose_steps, rounded_to
 from duramen.registry import method
 
 
-class Settings(QuantizeSettings):
-    """Settings of rounding to nearest."""
-
-
 def quantize(
     weight: Tensor, gram: Tensor, *, grid: Grid, step: Step = "weighted", step_type: torch.dtype = torch.float32
-) -> Rounded:
+) -> Pruned:
     """Rounds to nearest.
 
     Args:
@@ -41,7 +38,9 @@ def quantize(
     return finish(weight, pack(encode(work, steps, zeros, grid), steps.to(step_type), zeros, grid), gram, lasting_zeros(weight))
 
 
-@method("rtn", title="Round to nearest", paper="the baseline of all", kind="quantize", needs=("tokens",), settings=Settings)
+@method(
+    "rtn", title="Round to nearest", paper="the baseline of all", kind="quantize", needs=("tokens",), settings=QuantizeSettings
+)
 def apply(model: Model, tokens: Tensor, *, walk: Walk | None = None, **settings: object) -> Records:
     """Rounds every linear weight of the model's blocks; see ``quantize_model``."""
-    return quantize_model(quantize, model, tokens, Settings.model_validate(settings), walk=walk)
+    return quantize_model(quantize, model, tokens, QuantizeSettings.model_validate(settings), walk=walk)

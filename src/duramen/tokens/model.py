@@ -123,8 +123,10 @@ class Reduced:
         base = network.get_submodule(str(network.base_model_prefix))
         self._undo = [override(base, partial(self._read, base, base.forward, list(signature(base.forward).parameters)))]
         for layer, block in enumerate(blocks):
+            names = list(signature(block.forward).parameters)
             attends = any(name.rpartition(".")[2] == "q_proj" for name, _ in block.named_modules())
-            run = partial(self._run, layer, block.forward, list(signature(block.forward).parameters), attends)
+            mask = next(name for name in ("causal_mask", "attention_mask") if name in names) if attends else None
+            run = partial(self._run, layer, block.forward, names, mask)
             self._undo.append(override(block, run))
 
     def remove(self) -> None:
@@ -163,12 +165,11 @@ class Reduced:
         return forward(**given)
 
     def _run(
-        self, layer: int, forward: Callable[..., Any], names: list[str], attends: bool, *args: Any, **kwargs: Any
+        self, layer: int, forward: Callable[..., Any], names: list[str], mask: str | None, *args: Any, **kwargs: Any
     ) -> Tensor | tuple[Any, ...]:
-        """One block, and what leaves after it."""
+        """One block, whose attention, if it has any, takes its mask by a name, and what leaves after it."""
         given: dict[str, Any] = dict(zip(names, args, strict=False)) | kwargs
         hidden, cache, passage = given[names[0]], given.get("cache"), self._passages.get(layer)
-        mask = next(name for name in ("causal_mask", "attention_mask") if name in names) if attends else None
         if not self._reading:
             if passage is not None:
                 passage.valid = passage.places = None

@@ -28,6 +28,8 @@ class Prompt:
         shortened: Whether something has left.
         attended: Which slots hold tokens in the caches of attention layers, by layer.
         history: What was left after each layer after which some left, as ``kept``.
+        padding: ``valid``, or None where all slots hold tokens; found once for all layers up to the next site.
+        positions: Where the token of every slot was among those of its row, [B, K]; −1 for padding.
     """
 
     valid: Bool[Tensor, "B K"]
@@ -39,6 +41,16 @@ class Prompt:
     shortened: bool = False
     attended: dict[int, Tensor] = field(default_factory=dict)
     history: dict[int, list[Kept]] = field(default_factory=dict)
+    padding: Tensor | None = field(init=False)
+    positions: Int[Tensor, "B K"] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self._note_slots()
+
+    def _note_slots(self) -> None:
+        """Finds what all layers up to the next site ask for."""
+        self.padding = None if bool(self.valid.all()) else self.valid
+        self.positions = self._padded([kept.positions for kept in self.kept], -1)
 
     @classmethod
     def begin(cls, valid: Bool[Tensor, "B T"], positions: Int[Tensor, "_ T"] | None, protect: Tensor | None) -> Prompt:
@@ -66,16 +78,6 @@ class Prompt:
             valid.shape[1], valid.int().argmax(1), places.masked_fill(~valid, -1).amax(1) + 1,
         )  # fmt: skip
 
-    @property
-    def positions(self) -> Int[Tensor, "B K"]:
-        """Where the token of every slot was among those of its row; −1 for padding."""
-        return self.padded([kept.positions for kept in self.kept], -1)
-
-    @property
-    def padding(self) -> Bool[Tensor, "B K"] | None:
-        """``valid``, or None where all slots hold tokens."""
-        return None if bool(self.valid.all()) else self.valid
-
     def leave(self, layer: int, rows: Sequence[Tensor], kept: list[Kept], asked: list[Tensor]) -> Float[Tensor, "B K D"]:
         """Only these rows, [K_b, D], are left after a layer, padded on the side on which the prompt was."""
         counts = torch.tensor([len(row) for row in rows], device=self.valid.device)
@@ -84,9 +86,10 @@ class Prompt:
         self.valid = slots < counts[:, None] if right else slots >= most - counts[:, None]
         self.kept, self.asked, self.shortened = kept, asked, True
         self.history[layer] = kept
-        return self.padded(rows, 0)
+        self._note_slots()
+        return self._padded(rows, 0)
 
-    def padded(self, rows: Sequence[Tensor], filler: float) -> Tensor:
+    def _padded(self, rows: Sequence[Tensor], filler: float) -> Tensor:
         """Rows [K_b, ...] in the slots that hold tokens, [B, K, ...]."""
         found = rows[0].new_full((*self.valid.shape, *rows[0].shape[1:]), filler)
         found[self.valid] = torch.cat(list(rows))

@@ -134,11 +134,9 @@ def _best(tried: list[dict[str, Any]]) -> Reduction:
 def _losses(model: BlockModel, tokens: Tensor, reduction: Reduction) -> list[float]:
     """Mean loss of the last quarter of every sequence, in nats, after the first three were shortened."""
     reduced, context = ReducedModel(model, reduction), tokens.shape[1] - tokens.shape[1] // 4
-    try:
+    with reduced.reduced:
         hidden = reduced.last_hidden(torch.split(tokens, 1), [[context]] * len(tokens))
         return [_loss(reduced, state, row, context) for state, row in zip(hidden, tokens, strict=True)]
-    finally:
-        reduced.reduced.remove()
 
 
 def _loss(model: BlockModel, state: Tensor, row: Tensor, context: int) -> float:
@@ -152,10 +150,8 @@ def _loss(model: BlockModel, state: Tensor, row: Tensor, context: int) -> float:
 def _leaving(model: BlockModel, sample: Tensor, reduction: Reduction) -> tuple[Tensor, list[int | None]]:
     """What comes out of one sequence, [1, T, D], and after which layer every token leaves; None for those that stay."""
     reduced, length = ReducedModel(model, reduction), sample.shape[1]
-    try:
+    with reduced.reduced:
         (hidden,) = reduced.last_hidden([sample], [[length]])
-    finally:
-        reduced.reduced.remove()
     after: list[int | None] = [None] * length
     for layer, (kept, *_) in reversed(reduced.prompts[0].history.items()):
         for token in set(range(length)) - set(kept.positions.tolist()):
