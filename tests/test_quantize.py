@@ -126,6 +126,8 @@ def test_a_weight_that_is_not_what_its_code_says_is_named(llama, texts, tmp_path
 def test_plan_says_the_bits_and_bad_words_stop_before_the_walk(llama, texts, tmp_path):
     planned = duramen.plan(recipe(texts, rounding()), str(llama))
     assert "5.00 bits per weight in 21 layers" in planned["steps"][0]["note"]
+    wide = duramen.plan(recipe(texts, rounding(step_type="float32")), str(llama))
+    assert "7.00 bits per weight in 21 layers" in wide["steps"][0]["note"]
     with pytest.raises(Problem, match="is no grid"):
         duramen.run(recipe(texts, rounding(grid="W3 columns")), str(llama), tmp_path / "a")
     with pytest.raises(Problem, match=r"inputs of model\.layers\.0\.self_attn\.q_proj"):

@@ -157,6 +157,14 @@ def test_inside_the_part_that_is_shortened_nothing_is_scored(finished):
         open_blocks(out).last_hidden([tiny.ids(1, 20)])
 
 
+def test_a_recipe_that_would_score_a_shortened_prompt_stops_before_it_begins(folders, texts, tmp_path):
+    whole = recipe(texts, step())
+    del whole["steps"][1]["context"]
+    with pytest.raises(Problem, match="no likelihood"):
+        duramen.run(whole, str(folders / "mamba2"), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 def test_bad_input_is_named(finished, folders, texts, tmp_path):
     out, _ = finished
     with pytest.raises(Problem, match="no state-space layers"):

@@ -36,7 +36,7 @@ from duramen.registry import get_method
 from duramen.report.page import write_report
 from duramen.rundir import BlockStore, RunDirectory, hash_file, hash_tokens, write_json, write_text
 from duramen.shrink.groups import find_units, known_kinds
-from duramen.tokens.folder import load
+from duramen.tokens.folder import load, no_likelihood
 
 __all__ = ["compare", "evaluate", "export", "inspect", "load", "load_results", "plan", "report", "run", "versions"]
 
@@ -151,9 +151,13 @@ def _prepare(recipe: Recipe, model: str, out: Path, allow_generic: bool, progres
     directory = RunDirectory(out)
     wanted = directory.recorded("recipe", "dtype") if recipe.dtype == "auto" else recipe.dtype
     dtype = ranks.shared(forward_dtype(wanted) if ranks.leads() else None)
+    shortened = False
     for step in steps:
+        shortened = shortened or get_method(step.method).kind == "reduce"
         if isinstance(step.settings, EvaluateSettings):
             check_texts(step.settings, recipe.calibration.text)
+            if shortened and step.settings.text and not step.settings.context:
+                raise no_likelihood()
     context = Context(recipe, source, directory, tokens, dtype, allow_generic, progress)
     if ranks.leads():
         _claim(context, _lock(recipe, steps, dtype))

@@ -16,7 +16,7 @@ from duramen.families.select import filter_layers
 from duramen.grids import parse_grid
 from duramen.prune.model import PruneSettings
 from duramen.prune.pattern import Scope, parse_pattern
-from duramen.quantize.model import QuantizeSettings
+from duramen.quantize.model import TYPES, QuantizeSettings
 from duramen.recipe import Recipe, Step
 from duramen.recover import refit, rora
 from duramen.registry import Settings
@@ -145,7 +145,7 @@ def _rounded(
 ) -> dict[str, Any]:
     """Rounding to a grid: a walk, a sweep, and the rounds that refine it."""
     names, grid = filter_layers(model.layer_names(), settings.only, settings.skip), parse_grid(settings.grid)
-    extra = 16 + grid.bits * grid.affine
+    extra = 8 * TYPES[settings.step_type].itemsize + grid.bits * grid.affine
     bits = sum(shapes[name][0] * shapes[name][1] * (grid.bits + extra / grid.width(shapes[name][1])) for name in names)
     weights = sum(prod(shapes[name]) for name in names)
     flops = _walk_flops(model, shapes, names, tokens) + sum(_solve_flops(settings, shapes[name]) for name in names)

@@ -64,6 +64,15 @@ def open_blocks(folder: Path, **options: Any) -> BlockModel:
     return model if reduction is None else ReducedModel(model, reduction)
 
 
+def no_likelihood() -> Problem:
+    """What is said where tokens would be scored that are part of a shortened prompt."""
+    return Problem(
+        "Tokens inside a prompt that is shortened have no likelihood.",
+        why="what leaves and what merges is decided by the whole prompt, so its tokens would be told of those that follow.",
+        fix="score what comes after a context (`context` in the evaluate step, `--context`).",
+    )
+
+
 class ReducedModel(BlockModel):
     """A model that shortens what comes before the part that is scored, block by block.
 
@@ -83,11 +92,7 @@ class ReducedModel(BlockModel):
             Problem: Without ``starts``.
         """
         if starts is None:
-            raise Problem(
-                "Tokens inside a prompt that is shortened have no likelihood.",
-                why="what leaves and what merges is decided by the whole prompt, so its tokens would be told of those that follow.",
-                fix="score what comes after a context (`context` in the evaluate step, `--context`).",
-            )
+            raise no_likelihood()
         self._returned  # noqa: B018 it is seen on a prompt of its own
         captured, self.prompts = [], []
         for batch, beginnings in zip(batches, starts, strict=True):
