@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from pruning_frontier import fill
 
-TARGETS = {grid: {"grid": grid} for grid in ("W4 row", "W4 g64", "W3 g64", "W2 g64")}
+TARGETS = {grid: {"format": grid} for grid in ("W4 row", "W4 g64", "W3 g64", "W2 g64")}
 SUBJECTS = {
     "rtn, absmax": ("rtn", {"step": "absmax"}),
     "rtn": ("rtn", {}),

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from duramen.grids import Grid, encode, pack, parse_grid
+from duramen.grids import Format, Grid, encode, pack, parse_format
 from duramen.problem import Problem
 from duramen.prune.factor import factorise
 from duramen.prune.reconstruct import reconstruct
@@ -118,7 +118,7 @@ def problem(outputs, inputs, seed):
 @given(matrices, st.sampled_from(["W2 g8", "W3 row", "W4 g8 affine", "W3 row affine", "W4 row narrow", "W3 tensor"]))
 def test_refining_never_raises_the_loss_and_codes_stay_on_their_grid(shape, text):
     weight, gram = problem(*shape)
-    grid, hessian = parse_grid(text), factorise(gram, 0.01, dtype=torch.float64).hessian
+    grid, hessian = parse_format(text).weights, factorise(gram, 0.01, dtype=torch.float64).hessian
 
     def loss(found):
         delta = found.weight - weight
@@ -129,7 +129,7 @@ def test_refining_never_raises_the_loss_and_codes_stay_on_their_grid(shape, text
     found = gptq.quantize(weight, gram, grid=grid, **DOUBLE).quantized
     assert grid.least <= int(found.codes.min()) <= int(found.codes.max()) <= grid.most
     assert (found.steps > 0).all()
-    assert parse_grid(grid.text) == grid
+    assert parse_format(Format(grid).text).weights == grid
 
 
 @settings(max_examples=20, deadline=None)
@@ -165,7 +165,7 @@ def test_the_chosen_step_of_normal_weights_is_the_known_one(bits, step, error):
 def test_what_is_on_the_grid_stays_and_zero_is_exact():
     weight, gram = problem(5, 16, 3)
     for text in ("W4 g8", "W3 row affine", "W8 row", "W8 g8 affine", "W2 tensor"):
-        grid = parse_grid(text)
+        grid = parse_format(text).weights
         once = rtn.quantize(weight, gram, grid=grid, **DOUBLE)
         codes = encode(
             once.weight, once.quantized.steps, None if once.quantized.zeros is None else once.quantized.zeros.double(), grid
@@ -182,8 +182,8 @@ def test_what_is_on_the_grid_stays_and_zero_is_exact():
 
 def test_words_that_are_no_grid_and_groups_that_do_not_fit():
     for text in ("W9 row", "W1 row", "4 bits", "W4 g0", "W4 affine narrow", "W4 columns", ""):
-        with pytest.raises(Problem, match="is no grid"):
-            parse_grid(text)
+        with pytest.raises(Problem, match="is no format"):
+            parse_format(text)
     with pytest.raises(Problem, match="do not divide the 576 inputs") as caught:
         Grid(4, 128).width(576)
     assert "g64" in caught.value.fix

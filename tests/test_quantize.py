@@ -11,10 +11,10 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 import duramen
 import tiny
 from duramen.export.gguf import export_gguf
-from duramen.grids import Quantized, parse_grid
+from duramen.grids import Quantized, parse_format
 from duramen.problem import Problem
 from duramen.report.page import write_report
-from duramen.rundir import CODES, GRIDS, MASKS, BlockStore, unpack_mask
+from duramen.rundir import CODES, FORMATS, MASKS, BlockStore, unpack_mask
 
 
 def recipe(texts, *steps):
@@ -23,7 +23,7 @@ def recipe(texts, *steps):
 
 
 def rounding(**more):
-    return {"method": "gptq", "grid": "W3 g8", **more}
+    return {"method": "gptq", "format": "W3 g8", **more}
 
 
 def weights(folder):
@@ -31,21 +31,23 @@ def weights(folder):
 
 
 def codes(folder):
-    tensors, grids = load_file(folder / CODES), json.loads((folder / GRIDS).read_text())
+    tensors, grids = load_file(folder / CODES), json.loads((folder / FORMATS).read_text())
     return {
-        name: Quantized(tensors[f"{name}.codes"], tensors[f"{name}.steps"], tensors.get(f"{name}.zeros"), parse_grid(text))
+        name: Quantized(
+            tensors[f"{name}.codes"], tensors[f"{name}.steps"], tensors.get(f"{name}.zeros"), parse_format(text).weights
+        )
         for name, text in grids.items()
     }
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "opt", "mamba2", "jamba"])
-@pytest.mark.parametrize("step", [rounding(grid="W3 g4"), {"method": "rtn", "grid": "W4 row affine"}])
+@pytest.mark.parametrize("step", [rounding(format="W3 g4"), {"method": "rtn", "format": "W4 row affine"}])
 def test_every_family_is_what_its_codes_say(name, step, texts, tmp_path):
     """gpt2 stores its weights [I, O]."""
     tiny.save(name, tmp_path / "model")
     found = duramen.run(recipe(texts, step), str(tmp_path / "model"), tmp_path / "out")
     layers = found["steps"][0]["layers"]
-    assert duramen.inspect(str(tmp_path / "out"))["codes"] == {"layers": {step["grid"]: len(layers)}, "broken": []}
+    assert duramen.inspect(str(tmp_path / "out"))["codes"] == {"modules": {step["format"]: len(layers)}, "broken": []}
     assert all(0 < layer["relative_error"] < 0.5 for layer in layers)
     stored = codes(tmp_path / "out")
     for layer in layers:
@@ -63,7 +65,7 @@ def test_every_family_is_what_its_codes_say(name, step, texts, tmp_path):
 def test_refined_rounding_is_nearer_than_gptq_and_that_than_nearest(llama, texts, tmp_path):
     """Summed over the layers of a model, which is only so in practice."""
     errors = []
-    for number, step in enumerate((rounding(), rounding(refine=0), {"method": "rtn", "grid": "W3 g8"})):
+    for number, step in enumerate((rounding(), rounding(refine=0), {"method": "rtn", "format": "W3 g8"})):
         found = duramen.run(recipe(texts, step), str(llama), tmp_path / str(number))
         errors.append(sum(layer["relative_error"] for layer in found["steps"][0]["layers"]))
     assert errors[0] < errors[1] < errors[2]
@@ -106,7 +108,7 @@ def test_stopped_and_run_again_it_ends_with_the_same_bytes(llama, texts, tmp_pat
     with pytest.raises(KeyboardInterrupt):
         duramen.run(recipe(texts, rounding()), str(llama), tmp_path / "again")
     duramen.run(recipe(texts, rounding()), str(llama), tmp_path / "again")
-    for name in (CODES, GRIDS, *(file.name for file in (tmp_path / "whole").glob("model*"))):
+    for name in (CODES, FORMATS, *(file.name for file in (tmp_path / "whole").glob("model*"))):
         assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "again" / name).read_bytes()
 
 
@@ -128,10 +130,10 @@ def test_plan_says_the_bits_and_bad_words_stop_before_the_walk(llama, texts, tmp
     assert "5.00 bits per weight in 21 layers" in planned["steps"][0]["note"]
     wide = duramen.plan(recipe(texts, rounding(step_type="float32")), str(llama))
     assert "7.00 bits per weight in 21 layers" in wide["steps"][0]["note"]
-    with pytest.raises(Problem, match="is no grid"):
-        duramen.run(recipe(texts, rounding(grid="W3 columns")), str(llama), tmp_path / "a")
+    with pytest.raises(Problem, match="is no format"):
+        duramen.run(recipe(texts, rounding(format="W3 columns")), str(llama), tmp_path / "a")
     with pytest.raises(Problem, match=r"inputs of model\.layers\.0\.self_attn\.q_proj"):
-        duramen.run(recipe(texts, rounding(grid="W3 g7")), str(llama), tmp_path / "b")
+        duramen.run(recipe(texts, rounding(format="W3 g7")), str(llama), tmp_path / "b")
     assert not list((tmp_path / "b").glob("model*"))
 
 
@@ -148,7 +150,7 @@ def test_codes_go_into_gguf_as_they_are(grid, kind, texts, tmp_path):
     torch.manual_seed(0)
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "model")
     tiny.tokenizer().save_pretrained(tmp_path / "model")
-    duramen.run(recipe(texts, rounding(grid=grid)), str(tmp_path / "model"), tmp_path / "out")
+    duramen.run(recipe(texts, rounding(format=grid)), str(tmp_path / "model"), tmp_path / "out")
     file = tmp_path / "model.gguf"
     found = export_gguf(tmp_path / "out", file, kind="f32")
     assert found["coded"] == (14 if kind else 0)

@@ -9,7 +9,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from duramen.problem import Exit, Problem
-from duramen.rundir import BlockStore, RunDirectory, pack_mask, replacing, unpack_mask, write_json, write_tensors, write_text
+from duramen.rundir import (
+    BlockStore,
+    Finished,
+    RunDirectory,
+    pack_mask,
+    replacing,
+    unpack_mask,
+    write_json,
+    write_tensors,
+    write_text,
+)
 
 FINGERPRINT = {"model": {"model.safetensors": "a1"}, "calibration tokens": "b2", "recipe": {"steps": [{"sparsity": 0.5}]}}
 
@@ -90,7 +100,7 @@ def test_a_damaged_block_counts_as_missing(tmp_path):
     store = BlockStore(tmp_path, lambda name: name.removeprefix("model."))
     mask = torch.rand(4, 9) < 0.5
     records = [{"layer": "model.q", "removed": int(mask.sum())}]
-    store.save(0, {"model.q.weight": torch.ones(4, 9)}, {"model.q": mask}, {}, records)
+    store.save(0, Finished({"model.q.weight": torch.ones(4, 9)}, records, {"model.q": mask}))
     tensors, found = store.load(0)
     assert torch.equal(tensors["model.q.weight"], torch.ones(4, 9))
     assert found == records

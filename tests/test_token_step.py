@@ -10,9 +10,10 @@ import duramen
 import tiny
 from duramen.calibrate.walker import Walk
 from duramen.families.model import BlockModel
+from duramen.opening import load, open_blocks
 from duramen.problem import Problem
 from duramen.tokens.cost import costs
-from duramen.tokens.folder import FILE, ReducedModel, load, open_blocks
+from duramen.tokens.folder import FILE, ReducedModel
 from duramen.tokens.model import Reduced, Reduction, continuation_losses
 from duramen.tokens.reduction import apply
 from duramen.tokens.schedule import Costs, solve_keep

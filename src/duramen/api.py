@@ -6,6 +6,7 @@ import importlib.metadata
 import json
 import shlex
 import shutil
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,13 +31,14 @@ from duramen.families.inventory import inventory
 from duramen.families.model import BlockModel
 from duramen.forecast import forecast
 from duramen.hardware.machine import describe, fastest_device, forward_dtype, free_memory, gigaflops, peak_memory
+from duramen.opening import load
 from duramen.problem import Problem
 from duramen.recipe import Recipe, Step, dump_yaml, load_recipe, parse_settings
 from duramen.registry import get_method
 from duramen.report.page import write_report
-from duramen.rundir import BlockStore, RunDirectory, hash_file, hash_tokens, write_json, write_text
+from duramen.rundir import BlockStore, RunDirectory, hash_file, hash_tokens, read_formats, write_json, write_text
 from duramen.shrink.groups import find_units, known_kinds
-from duramen.tokens.folder import load, no_likelihood
+from duramen.tokens.folder import no_likelihood
 
 __all__ = ["compare", "evaluate", "export", "inspect", "load", "load_results", "plan", "report", "run", "versions"]
 
@@ -314,6 +316,7 @@ def _assemble(
         "id": step.id, "method": step.method, "settings": step.lock(), "reopened": check, "layers": records,
         "skipped": [name for name in opened.layer_names() if name not in edited], "copied_unchanged": copied,
         "shape": walk.reshape.summary if walk.reshape else None, "training": walk.training,
+        "rounds": dict(Counter(each.text for each in read_formats(target).values() if each.runs)),
     }  # fmt: skip
 
 

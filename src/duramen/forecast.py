@@ -13,10 +13,10 @@ from typing import Any
 from duramen.evaluate.evaluate import Settings as EvaluateSettings
 from duramen.families.model import BlockModel
 from duramen.families.select import filter_layers
-from duramen.grids import parse_grid
+from duramen.grids import parse_format
 from duramen.prune.model import PruneSettings
 from duramen.prune.pattern import Scope, parse_pattern
-from duramen.quantize.model import TYPES, QuantizeSettings
+from duramen.quantize.model import TYPES, QuantizeSettings, formats_of
 from duramen.recipe import Recipe, Step
 from duramen.recover import refit, rora
 from duramen.registry import Settings
@@ -143,14 +143,20 @@ def _shrunk(
 def _rounded(
     model: BlockModel, shapes: dict[str, tuple[int, int]], settings: QuantizeSettings, tokens: int, width: int
 ) -> dict[str, Any]:
-    """Rounding to a grid: a walk, a sweep, and the rounds that refine it."""
-    names, grid = filter_layers(model.layer_names(), settings.only, settings.skip), parse_grid(settings.grid)
+    """Rounding: a walk, and where weights go to a grid a sweep, and the rounds that refine it."""
+    names, wanted = filter_layers(model.layer_names(), settings.only, settings.skip), parse_format(settings.format)
+    formats_of(model, names, wanted)
+    memory, grid = _memory(model, shapes, settings, tokens, width), wanted.weights
+    kept = [f"{wanted.inputs.bits} bits of inputs"] if wanted.inputs else []
+    kept += [f"{wanted.cache.bits} bits of keys and values"] if wanted.cache else []
+    if grid is None:
+        return {"flops": _walk_flops(model, shapes, [], tokens), "memory_bytes": memory, "note": ", ".join(kept)}
     extra = 8 * TYPES[settings.step_type].itemsize + grid.bits * grid.affine
     bits = sum(shapes[name][0] * shapes[name][1] * (grid.bits + extra / grid.width(shapes[name][1])) for name in names)
     weights = sum(prod(shapes[name]) for name in names)
     flops = _walk_flops(model, shapes, names, tokens) + sum(_solve_flops(settings, shapes[name]) for name in names)
     note = f"{bits / weights:.2f} bits per weight in {len(names)} layers, {bits / 8 / 2**20:,.0f} MiB; stored as ordinary tensors too"
-    return {"flops": flops, "memory_bytes": _memory(model, shapes, settings, tokens, width), "note": note}
+    return {"flops": flops, "memory_bytes": memory, "note": "; ".join([note, *kept])}
 
 
 def _refitted(

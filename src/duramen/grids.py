@@ -1,11 +1,13 @@
-"""Grids of few-bit integers, and matrices on them: what quantization writes, and what a checkpoint, ``inspect`` and every exporter read."""
+"""Grids of few-bit integers, and matrices on them: what quantization writes, and what a checkpoint, ``inspect`` and every exporter read.
+
+A *format* says in one line what is rounded, such as ``W4A8KV8 g64``: weights, the inputs that they meet, and what attention keeps.
+"""
 
 from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from functools import cached_property
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float, Int
@@ -15,7 +17,7 @@ from duramen.problem import Problem
 
 Share = Literal["row", "tensor"] | int
 """What shares a step: so many consecutive inputs of a row, the row, or the whole matrix."""
-EXAMPLE = "`W4 g64`, `W3 row`, `W4 g32 affine`"
+EXAMPLE = "`W4 g64`, `W3 row`, `W4A8KV8 g32 affine`, `A8KV4 sinks4`"
 
 
 @dataclass(frozen=True)
@@ -61,41 +63,122 @@ class Grid:
             )
         return self.share
 
-    @cached_property
+
+@dataclass(frozen=True)
+class Inputs:
+    """How the inputs of a layer are rounded as they come: on the symmetric grid, with a step from the largest of those that share it.
+
+    Attributes:
+        bits: 2 to 8.
+        group: How many consecutive channels of a token share a step; None for all of them.
+    """
+
+    bits: int
+    group: int | None = None
+
+    @property
+    def grid(self) -> Grid:
+        """The grid of one token's channels."""
+        return Grid(self.bits, self.group or "row")
+
+
+@dataclass(frozen=True)
+class Cache:
+    """How keys, as they are after rotary embedding, and values are rounded: on an affine grid, with a step for every token and head.
+
+    Attributes:
+        bits: 2 to 8.
+        sinks: How many first tokens keep theirs as they are: those on which much of the attention falls.
+    """
+
+    bits: int
+    sinks: int = 0
+
+
+@dataclass(frozen=True)
+class Format:
+    """What is rounded, and how; whatever is None is not.
+
+    Attributes:
+        weights: The weights of linear layers.
+        inputs: What those layers read.
+        cache: The keys and values of attention.
+    """
+
+    weights: Grid | None = None
+    inputs: Inputs | None = None
+    cache: Cache | None = None
+
+    @property
+    def runs(self) -> bool:
+        """Whether it says what happens as a network runs, which ordinary weights do not hold."""
+        return bool(self.inputs or self.cache)
+
+    @property
     def text(self) -> str:
         """As it is written in recipes."""
-        share = f"g{self.share}" if isinstance(self.share, int) else self.share
-        return " ".join([f"W{self.bits}", share, *["affine"] * self.affine, *["narrow"] * self.narrow])
+        first, words = "", []
+        if self.weights:
+            grid = self.weights
+            first = f"W{grid.bits}"
+            share = f"g{grid.share}" if isinstance(grid.share, int) else grid.share
+            words = [share, *["affine"] * grid.affine, *["narrow"] * grid.narrow]
+        if self.inputs:
+            first += f"A{self.inputs.bits}" + (f"g{self.inputs.group}" if self.inputs.group else "")
+        if self.cache:
+            first += f"KV{self.cache.bits}"
+            words += [f"sinks{self.cache.sinks}"] if self.cache.sinks else []
+        return " ".join([first, *words])
 
 
-def parse_grid(text: str) -> Grid:
-    """Reads a grid, such as ``W4 g64``: bits, what shares a step (``gN``, ``row``, ``tensor``), then ``affine`` or ``narrow``.
+def parse_format(text: str) -> Format:
+    """Reads a format, such as ``W4A8KV8 g64``.
+
+    First come the bits, of weights (``W``), inputs (``A``, by token, or ``A8g32`` by so many channels of it) and keys and values (``KV``); then what shares a
+    step of the weights (``row`` unless it says ``gN`` or ``tensor``), ``affine`` or ``narrow`` for them, and ``sinksN`` for keys and values.
 
     Raises:
         Problem: If it reads otherwise.
     """
     first, *words = text.split() or [""]
-    bits = re.fullmatch(r"W([2-8])", first)
-    share: Share = "row"
-    known = {"affine": False, "narrow": False}
-    wrong = [] if bits else [first]
+    bits = re.fullmatch(r"(?:W([2-8]))?(?:A([2-8])(?:g([1-9]\d*))?)?(?:KV([2-8]))?", first)
+    wrong = [] if bits and first else [first]
+    of_weights: dict[str, Any] = {}
+    of_cache: dict[str, Any] = {}
     for word in words:
-        group = re.fullmatch(r"g([1-9]\d*)", word)
-        if group:
-            share = int(group[1])
+        number = re.fullmatch(r"(g|sinks)([1-9]\d*)", word)
+        if number and number[1] == "g":
+            of_weights["share"] = int(number[2])
+        elif number:
+            of_cache["sinks"] = int(number[2])
         elif word in ("row", "tensor"):
-            share = word  # type: ignore[assignment]
-        elif word in known:
-            known[word] = True
+            of_weights["share"] = word
+        elif word in ("affine", "narrow"):
+            of_weights[word] = True
         else:
             wrong.append(word)
-    if wrong or not bits or all(known.values()):
+    if bits and not wrong:
+        both = of_weights.get("affine") and of_weights.get("narrow")
+        unused = (not bits[1] and list(of_weights)) or (not bits[4] and list(of_cache))
+        wrong = (
+            ["narrow and affine"]
+            if both
+            else [f"{unused[0]} without {'KV' if of_cache and not bits[4] else 'W'}"]
+            if unused
+            else []
+        )
+    if wrong or not bits:
         raise Problem(
-            f"{text!r} is no grid: {'narrow and affine' if not wrong else repr(wrong[0])} does not fit.",
-            why="it reads W with 2 to 8 bits, then `row`, `tensor` or `gN` inputs that share a step, then `affine` or `narrow`.",
+            f"{text!r} is no format: {wrong[0]!r} does not fit.",
+            why="it reads `W`, `A`, `KV` with 2 to 8 bits each, or some of these; then for weights `row`, `tensor` or `gN` inputs that share a step, and `affine` "
+            "or `narrow`; for keys and values `sinksN`.",
             fix=EXAMPLE,
         )
-    return Grid(int(bits[1]), share, **known)
+    return Format(
+        Grid(int(bits[1]), **of_weights) if bits[1] else None,
+        Inputs(int(bits[2]), int(bits[3]) if bits[3] else None) if bits[2] else None,
+        Cache(int(bits[4]), **of_cache) if bits[4] else None,
+    )
 
 
 @dataclass(frozen=True)

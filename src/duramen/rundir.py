@@ -12,6 +12,7 @@ import json
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +21,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from duramen.grids import Quantized
+from duramen.grids import Format, Quantized, parse_format
 from duramen.problem import Exit, Problem
 
 STATE = ".duramen"
 MASKS = "masks.safetensors"
-CODES, GRIDS = "codes.safetensors", "grids.json"
+CODES, FORMATS = "codes.safetensors", "formats.json"
 
 
 @contextmanager
@@ -202,6 +203,45 @@ def _short(value: Any) -> str:
     return text if len(text) < 80 else text[:77] + "..."
 
 
+@dataclass(frozen=True)
+class Finished:
+    """What is kept of a block that a step is done with.
+
+    Attributes:
+        tensors: All tensors of the block, by the model's own names.
+        records: One per layer that was edited.
+        pruned: What was removed, bool [O, I], by layer.
+        quantized: Codes by layer.
+        formats: What modules round from here on, by their names.
+    """
+
+    tensors: dict[str, Tensor]
+    records: list[dict[str, Any]]
+    pruned: dict[str, Tensor] = field(default_factory=dict)
+    quantized: dict[str, Quantized] = field(default_factory=dict)
+    formats: dict[str, Format] = field(default_factory=dict)
+
+
+def read_formats(folder: Path) -> dict[str, Format]:
+    """What the modules of a model folder round, by their names; empty if they round nothing.
+
+    Raises:
+        Problem: If the file is damaged.
+    """
+    file = folder / FORMATS
+    if not file.is_file():
+        return {}
+    try:
+        return {name: parse_format(text) for name, text in json.loads(file.read_text(encoding="utf-8")).items()}
+    except (ValueError, AttributeError) as error:
+        raise Problem(
+            f"{file} cannot be read: {error}.",
+            why="it was changed by hand, or is of another version.",
+            fix="run the recipe again; without it and `codes.safetensors` the folder is an ordinary model.",
+            code=Exit.INCOMPATIBLE,
+        ) from error
+
+
 class BlockStore:
     """Finished blocks of one step: tensors by stored name, bit-packed masks, codes, records."""
 
@@ -231,9 +271,9 @@ class BlockStore:
         """Codes of a block."""
         return self.folder / f"block-{index:04d}.codes.safetensors"
 
-    def grids(self, index: int) -> dict[str, str]:
-        """The grids of the layers of a finished block that were rounded, as they are written."""
-        return dict(self._kept(index)["grids"])
+    def formats(self, index: int) -> dict[str, Format]:
+        """What the modules of a finished block round."""
+        return {name: parse_format(text) for name, text in self._kept(index)["formats"].items()}
 
     def edited(self, index: int) -> set[str]:
         """The layers of a finished block that the step edited."""
@@ -243,23 +283,16 @@ class BlockStore:
         """Stored name of every tensor of a finished block -> the model's own."""
         return dict(self._kept(index)["names"])
 
-    def save(
-        self,
-        index: int,
-        tensors: dict[str, Tensor],
-        pruned: dict[str, Tensor],
-        quantized: dict[str, Quantized],
-        records: list[dict[str, Any]],
-    ) -> None:
-        """Keeps a finished block with its masks and codes by layer; its record, written last, makes it count."""
-        names = {self.stored_name(name): name for name in tensors}
-        write_tensors(self.shard(index), {stored: tensors[name] for stored, name in names.items()})
-        write_tensors(self.masks(index), {name: pack_mask(mask) for name, mask in pruned.items()})
-        codes = {f"{name}.{end}": each for name, found in quantized.items() for end, each in found.tensors().items()}
+    def save(self, index: int, block: Finished) -> None:
+        """Keeps a finished block; its record, written last, makes it count."""
+        names = {self.stored_name(name): name for name in block.tensors}
+        write_tensors(self.shard(index), {stored: block.tensors[name] for stored, name in names.items()})
+        write_tensors(self.masks(index), {name: pack_mask(mask) for name, mask in block.pruned.items()})
+        codes = {f"{name}.{end}": each for name, found in block.quantized.items() for end, each in found.tensors().items()}
         write_tensors(self.codes(index), codes)
         digests = {name: hash_file(file) for name, file in self._files(index).items()}
-        grids = {name: found.grid.text for name, found in quantized.items()}
-        write_json(self._record(index), {"files": digests, "names": names, "grids": grids, "records": records})
+        formats = {name: each.text for name, each in block.formats.items()}
+        write_json(self._record(index), {"files": digests, "names": names, "formats": formats, "records": block.records})
 
     def load(self, index: int) -> tuple[dict[str, Tensor], list[dict[str, Any]]] | None:
         """A finished block by the model's own names, or None if it is missing or damaged."""

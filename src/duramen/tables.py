@@ -89,8 +89,8 @@ def inspect_tables(found: dict[str, Any], *, layers: bool = False, groups: bool 
             if found["codes"]["broken"]
             else "every weight is what its code says"
         )
-        counts = ", ".join(f"{count} layers {grid}" for grid, count in found["codes"]["layers"].items())
-        parts.append(f"codes: {counts}; {kept}")
+        counts = ", ".join(f"{count} modules {text}" for text, count in found["codes"]["modules"].items())
+        parts.append(f"rounded: {counts}; {kept}")
     if found["damaged"]:
         parts.append(f"DAMAGED, not finite: {', '.join(found['damaged'])}")
     return parts

@@ -25,8 +25,10 @@ from duramen.calibrate.activations import Activations, Budget, check_activations
 from duramen.calibrate.passes import Passes
 from duramen.calibrate.statistics import Statistics
 from duramen.families.model import BlockModel, Call, Layer, OpenBlock
-from duramen.grids import Quantized
+from duramen.grids import Format, Quantized
 from duramen.problem import Exit, Problem
+from duramen.rounding import start_rounding
+from duramen.rundir import Finished
 
 SCRATCH = "activations-"
 """How the names of the folders begin in which activations wait on disk."""
@@ -45,15 +47,8 @@ class Store(Protocol):
     def load(self, index: int) -> tuple[dict[str, Tensor], Records] | None:
         """The edited tensors and records of a finished block, or None."""
 
-    def save(
-        self,
-        index: int,
-        tensors: dict[str, Tensor],
-        pruned: dict[str, Tensor],
-        quantized: dict[str, Quantized],
-        records: Records,
-    ) -> None:
-        """Keeps a finished block with the masks and the codes of its layers, durably."""
+    def save(self, index: int, block: Finished) -> None:
+        """Keeps a finished block, durably."""
 
 
 class Reshape(Protocol):
@@ -158,6 +153,7 @@ def walk_blocks(
     held_out_every: int = 0,
     dense_target: bool = False,
     parent: BlockModel | None = None,
+    formats: Mapping[str, Format] | None = None,
 ) -> Records:
     """Goes through all blocks and edits the named layers.
 
@@ -171,6 +167,7 @@ def walk_blocks(
         dense_target: Whether to run the dense model in step, for the statistics of its inputs too.
         parent: What that is: a model with as many blocks, whose layers the edited ones know as theirs (``layer.parent``); None for
             the model as it was before.
+        formats: What modules round from here on, by their names; the edited model runs so from the block's first stage on.
 
     Returns:
         The records of all layers, in order.
@@ -189,9 +186,11 @@ def walk_blocks(
         for index in range(_blocks_to_walk(model, names, walk)):
             found = walk.store.load(index) if walk.store else None
             if found is None:
-                records += _edit_block(model, index, boundary, edit, set(names), walk, held_out=held_out_every > 0)
+                records += _edit_block(
+                    model, index, boundary, edit, set(names), walk, formats or {}, held_out=held_out_every > 0
+                )
             else:
-                _advance_finished(model, index, boundary, found[0])
+                _advance_finished(model, index, boundary, found[0], formats or {})
                 records += found[1]
         walk.final_hidden, walk.first_batch = boundary.edited[0], batches[mine[0]]
     return records
@@ -232,7 +231,7 @@ def _first_boundary(
 def _blocks_to_walk(model: BlockModel, names: Sequence[str], walk: Walk) -> int:
     """All blocks if finished ones are kept, since they become a whole model; else none beyond the last that is edited."""
     where = model.layer_names()
-    return len(model.blocks) if walk.store else 1 + max(where[name][1] for name in names)
+    return len(model.blocks) if walk.store else 1 + max((where[name][1] for name in names), default=-1)
 
 
 def split_batches(tokens: Tensor, size: int, held_out_every: int) -> tuple[list[Tensor], list[bool]]:
@@ -265,13 +264,22 @@ def _every(sequences: int, n: int) -> Tensor:
 
 
 def _edit_block(
-    model: BlockModel, index: int, boundary: _Boundary, edit: Edit, names: set[str], walk: Walk, *, held_out: bool
+    model: BlockModel,
+    index: int,
+    boundary: _Boundary,
+    edit: Edit,
+    names: set[str],
+    walk: Walk,
+    formats: Mapping[str, Format],
+    *,
+    held_out: bool,
 ) -> Records:
     """Edits one block and moves the boundary past it."""
     records: Records = []
     with ExitStack() as opened:
         block = opened.enter_context(model.opened(index))
         dense = _dense_passes(block, boundary, opened)
+        rounded = _rounded_from_here(model, block, formats)
         passes = boundary.passes(block.module, index)
         stages = _stages_to_edit(model, block, names)
         for number, layers in enumerate(stages):
@@ -286,7 +294,7 @@ def _edit_block(
             edited = dict(chain(*(layer.edited.items() for layer in block.layers.values())))
             masks = {layer.name: layer.pruned for layer in block.layers.values() if layer.pruned is not None}
             codes = {layer.name: layer.quantized for layer in block.layers.values() if layer.quantized is not None}
-            walk.store.save(index, block.tensors | edited, masks, codes, records)
+            walk.store.save(index, Finished(block.tensors | edited, records, masks, codes, rounded))
         ranks.wait()
         for each in filter(None, (passes, dense)):
             each.advance(f"{model.family.blocks}.{index}")
@@ -334,11 +342,22 @@ def _children(layers: Iterable[Layer]) -> set[str]:
     return {layer.projection.path.split(".")[0] for layer in layers}
 
 
-def _advance_finished(model: BlockModel, index: int, boundary: _Boundary, edited: dict[str, Tensor]) -> None:
+def _rounded_from_here(model: BlockModel, block: OpenBlock, formats: Mapping[str, Format]) -> dict[str, Format]:
+    """Makes the modules of an open block round what their formats say; those formats."""
+    prefix = f"{model.family.blocks}.{block.index}."
+    own = {name: each for name, each in formats.items() if name.startswith(prefix)}
+    start_rounding(block.module, {name.removeprefix(prefix): each for name, each in own.items()})
+    return own
+
+
+def _advance_finished(
+    model: BlockModel, index: int, boundary: _Boundary, edited: dict[str, Tensor], formats: Mapping[str, Format]
+) -> None:
     if boundary.dense:
         with (boundary.parent or model).opened(index) as block:
             boundary.dense_passes(block.module, index).advance(f"{model.family.blocks}.{index}")
     with model.opened(index, edited=edited) as block:
+        _rounded_from_here(model, block, formats)
         boundary.passes(block.module, index).advance(f"{model.family.blocks}.{index}")
 
 

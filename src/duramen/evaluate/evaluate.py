@@ -22,10 +22,10 @@ from duramen.calibrate.tokens import evaluation_tokens, opening
 from duramen.evaluate import likelihood, perplexity, speed
 from duramen.evaluate.intervals import Measured, mean_interval, mean_of, paired_interval, wilson_interval
 from duramen.families.model import BlockModel
+from duramen.opening import load, open_blocks
 from duramen.problem import Problem
 from duramen.registry import Settings as MethodSettings
 from duramen.registry import method
-from duramen.tokens.folder import load, open_blocks
 
 Memo = Callable[[str, Callable[[], Any]], Any]
 """(key, compute) -> the result, from an earlier run if it is kept."""

@@ -63,10 +63,19 @@ def _step(step: dict[str, Any]) -> str:
         sizes = f"{after:,} parameters instead of {before:,}; `pruning_plan.json` lists what stayed."
         return f"## {step['method']}\n\n{sizes} Settings: {_settings(step)}."
     rounded = [layer for layer in step["layers"] if "bits" in layer]
+    said: list[str] = []
     if rounded:
         bits = sum(layer["bits"] * layer["size"] for layer in rounded) / sum(layer["size"] for layer in rounded)
-        words = f"The weights of {len(rounded)} layers are on a grid, {bits:.2f} bits each with their steps; `codes.safetensors` has the codes, `grids.json` the grids, and the ordinary tensors what they stand for."
-        return f"## {step['method']}\n\n{words} Settings: {_settings(step)}."
+        said.append(
+            f"The weights of {len(rounded)} layers are on a grid, {bits:.2f} bits each with their steps; `codes.safetensors` has the codes, `formats.json` the grids, and the ordinary tensors what they stand for."
+        )
+    if step.get("rounds"):
+        counts = ", ".join(f"{count} modules by `{text}`" for text, count in step["rounds"].items())
+        said.append(
+            f"The model rounds as it runs: {counts} (`formats.json`). Plain transformers does not; `duramen.load` opens what was measured."
+        )
+    if said:
+        return f"## {step['method']}\n\n{' '.join(said)} Settings: {_settings(step)}."
     removed = sum(layer["removed"] for layer in step["layers"])
     size = sum(layer["size"] for layer in step["layers"])
     return f"## {step['method']}\n\n{removed:,} of {size:,} weights removed in {len(step['layers'])} layers. Settings: {_settings(step)}."

@@ -1,9 +1,9 @@
-"""Codes beside the weights of a model folder: integers and steps in ``codes.safetensors``, the grid of every layer in ``grids.json``."""
+"""Codes beside the weights of a model folder: integers and steps in ``codes.safetensors``; what every module rounds in ``formats.json``."""
 
 from __future__ import annotations
 
-import json
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,56 +11,56 @@ import torch
 from safetensors.torch import load_file
 
 from duramen.families.model import BlockModel
-from duramen.grids import Quantized, parse_grid
-from duramen.rundir import CODES, GRIDS, BlockStore, write_json, write_tensors
+from duramen.grids import Format, Quantized
+from duramen.rundir import CODES, FORMATS, BlockStore, read_formats, write_json, write_tensors
 
 LAYOUT = "codes [O, I], steps [O, n], zeros [O, n]; weight = steps * (codes - zeros)"
 
 
 def write_codes(source: Path, store: BlockStore, num_blocks: int, folder: Path, *, shapes_stay: bool) -> None:
-    """Writes the codes of a finished step; those of earlier steps stay for layers that this one left as they were.
+    """Writes the codes and formats of a finished step; earlier codes stay for layers that this one left as they were, and so does what else they round.
 
     Args:
         source: The folder that the step started from.
         store: Its finished blocks.
         num_blocks: How many there are.
         folder: Where to write.
-        shapes_stay: Whether the step left all shapes as they were; otherwise earlier codes are of no use.
+        shapes_stay: Whether the step left all shapes as they were; otherwise earlier codes and formats are of no use.
     """
     blocks = range(num_blocks)
     edited = {name for index in blocks for name in store.edited(index)}
-    grids = {name: grid for name, grid in _grids(source).items() if shapes_stay and name not in edited}
-    tensors = load_file(source / CODES) if grids else {}
-    tensors = {name: tensor for name, tensor in tensors.items() if name.rpartition(".")[0] in grids}
+    formats = {
+        name: replace(each, weights=None) if name in edited else each
+        for name, each in (read_formats(source) if shapes_stay else {}).items()
+    }
+    before = {name for name, each in formats.items() if each.weights}
+    tensors = load_file(source / CODES) if before else {}
+    tensors = {name: tensor for name, tensor in tensors.items() if name.rpartition(".")[0] in before}
     for index in blocks:
         tensors |= load_file(store.codes(index))
-        grids |= store.grids(index)
-    if grids:
+        formats |= store.formats(index)
+    if tensors:
         write_tensors(folder / CODES, tensors, ("layout", LAYOUT))
-        write_json(folder / GRIDS, dict(sorted(grids.items())))
+    if any(each != Format() for each in formats.values()):
+        write_json(folder / FORMATS, {name: each.text for name, each in sorted(formats.items()) if each != Format()})
 
 
 def read_codes(folder: Path) -> dict[str, Quantized]:
     """The codes of a folder by layer; empty without any."""
-    grids = _grids(folder)
+    grids = {name: each.weights for name, each in read_formats(folder).items() if each.weights}
     tensors = load_file(folder / CODES) if grids else {}
     return {
-        name: Quantized(tensors[f"{name}.codes"], tensors[f"{name}.steps"], tensors.get(f"{name}.zeros"), parse_grid(text))
-        for name, text in grids.items()
+        name: Quantized(tensors[f"{name}.codes"], tensors[f"{name}.steps"], tensors.get(f"{name}.zeros"), grid)
+        for name, grid in grids.items()
     }
 
 
 def check_codes(model: BlockModel) -> dict[str, Any] | None:
-    """Counts the layers that are on a grid, by grid, and names those whose weights are not what their codes stand for; None without codes."""
+    """Counts the modules that round, by format, and names the layers whose weights are not what their codes stand for; None where nothing is rounded."""
     assert model.checkpoint is not None
-    found, broken = read_codes(model.checkpoint.folder), []
-    for name, quantized in found.items():
+    formats, broken = read_formats(model.checkpoint.folder), []
+    for name, quantized in read_codes(model.checkpoint.folder).items():
         stored = model.checkpoint.read(model.stored_name(f"{name}.weight"))
         if not torch.equal(quantized.weight().to(stored.dtype), stored.T if model.transposed(name) else stored):
             broken.append(name)
-    return {"layers": dict(Counter(each.grid.text for each in found.values())), "broken": broken} if found else None
-
-
-def _grids(folder: Path) -> dict[str, str]:
-    file = folder / GRIDS
-    return dict(json.loads(file.read_text(encoding="utf-8"))) if file.is_file() else {}
+    return {"modules": dict(Counter(each.text for each in formats.values())), "broken": broken} if formats else None

@@ -22,9 +22,9 @@ from duramen.calibrate.walker import Reshape
 from duramen.export.codes import write_codes
 from duramen.families.checkpoint import INDEX, Checkpoint
 from duramen.families.model import BlockModel
+from duramen.opening import load, open_blocks, runs_plainly
 from duramen.problem import Exit, Problem
-from duramen.rundir import CODES, GRIDS, MASKS, BlockStore, unpack_mask, visible_files, write_json, write_tensors, write_text
-from duramen.tokens.folder import load, open_blocks
+from duramen.rundir import CODES, FORMATS, MASKS, BlockStore, unpack_mask, visible_files, write_json, write_tensors, write_text
 
 TOLERANCE = 1e-3
 """Largest difference of logits after reopening, relative to the largest logit."""
@@ -32,7 +32,7 @@ _OWN = {
     INDEX,
     MASKS,
     CODES,
-    GRIDS,
+    FORMATS,
     "manifest.json",
     "results.json",
     "recipe.yaml",
@@ -127,7 +127,7 @@ def annotate(source: Path, folder: Path, files: Mapping[str, str | Path]) -> Non
     folder.mkdir(parents=True, exist_ok=True)
     copy_other_files(source, folder)
     for file in source.iterdir():
-        if file.name in (INDEX, MASKS, CODES, GRIDS) or (file.name.startswith("model") and file.suffix == ".safetensors"):
+        if file.name in (INDEX, MASKS, CODES, FORMATS) or (file.name.startswith("model") and file.suffix == ".safetensors"):
             shutil.copyfile(file, folder / file.name)
     _add(folder, files)
 
@@ -179,7 +179,7 @@ def verify_logits(
     expected = model.logits(hidden[:1, -last:])
     if size <= whole_up_to:
         reopened = load(folder, dtype=model.dtype).to(model.device)
-        how = "duramen.load, whole" if hasattr(reopened, "reduced") else "plain transformers, whole"
+        how = "plain transformers, whole" if runs_plainly(folder) else "duramen.load, whole"
         found = reopened(tokens[:1].to(model.device), use_cache=False).logits[:, -last:]
     else:
         how, found = "streamed, block by block", _streamed_logits(folder, model, tokens, last)

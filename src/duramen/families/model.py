@@ -24,6 +24,8 @@ from duramen.families.generic import infer_family
 from duramen.families.table import Family, Projection, Sizes
 from duramen.grids import Quantized
 from duramen.problem import Exit, Problem
+from duramen.rounding import start_rounding
+from duramen.rundir import read_formats
 from duramen.ssm.mixer import ExactScans
 
 CPU = torch.device("cpu")
@@ -132,7 +134,9 @@ class BlockModel:
         device: torch.device = CPU,
         allow_generic: bool = False,
     ) -> BlockModel:
-        """Opens a Hugging Face folder without reading its blocks; state-space layers run on our scans where there are no kernels for the device.
+        """Opens a Hugging Face folder without reading its blocks.
+
+        Its modules round what the folder's formats say; state-space layers run on our scans where there are no kernels for the device.
 
         Raises:
             Problem: If the folder is damaged, quantized, or of an unknown architecture without ``allow_generic``.
@@ -148,6 +152,7 @@ class BlockModel:
         network.eval()
         if device.type == "cpu" or find_spec("mamba_ssm") is None:
             ExactScans(network)
+        start_rounding(network, read_formats(folder))
         model = cls(network, known or _family(network, allow_generic), checkpoint, dtype, device)
         model._load_outside()
         return model
@@ -191,8 +196,15 @@ class BlockModel:
 
     def transposed(self, name: str) -> bool:
         """Whether the weight of a layer, by its full name, is stored [I, O]."""
+        return self._projection(name).transposed
+
+    def tapped(self, name: str) -> bool:
+        """Whether the block multiplies by the weight of a layer, by its full name, without calling it."""
+        return self._projection(name).tap is not None
+
+    def _projection(self, name: str) -> Projection:
         path = name.removeprefix(f"{self.family.blocks}.").partition(".")[2]
-        return any(item.path == path and item.transposed for stage in self.family.stages for item in stage)
+        return next(item for stage in self.family.stages for item in stage if item.path == path)
 
     def shape(self, name: str) -> tuple[int, int]:
         """Outputs and inputs of a linear layer, by its full name."""

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any, Literal
 
 import torch
@@ -14,14 +15,16 @@ from duramen.calibrate.statistics import Statistics
 from duramen.calibrate.walker import Records, Walk, walk_blocks
 from duramen.families.model import BlockModel, Layer, Model
 from duramen.families.select import filter_layers
-from duramen.grids import Quantized, parse_grid
+from duramen.grids import Format, Quantized, parse_format
+from duramen.problem import Problem
 from duramen.prune.layer import GRID, DampingGrid, HeldOut, PruneFunction, prepare, prune_layer
 from duramen.prune.pruned import Pruned
 from duramen.prune.reconstruct import output_error
 from duramen.quantize.steps import Step
 from duramen.registry import Settings
+from duramen.rounding import attention_paths, start_rounding
 
-OWN = {"grid", "only", "skip", "damping", "damping_grid", "held_out", "dense_target", "step_type"}
+OWN = {"format", "only", "skip", "damping", "damping_grid", "held_out", "dense_target", "step_type"}
 """Settings that this file handles; all others go to the rounding function as they are."""
 TYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 
@@ -29,8 +32,8 @@ TYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.
 class QuantizeSettings(Settings):
     """What every method of quantization takes."""
 
-    grid: str = "W4 g64"
-    """`W` with 2 to 8 bits; what shares a step: `row`, `tensor` or `gN` consecutive inputs; then `affine` for a zero point, or `narrow` to leave the lowest code out."""
+    format: str = "W4 g64"
+    """What is rounded: `W4A8KV8` are bits of weights, of the inputs that they meet (by token; `A8g32` by so many channels of it) and of keys and values, each of which may be left out; then for weights what shares a step, `row`, `tensor` or `gN` consecutive inputs, and `affine` for a zero point or `narrow` to leave the lowest code out; `sinksN` lets the keys and values of the first tokens be."""
     step: Step = "weighted"
     """How steps are chosen: from the largest weight (`absmax`), or by the squared error of rounding (`mse`), weighted by the inputs (`weighted`)."""
     step_type: Literal["float16", "bfloat16", "float32"] = "float16"
@@ -44,10 +47,10 @@ class QuantizeSettings(Settings):
     damping_grid: DampingGrid = GRID
     """Candidates for `damping: held-out`."""
 
-    @field_validator("grid")
+    @field_validator("format")
     @classmethod
-    def _is_a_grid(cls, value: str) -> str:
-        return parse_grid(value).text
+    def _is_a_format(cls, value: str) -> str:
+        return parse_format(value).text
 
     @property
     def alpha(self) -> float:
@@ -68,7 +71,7 @@ class QuantizeSettings(Settings):
     def options(self) -> dict[str, Any]:
         """What goes to the rounding function."""
         own = {name: getattr(self, name) for name in type(self).model_fields if name not in OWN}
-        return own | {"grid": parse_grid(self.grid), "step_type": TYPES[self.step_type]}
+        return own | {"grid": parse_format(self.format).weights, "step_type": TYPES[self.step_type]}
 
 
 def finish(weight: Tensor, quantized: Quantized, gram: Tensor, pruned: Bool[Tensor, "O I"], **report: float) -> Pruned:
@@ -81,7 +84,9 @@ def finish(weight: Tensor, quantized: Quantized, gram: Tensor, pruned: Bool[Tens
 def quantize_model(
     quantize: PruneFunction, model: Model, tokens: Tensor, settings: QuantizeSettings, *, walk: Walk | None = None
 ) -> Records:
-    """Rounds the linear weights of all blocks; embeddings, head, norms and biases stay as they are.
+    """Rounds what the format says of the linear layers and the attention of all blocks; embeddings, head, norms and biases stay as they are.
+
+    A layer's weights are fitted on its inputs as they are rounded.
 
     Args:
         quantize: A function with the signature of ``duramen.quantize.gptq.quantize``.
@@ -94,19 +99,49 @@ def quantize_model(
         One record per layer, with its relative errors and bits.
 
     Raises:
-        Problem: On filters that match nothing, groups that do not fit, damaged weights, or activations that are not finite.
+        Problem: On filters that match nothing, groups that do not fit, layers or attention whose inputs, keys or values cannot be reached, damaged weights, or
+            activations that are not finite.
     """
-    blocks, grid = BlockModel.of(model), parse_grid(settings.grid)
+    blocks, wanted = BlockModel.of(model), parse_format(settings.format)
     names = filter_layers(blocks.layer_names(), settings.only, settings.skip)
-    for name in names:
-        grid.width(blocks.shape(name)[1], name)
+    formats = formats_of(blocks, names, wanted)
     choose = getattr(settings, "damping", None) == "held-out"
 
     def edit(layers: list[Layer], statistics: Statistics) -> Callable[[Layer], dict[str, Any]]:
         stage = prepare(quantize, layers, statistics, settings, {})
         return lambda layer: prune_layer(quantize, layer, stage, settings, {})
 
-    return walk_blocks(
-        blocks, tokens, edit, names, walk=walk or Walk(),
-        held_out_every=round(1 / settings.held_out) if choose else 0, dense_target=settings.alpha > 0,
+    records = walk_blocks(
+        blocks, tokens, edit, names if wanted.weights else [], walk=walk or Walk(),
+        held_out_every=round(1 / settings.held_out) if choose else 0, dense_target=settings.alpha > 0, formats=formats,
     )  # fmt: skip
+    if blocks.checkpoint is None:
+        start_rounding(blocks.network, formats)  # also in blocks that nothing made the walk go through
+    return records
+
+
+def formats_of(model: BlockModel, names: Sequence[str], wanted: Format) -> dict[str, Format]:
+    """What the named layers, and the attention of their blocks, round.
+
+    Raises:
+        Problem: On groups that do not fit, or layers or attention whose inputs, keys or values cannot be reached.
+    """
+    layer, where = replace(wanted, cache=None), model.layer_names()
+    for name in names:
+        inputs = model.shape(name)[1]
+        if wanted.weights:
+            wanted.weights.width(inputs, name)
+        if wanted.inputs:
+            wanted.inputs.grid.width(inputs, name)
+        if wanted.inputs and model.tapped(name):
+            raise Problem(
+                f"The inputs of {name} cannot be rounded.",
+                why="its block reads the weight without calling the layer.",
+                fix=f"leave such layers out (`skip: [{where[name][0]}]`), or a format without `A`.",
+            )
+    found = dict.fromkeys(names, layer) if layer != Format() else {}
+    if wanted.cache:
+        touched = tuple(f"{model.family.blocks}.{block}." for block in {where[name][1] for name in names})
+        inside = [path for path in attention_paths(model.network) if path.startswith(touched)]
+        found |= dict.fromkeys(inside, Format(cache=wanted.cache))
+    return found

@@ -60,6 +60,9 @@ def verdict(results: dict[str, Any]) -> str:
         parts.append(f"the weights of {len(rounded)} layers are {bits:.2f} bits each")
     elif layers and not removed:
         parts.append(f"{len(layers)} layers were fitted anew")
+    rounds: dict[str, int] = next((step["rounds"] for step in reversed(results["steps"]) if step.get("rounds")), {})
+    if rounds:
+        parts.append(f"as it runs the model rounds by {' and '.join(rounds)}")
     if shapes:
         before, after = shapes[0]["parameters"]["before"], shapes[-1]["parameters"]["after"]
         parts.append(

@@ -20,12 +20,11 @@ from safetensors import safe_open
 from torch import Tensor
 
 from duramen.calibrate.statistics import Statistics
-from duramen.calibrate.walker import Records, Walk, walk_blocks
+from duramen.calibrate.walker import Walk, walk_blocks
 from duramen.families.model import BlockModel, Layer, OpenBlock
-from duramen.grids import Quantized
 from duramen.prune.layer import Stage, aim, corrected_bias, prepare
 from duramen.prune.reconstruct import output_error
-from duramen.rundir import BlockStore, write_tensors
+from duramen.rundir import BlockStore, Finished, write_tensors
 from duramen.search.levels import ROUNDS, error_curve, greedy_order, level_factor, level_weight
 from duramen.shrink.groups import Units, find_units
 from duramen.shrink.model import RepairSettings
@@ -289,17 +288,10 @@ class _LevelStore(BlockStore):
         if bias is not None:
             self.pending[f"{units.kind}.{level}.bias"] = bias
 
-    def save(
-        self,
-        index: int,
-        tensors: dict[str, Tensor],
-        pruned: dict[str, Tensor],
-        quantized: dict[str, Quantized],
-        records: Records,
-    ) -> None:
+    def save(self, index: int, block: Finished) -> None:
         """Writes the levels of a finished block; its record, written last, makes it count."""
         write_tensors(level_file(self.folder, index), self.pending)
-        layers = tuple(f"{record['layer']}." for record in records)
-        own = {name: tensor for name, tensor in tensors.items() if name.startswith(layers)}
-        super().save(index, own, pruned, quantized, records)
+        layers = tuple(f"{record['layer']}." for record in block.records)
+        own = {name: tensor for name, tensor in block.tensors.items() if name.startswith(layers)}
+        super().save(index, replace(block, tensors=own))
         self.pending = {}

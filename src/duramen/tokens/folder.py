@@ -7,12 +7,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from duramen.families.checkpoint import Checkpoint
 from duramen.families.model import BlockModel, run_block
 from duramen.problem import Exit, Problem
 from duramen.tokens.model import Reduced, Reduction
@@ -38,30 +36,6 @@ def read_reduction(folder: Path) -> Reduction | None:
             fix="run the recipe again; without the file the folder is the dense model.",
             code=Exit.INCOMPATIBLE,
         ) from error
-
-
-def load(folder: str | Path, **options: Any) -> nn.Module:
-    """Opens a model folder whole, as it was measured: one that shortens its prompts does so, and has ``reduced``, which says what is left of them.
-
-    Args:
-        folder: A Hugging Face folder.
-        **options: Of ``AutoModelForCausalLM.from_pretrained``.
-    """
-    from transformers import AutoModelForCausalLM
-
-    folder = Path(folder)
-    Checkpoint(folder)  # from here on transformers knows its type, also where it is one of ours
-    network: nn.Module = AutoModelForCausalLM.from_pretrained(folder, **options).eval()
-    reduction = read_reduction(folder)
-    if reduction is not None:
-        network.reduced = Reduced(network, reduction)  # type: ignore[assignment]
-    return network
-
-
-def open_blocks(folder: Path, **options: Any) -> BlockModel:
-    """Opens a model folder block by block, as it was measured; the options are those of ``BlockModel.from_folder``."""
-    model, reduction = BlockModel.from_folder(folder, **options), read_reduction(folder)
-    return model if reduction is None else ReducedModel(model, reduction)
 
 
 def no_likelihood() -> Problem:
