@@ -27,6 +27,7 @@ from duramen.hardware.clock import now
 from duramen.hardware.machine import fastest_device
 from duramen.recover.rora import Settings, adapted, groups
 from duramen.train.data import Rows
+from duramen.train.models import Course
 from duramen.train.objective import NextTokens
 from pruning_quality import CORPORA
 
@@ -70,7 +71,7 @@ def main() -> None:
             for name in sorted(subjects, reverse=bool(step % 2)):
                 network, optimizer = subjects[name]
                 start = now()
-                loss = NextTokens(network, None, batch, batch).loss(range(options.batch)) / int(batch.learned.sum())
+                loss = NextTokens(Course(network, None, batch, batch)).loss(range(options.batch)) / int(batch.learned.sum())
                 loss.backward()
                 optimizer.step()
                 optimizer.zero_grad()

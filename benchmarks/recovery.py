@@ -43,6 +43,7 @@ from duramen.recover.rora import Settings, adapted, groups
 from duramen.rundir import write_json
 from duramen.train.data import Rows
 from duramen.train.loop import train
+from duramen.train.models import Course
 from duramen.train.objective import NextTokens
 from pruning_quality import CORPORA
 from wikitext import literature
@@ -232,7 +233,11 @@ def text_of(judge: Judge, cell: Cell, settings: Settings) -> tuple[nn.Module, Bl
     model, rows_of = judge.opened(start_of(cell), dtype), Rows.whole(judge.tokens)
     aside = set_aside(len(rows_of), settings.held_out, "held_out").to(judge.device)
     teacher = judge.opened("dense", dtype).network if settings.objective == "distill" else None
-    return model.network, model, NextTokens(model.network, teacher, rows_of[~aside], rows_of[aside], settings.distill_weight)
+    return (
+        model.network,
+        model,
+        NextTokens(Course(model.network, teacher, rows_of[~aside], rows_of[aside]), settings.distill_weight),
+    )
 
 
 def settings_of(cell: Cell) -> Settings:

@@ -13,6 +13,7 @@ from duramen.families.model import BlockModel
 from duramen.problem import Problem
 from duramen.train.data import Rows, keeps_apart, pack, read_rows
 from duramen.train.loop import recomputed
+from duramen.train.models import Course
 from duramen.train.objective import NextTokens
 
 TEMPLATE = (
@@ -81,8 +82,8 @@ def test_the_loss_of_a_document_does_not_depend_on_its_mates(name, tmp_path):
     assert len(together) == (3 if apart else 5)
     alone = [read_rows(written(tmp_path / "one.jsonl", each), tokenizer, 32, packed=apart) for each in examples]
     with torch.no_grad():
-        whole = float(NextTokens(network, None, together, together).loss(range(len(together))))
-        parts = [float(NextTokens(network, None, each, each).loss([0])) for each in alone]
+        whole = float(NextTokens(Course(network, None, together, together)).loss(range(len(together))))
+        parts = [float(NextTokens(Course(network, None, each, each)).loss([0])) for each in alone]
     assert whole == pytest.approx(sum(parts), rel=1e-5)
     assert int(together.learned.sum()) == sum(int(each.learned.sum()) for each in alone)
 
@@ -96,7 +97,7 @@ def test_recomputing_gives_the_same_gradients_and_ends(name):
         blocks, calls = BlockModel.from_module(network).blocks, []
         handle = next(blocks[1].children()).register_forward_hook(lambda *_, calls=calls: calls.append(1))
         with recomputed(blocks, wanted=wanted):
-            NextTokens(network, None, rows, rows).loss(range(2)).backward()
+            NextTokens(Course(network, None, rows, rows)).loss(range(2)).backward()
         handle.remove()
         found.append({path: p.grad.clone() for path, p in network.named_parameters() if p.grad is not None})
         assert len(calls) == 1 + wanted

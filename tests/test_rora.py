@@ -20,6 +20,7 @@ from duramen.recover.peft_io import delta, read_peft
 from duramen.recover.rora import Settings, adapted
 from duramen.registry import get_method
 from duramen.train.data import Rows
+from duramen.train.models import Course
 from duramen.train.objective import NextTokens
 
 QUICK = {"steps": 12, "batch": 4, "every": 4, "rank": 4, "learning_rate": 0.01}
@@ -92,14 +93,14 @@ def test_the_mask_beside_a_model_counts_however_few_it_removed(tmp_path):
 def test_the_loss_of_a_sequence_does_not_depend_on_its_batch():
     network, tokens = tiny.model("llama"), tiny.ids(6, 24)
     rows = Rows.whole(tokens)
-    text = NextTokens(network, tiny.model("qwen2"), rows, rows, at_once=2)
+    text = NextTokens(Course(network, tiny.model("qwen2"), rows, rows), at_once=2)
     with torch.no_grad():
         together = float(text.loss(range(6)))
         assert together == pytest.approx(sum(float(text.loss([index])) for index in range(6)), rel=1e-5)
-        assert text.held_out() == pytest.approx(together / sum(map(text.targets, range(6))), rel=1e-5)
-        alone = NextTokens(network, None, rows, rows)
+        assert text.held_out()["loss"] == pytest.approx(together / sum(map(text.targets, range(6))), rel=1e-5)
+        alone = NextTokens(Course(network, None, rows, rows))
         expected = torch.nn.functional.cross_entropy(network(tokens).logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten())
-        assert alone.held_out() == pytest.approx(float(expected), rel=1e-5)
+        assert alone.held_out()["loss"] == pytest.approx(float(expected), rel=1e-5)
 
 
 def recipe_of(tmp_path, **more):

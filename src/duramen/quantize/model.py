@@ -11,18 +11,19 @@ from jaxtyping import Bool
 from pydantic import field_validator
 from torch import Tensor
 
+from duramen.attention import attention_paths
 from duramen.calibrate.statistics import Statistics
 from duramen.calibrate.walker import Records, Walk, walk_blocks
 from duramen.families.model import BlockModel, Layer, Model
 from duramen.families.select import filter_layers
 from duramen.grids import Format, Quantized, parse_format
-from duramen.problem import Problem
+from duramen.problem import Exit, Problem
 from duramen.prune.layer import GRID, DampingGrid, HeldOut, PruneFunction, prepare, prune_layer
 from duramen.prune.pruned import Pruned
 from duramen.prune.reconstruct import output_error
 from duramen.quantize.steps import Step
 from duramen.registry import Settings
-from duramen.rounding import attention_paths, start_rounding
+from duramen.rounding import start_rounding
 
 OWN = {"format", "only", "skip", "damping", "damping_grid", "held_out", "dense_target", "step_type"}
 """Settings that this file handles; all others go to the rounding function as they are."""
@@ -143,5 +144,12 @@ def formats_of(model: BlockModel, names: Sequence[str], wanted: Format) -> dict[
     if wanted.cache:
         touched = tuple(f"{model.family.blocks}.{block}." for block in {where[name][1] for name in names})
         inside = [path for path in attention_paths(model.network) if path.startswith(touched)]
+        if not inside:
+            raise Problem(
+                f"No keys and values of {type(model.network).__name__} can be rounded.",
+                why="it has no attention there, or none that transformers lets others take part in.",
+                fix="a format without `KV`.",
+                code=Exit.INCOMPATIBLE,
+            )
         found |= dict.fromkeys(inside, Format(cache=wanted.cache))
     return found

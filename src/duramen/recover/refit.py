@@ -29,11 +29,11 @@ from duramen.prune.layer import GRID, Damping, DampingGrid, HeldOut
 from duramen.prune.pattern import SPARSE_FROM
 from duramen.prune.reconstruct import compute_dtype, reconstruct
 from duramen.recover.masks import Masks
-from duramen.recover.parent import find_parent
 from duramen.registry import Settings as MethodSettings
 from duramen.registry import method
 from duramen.shrink.groups import find_units
 from duramen.shrink.plan import PLAN, Plan, digest
+from duramen.train.models import find_parent
 
 TRIAL_ROWS = 128
 """Outputs of a layer on which dampings are compared."""

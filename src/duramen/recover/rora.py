@@ -7,7 +7,7 @@ distributions are half of what is learned. The result is an ordinary model: adap
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from typing import Annotated, Any, Literal
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from duramen.calibrate import ranks
 from duramen.calibrate.statistics import Statistics
-from duramen.calibrate.walker import Records, Walk, set_aside, walk_blocks
+from duramen.calibrate.walker import Records, Walk, walk_blocks
 from duramen.families.model import BlockModel, Layer, Model
 from duramen.families.select import filter_layers
 from duramen.problem import Problem
@@ -26,15 +26,15 @@ from duramen.prune.reconstruct import output_error
 from duramen.recover.adapters import Adapter, Start
 from duramen.recover.masks import Masks
 from duramen.recover.merge import check_outputs, check_zeros
-from duramen.recover.parent import find_parent
 from duramen.recover.peft_io import CONFIG, WEIGHTS, check_alone, write_peft
 from duramen.recover.scaling import Rule, coupled_rate, scale
-from duramen.registry import Settings as MethodSettings
 from duramen.registry import method
+from duramen.rounding import take_over_rounding
 from duramen.ssm.mixer import ExactScans
-from duramen.train.data import Rows, keeps_apart, read_rows
-from duramen.train.loop import History, Schedule, recomputed, train
+from duramen.train.loop import History, recomputed, train
+from duramen.train.models import open_course, put
 from duramen.train.objective import NextTokens
+from duramen.train.settings import TrainSettings
 
 RATE = 3e-4
 """Learning rate at the reference strength (``scaling.REFERENCE``): LoRA's published one."""
@@ -48,7 +48,7 @@ ENOUGH = 0.5
 """Share of the block parameters below which the coverage is too small to pass without a word."""
 
 
-class Settings(MethodSettings):
+class Settings(TrainSettings):
     """Settings of RoRA."""
 
     rank: Annotated[int, Field(ge=1)] = 16
@@ -67,40 +67,8 @@ class Settings(MethodSettings):
     """Of AdamW at its height; `auto` couples it to γ and the rank, 3e-4 at γ·r = 64 (in `spp` to γ alone, 4e-3 at 2)."""
     plus_ratio: Annotated[float, Field(gt=0)] = 1.0
     """How many times the rate of A that of B is."""
-    steps: Annotated[int, Field(ge=1)] = 100
-    """How many."""
-    batch: Annotated[int, Field(ge=1)] = 8
-    """Sequences of a step."""
-    at_once: Annotated[int, Field(ge=1)] = 8
-    """Sequences that run together; fewer take less memory and give the same."""
-    warmup: Annotated[float, Field(ge=0, lt=1)] = 0.1
-    """Share of the steps in which the rate rises; then it falls to zero."""
-    clip: Annotated[float, Field(gt=0)] = 1.0
-    """Largest norm of a step's gradient."""
-    every: Annotated[int, Field(ge=1)] = 10
-    """Steps between checkpoints, at which the held-out loss is taken; the best of them is merged."""
-    held_out: Annotated[float, Field(gt=0, le=0.5)] = 0.125
-    """Share of the sequences that are not trained on."""
-    data: str = ""
-    """Examples to learn instead of the recipe's text: a jsonl file with `text`, `prompt` and `completion`, `instruction` and `output`, or `messages`; only responses count."""
-    recompute: bool = False
-    """Whether blocks run again in the backward pass instead of keeping what is inside them: less memory, a third more time."""
-    objective: Literal["auto", "ce", "distill"] = "auto"
-    """`ce` learns the text, `distill` the text and the dense model's distributions, half and half; `auto` distils where there is a dense model."""
-    distill_weight: Annotated[float, Field(ge=0, le=1)] = 0.5
-    """Share of the divergence from the dense model in `distill`."""
-    temperature: Annotated[float, Field(gt=0)] = 1.0
-    """By which both models' logits are divided in the divergence, which then counts its square."""
     adapter: Literal["", "portable", "rslora"] = ""
     """Whether to keep the adapters too, in the folder `adapter` beside the merged model, in PEFT's format: `portable` with γ folded in, `rslora` as trained; only in `side` without `dora`."""
-    parent: str = ""
-    """The dense model: folder, embedded name, GGUF file or hub id; empty for the model that the recipe began with."""
-    only: tuple[str, ...] = ()
-    """Layers to change, by role (`down`), block range (`blocks:4-27`) or glob; empty means all."""
-    skip: tuple[str, ...] = ()
-    """Layers that stay, in the same words."""
-    seed: int = 0
-    """Of the start of A and the order of the sequences."""
 
     @model_validator(mode="after")
     def _check(self) -> Settings:
@@ -125,11 +93,6 @@ class Settings(MethodSettings):
         if self.mode == "spp":  # every output meets one row of A, whatever the rank
             return coupled_rate(SPP_RATE, self.gamma, 1, reference=SPP_STRENGTH)
         return coupled_rate(RATE, self.gamma, self.rank)
-
-    @property
-    def schedule(self) -> Schedule:
-        """How long and how fast."""
-        return Schedule(self.steps, self.batch, self.at_once, self.warmup, self.clip, self.every, self.seed)
 
 
 @contextmanager
@@ -159,11 +122,12 @@ def adapted(network: nn.Module, model: BlockModel, settings: Settings) -> Iterat
             for name, zeros in removed.items():
                 base = network.get_submodule(name)
                 adapters[name] = _adapter(name, base, zeros, settings, generator, transposed=model.transposed(name))
-                _put(network, name, adapters[name])
+                take_over_rounding(base, adapters[name])
+                put(network, name, adapters[name])
         yield adapters
     finally:
         for name, adapter in adapters.items():
-            _put(network, name, adapter.base)
+            put(network, name, adapter.base)
         for name, parameter in network.named_parameters():
             parameter.requires_grad_(before[name])
 
@@ -197,11 +161,6 @@ def _adapter(
         start=settings.init, seed=settings.seed,
         kept=~zeros if sparse or mode == "masked" else None, generator=generator,
     )  # fmt: skip
-
-
-def _put(network: nn.Module, name: str, module: nn.Module) -> None:
-    holder, _, child = name.rpartition(".")
-    setattr(network.get_submodule(holder), child, module)
 
 
 def _targets(model: BlockModel, settings: Settings) -> set[str]:
@@ -243,15 +202,12 @@ def apply(model: Model, tokens: Tensor, *, walk: Walk | None = None, dense: Mode
     """
     chosen, walk = Settings.model_validate(settings), walk or Walk()
     blocks = BlockModel.of(model)
-    network, teacher = _whole(blocks), _teacher(blocks, chosen, walk, dense)
-    rows = _rows([each for each in (network, teacher) if each is not None], blocks, tokens, chosen).to(blocks.device)
-    aside = set_aside(len(rows), chosen.held_out, "held_out").to(blocks.device)
+    course = open_course(blocks, tokens, chosen, walk, dense)
+    network = course.network
     with adapted(network, blocks, chosen) as adapters:
         if chosen.adapter:
             check_alone(adapters)
-        text = NextTokens(
-            network, teacher, rows[~aside], rows[aside], chosen.distill_weight, chosen.temperature, chosen.at_once
-        )
+        text = NextTokens(course, chosen.distill_weight, chosen.temperature, chosen.at_once)
         with ExactScans(network), recomputed(network.get_submodule(blocks.family.blocks).children(), wanted=chosen.recompute):
             history = train(groups(adapters, chosen), text, chosen.schedule, folder=walk.folder, tell=walk.told)
         if chosen.adapter and walk.folder and ranks.leads():
@@ -259,63 +215,10 @@ def apply(model: Model, tokens: Tensor, *, walk: Walk | None = None, dense: Mode
             write_peft(walk.folder / "adapter", adapters, alpha=chosen.alpha, form=chosen.adapter, base=base)
             walk.files |= {f"adapter/{name}": walk.folder / "adapter" / name for name in (CONFIG, WEIGHTS)}
         witnesses = _witnesses(network, adapters, tokens[:1].to(blocks.device))
-        walk.training = _summary(blocks, adapters, history, chosen, distilled=teacher is not None)
-    del network, teacher, text
+        walk.training = _summary(blocks, adapters, history, chosen, distilled=course.teacher is not None)
+    del network, course, text
     edit = partial(_edit, adapters=adapters, witnesses=witnesses, untrained=history.best == 0)
     return walk_blocks(blocks, tokens, edit, list(adapters), walk=walk)
-
-
-def _rows(readers: Sequence[nn.Module], model: BlockModel, tokens: Tensor, settings: Settings) -> Rows:
-    """What is learned: the recipe's text, or the examples of ``data`` in rows as long, packed if all who read them can keep them apart."""
-    if not settings.data:
-        return Rows.whole(tokens)
-    if model.checkpoint is None:
-        raise Problem(
-            "`data` needs a tokenizer, and a model in memory has none.",
-            why="examples are text.",
-            fix="the model's folder, or token ids without `data`.",
-        )
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(model.checkpoint.folder)
-    packed = all(keeps_apart(network, model.config.vocab_size) for network in readers)
-    return read_rows(settings.data, tokenizer, tokens.shape[1], packed=packed)
-
-
-def _whole(model: BlockModel) -> nn.Module:
-    """The network in memory, with all its blocks."""
-    from transformers import AutoModelForCausalLM
-
-    if model.checkpoint is None:
-        return model.network
-    network: nn.Module = AutoModelForCausalLM.from_pretrained(model.checkpoint.folder, dtype=model.dtype).eval()
-    return network.to(model.device)
-
-
-def _teacher(model: BlockModel, settings: Settings, walk: Walk, given: Model | None) -> nn.Module | None:
-    """The dense model, frozen; None where only the text is learned.
-
-    Raises:
-        Problem: If there is none to distil from, or it has another vocabulary.
-    """
-    if settings.objective == "ce":
-        return None
-    dense = find_parent(model, settings.parent, walk, given)
-    if dense is None:
-        if settings.objective == "auto":
-            return None
-        raise Problem(
-            "There is no dense model to distil from.",
-            why="this recipe begins with the model that is to be recovered.",
-            fix="`parent: MODEL`, or `objective: ce`.",
-        )
-    if dense.config.vocab_size != model.config.vocab_size:
-        raise Problem(
-            f"The dense model has {dense.config.vocab_size:,} tokens, this one {model.config.vocab_size:,}.",
-            why="their distributions cannot be compared.",
-            fix="a `parent` with the same tokenizer, or `objective: ce`.",
-        )
-    return _whole(dense)
 
 
 def groups(adapters: dict[str, Adapter], settings: Settings) -> list[dict[str, Any]]:
@@ -386,5 +289,5 @@ def _summary(
     return {
         "layers": len(adapters), "covered": changed / everything, "thin": changed < ENOUGH * everything, "trained_parameters": trained,
         "gamma": settings.gamma, "learning_rate": settings.rate, "distilled": distilled,
-        "losses": history.losses, "held_out": history.held_out, "best": history.best,
+        "losses": history.losses, "held_out": history.held_out, "terms": history.terms, "best": history.best,
     }  # fmt: skip

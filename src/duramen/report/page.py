@@ -206,8 +206,21 @@ def _training(found: dict[str, Any]) -> dict[str, Any]:
         "words": f"{found['trained_parameters']:,} parameters in {found['layers']} layers, which have {found['covered']:.0%} of the blocks' parameters, "
         f"in {len(found['losses'])} steps at a learning rate of {found['learning_rate']:.2g}; {'text and the dense model' if found['distilled'] else 'text'} learned. "
         f"Held-out loss {before:.4f} before, {after:.4f} after {found['best']} steps, which were merged.",
-        "thin": found["thin"], "chart": line_chart(found["held_out"], "steps", "held-out loss"),
+        "thin": found["thin"], "charts": _curves(found),
     }  # fmt: skip
+
+
+def _curves(found: dict[str, Any]) -> list[dict[str, str]]:
+    """The held-out loss over the steps, and every term of it."""
+    steps = [done for done, _ in found["held_out"]]
+    curves = {"Held-out loss": [loss for _, loss in found["held_out"]]}
+    curves |= {
+        f"Its {name}": [terms[name] for terms in found["terms"]] for name in found["terms"][0] if len(found["terms"][0]) > 1
+    }
+    return [
+        {"name": name, "svg": line_chart(list(zip(steps, values, strict=True)), "steps", name.lower())}
+        for name, values in curves.items()
+    ]
 
 
 def _shape(shape: dict[str, Any]) -> dict[str, Any]:

@@ -40,8 +40,8 @@ class Task(Protocol):
     def loss(self, indices: Sequence[int]) -> Tensor:
         """Sum over the target tokens of some sequences."""
 
-    def held_out(self) -> float:
-        """Mean loss on sequences that are not trained on."""
+    def held_out(self) -> dict[str, float]:
+        """Mean ``loss``, and terms of it by name, on sequences that are not trained on."""
 
 
 @dataclass(frozen=True)
@@ -102,11 +102,13 @@ class History:
     Attributes:
         losses: Of every step.
         held_out: (steps done, held-out loss), from before the first step on.
+        terms: What the held-out loss is made of, by name, each time.
         best: Steps done at the least held-out loss, whose parameters are kept.
     """
 
     losses: list[float] = field(default_factory=list)
     held_out: list[tuple[int, float]] = field(default_factory=list)
+    terms: list[dict[str, float]] = field(default_factory=list)
     best: int = 0
 
 
@@ -182,7 +184,8 @@ def _look(
 ) -> list[Tensor]:
     """Takes the held-out loss; the parameters of the least one."""
     with torch.no_grad():
-        loss = task.held_out()
+        terms = task.held_out()
+    loss = terms.pop("loss")
     if not math.isfinite(loss):
         raise Problem(
             f"The held-out loss after {done} steps is {loss:.4g}.",
@@ -192,6 +195,7 @@ def _look(
         )
     better = not history.held_out or loss < min(found for _, found in history.held_out)
     history.held_out.append((done, loss))
+    history.terms.append(terms)
     tell(done, loss)
     if better:
         history.best = done
@@ -205,7 +209,7 @@ def _keep(parameters: list[Tensor], optimizer: Any, history: History, best: list
         return
     state = {
         "parameters": [parameter.detach() for parameter in parameters], "best": best, "optimizer": optimizer.state_dict(),
-        "losses": history.losses, "held_out": history.held_out, "best_step": history.best,
+        "losses": history.losses, "held_out": history.held_out, "terms": history.terms, "best_step": history.best,
     }  # fmt: skip
     with replacing(folder / STATE) as temporary:
         torch.save(tree_map_only(Tensor, Tensor.cpu, state), temporary)
@@ -220,4 +224,5 @@ def _resumed(parameters: list[Tensor], optimizer: Any, folder: Path | None) -> t
         for parameter, kept in zip(parameters, state["parameters"], strict=True):
             parameter.copy_(kept)
     optimizer.load_state_dict(state["optimizer"])
-    return History(state["losses"], [tuple(item) for item in state["held_out"]], state["best_step"]), state["best"]
+    held_out = [tuple(item) for item in state["held_out"]]
+    return History(state["losses"], held_out, state["terms"], state["best_step"]), state["best"]

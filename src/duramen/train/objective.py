@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -11,6 +12,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from duramen.train.data import Rows
+from duramen.train.models import Course
 
 
 def negative_log_likelihood(logs: Float[Tensor, "... V"], tokens: Int[Tensor, "..."]) -> Float[Tensor, "..."]:
@@ -49,19 +51,13 @@ class NextTokens:
     """The next tokens of documents, learned from the text and, with a share of the loss, from a teacher.
 
     Attributes:
-        network: The student, a transformers model.
-        teacher: The model to learn from; None to learn from the text alone.
-        rows: What is trained on.
-        aside: Held out.
+        course: The student, the model to learn from, if there is one, and the rows.
         share: Of the divergence from the teacher in the loss.
         temperature: By which the logits of both are divided in the divergence, which then counts its square.
         at_once: Rows that run together where nothing is learned.
     """
 
-    network: nn.Module
-    teacher: nn.Module | None
-    rows: Rows
-    aside: Rows
+    course: Course
     share: float = 0.5
     temperature: float = 1.0
     at_once: int = 8
@@ -69,7 +65,7 @@ class NextTokens:
     @property
     def sequences(self) -> int:
         """How many rows there are."""
-        return len(self.rows)
+        return len(self.course.rows)
 
     def targets(self, index: int) -> int:
         """Target tokens of one row."""
@@ -77,30 +73,36 @@ class NextTokens:
 
     @cached_property
     def _targets(self) -> list[int]:
-        counts: list[int] = self.rows.learned.sum(1).tolist()
+        counts: list[int] = self.course.rows.learned.sum(1).tolist()
         return counts
 
     def loss(self, indices: Sequence[int]) -> Tensor:
         """Sum over the target tokens of some rows."""
-        return self._loss(self.rows[list(indices)])
+        return self.terms(self.course.rows[list(indices)])["loss"]
 
-    def held_out(self) -> float:
-        """Mean over the target tokens of the held-out rows."""
-        parts = [self.aside[start : start + self.at_once] for start in range(0, len(self.aside), self.at_once)]
-        return sum(float(self._loss(part)) for part in parts) / int(self.aside.learned.sum())
+    def held_out(self) -> dict[str, float]:
+        """Means over the target tokens of the held-out rows: of the loss, and of its terms."""
+        aside = self.course.aside
+        found: Counter[str] = Counter()
+        for start in range(0, len(aside), self.at_once):
+            for name, term in self.terms(aside[start : start + self.at_once]).items():
+                found[name] += float(term)  # type: ignore[assignment]
+        return {name: term / int(aside.learned.sum()) for name, term in found.items()}
 
-    def _loss(self, rows: Rows) -> Tensor:
+    def terms(self, rows: Rows) -> dict[str, Tensor]:
+        """Sums over the target tokens of some rows: the ``loss``, the negative log-``likelihood``, and with a teacher the ``divergence`` from it."""
         wanted = rows.learned[:, 1:].nonzero(as_tuple=True)
-        logits = self._logits(self.network, rows)[wanted].float()
+        logits = self._logits(self.course.network, rows)[wanted].float()
         logs = logits.log_softmax(-1)
-        loss = negative_log_likelihood(logs, rows.tokens[:, 1:][wanted]).sum()
-        if self.teacher is None:
-            return loss
+        likelihood = negative_log_likelihood(logs, rows.tokens[:, 1:][wanted]).sum()
+        if self.course.teacher is None:
+            return {"loss": likelihood, "likelihood": likelihood}
         heat = self.temperature
         with torch.no_grad():
-            taught = (self._logits(self.teacher, rows)[wanted].float() / heat).log_softmax(-1)
+            taught = (self._logits(self.course.teacher, rows)[wanted].float() / heat).log_softmax(-1)
         apart = heat**2 * divergence(taught, logs if heat == 1 else (logits / heat).log_softmax(-1)).sum()
-        return (1 - self.share) * loss + self.share * apart
+        loss = (1 - self.share) * likelihood + self.share * apart
+        return {"loss": loss, "likelihood": likelihood, "divergence": apart}
 
     @staticmethod
     def _logits(network: nn.Module, rows: Rows) -> Float[Tensor, "S T-1 V"]:
