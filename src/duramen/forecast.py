@@ -16,6 +16,7 @@ from duramen.families.select import filter_layers
 from duramen.grids import parse_format
 from duramen.prune.model import PruneSettings
 from duramen.prune.pattern import Scope, parse_pattern
+from duramen.quantize import qat
 from duramen.quantize.model import TYPES, QuantizeSettings, formats_of
 from duramen.recipe import Recipe, Step
 from duramen.recover import refit, rora
@@ -62,7 +63,7 @@ def forecast(model: BlockModel, recipe: Recipe, steps: list[Step], *, gigaflops:
             entry = _rounded(model, shapes, step.settings, tokens, width)
         elif isinstance(step.settings, refit.Settings):
             entry = _refitted(model, shapes, step.settings, tokens, width)
-        elif isinstance(step.settings, rora.Settings):
+        elif isinstance(step.settings, rora.Settings | qat.Settings):
             entry = _trained(model, shapes, step.settings, recipe.calibration.length, tokens)
         elif isinstance(step.settings, reduction.Settings):
             entry = _shortened(model, shapes, step.settings, recipe.calibration.length)
@@ -180,20 +181,26 @@ def _refitted(
 
 
 def _trained(
-    model: BlockModel, shapes: dict[str, tuple[int, int]], settings: rora.Settings, length: int, tokens: int
+    model: BlockModel, shapes: dict[str, tuple[int, int]], settings: rora.Settings | qat.Settings, length: int, tokens: int
 ) -> dict[str, Any]:
-    """Adapters: three times a forward pass for every token, one more by the teacher, and a walk that merges them."""
+    """Training: three times a forward pass for every token, one more by the teacher, and a walk that writes what was learned."""
     names = filter_layers(model.layer_names(), settings.only, settings.skip)
     everything = sum(map(prod, shapes.values())) + _head(model)
     distils = settings.objective != "ce"
     looked = (settings.steps // settings.every + 1) * settings.held_out * tokens
     seen = settings.steps * settings.batch * length
     flops = 2.0 * everything * (seen * (4 if distils else 3) + looked * (2 if distils else 1))
-    trained = sum(settings.rank * sum(shapes[name]) for name in names)
+    if isinstance(settings, qat.Settings):
+        if settings.format:
+            formats_of(model, names, parse_format(settings.format))
+        trained = sum(prod(shapes[name]) for name in names)
+        note = f"{trained:,} weights in {len(names)} layers and their steps, learning rate {settings.learning_rate:.2g}"
+    else:
+        trained = sum(settings.rank * sum(shapes[name]) for name in names)
+        note = f"{trained:,} parameters in {len(names)} layers, γ {settings.gamma:.3g}, learning rate {settings.rate:.2g}"
     logits = 12 * settings.at_once * length * model.config.vocab_size
     activations = 12 * settings.at_once * length * sum(inputs for _, inputs in shapes.values())
     whole = 4 * (sum(map(prod, shapes.values())) + _outside(model)) * (2 if distils else 1)
-    note = f"{trained:,} parameters in {len(names)} layers, γ {settings.gamma:.3g}, learning rate {settings.rate:.2g}"
     memory = BASE_MEMORY + whole + 16 * trained + logits + activations
     return {"flops": flops + _walk_flops(model, shapes, names, tokens), "memory_bytes": memory, "note": note}
 

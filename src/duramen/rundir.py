@@ -242,6 +242,16 @@ def read_formats(folder: Path) -> dict[str, Format]:
         ) from error
 
 
+def read_codes(folder: Path) -> dict[str, Quantized]:
+    """The codes of a folder by layer; empty without any."""
+    grids = {name: each.weights for name, each in read_formats(folder).items() if each.weights}
+    tensors = load_file(folder / CODES) if grids else {}
+    return {
+        name: Quantized(tensors[f"{name}.codes"], tensors[f"{name}.steps"], tensors.get(f"{name}.zeros"), grid)
+        for name, grid in grids.items()
+    }
+
+
 class BlockStore:
     """Finished blocks of one step: tensors by stored name, bit-packed masks, codes, records."""
 

@@ -11,8 +11,8 @@ import torch
 from safetensors.torch import load_file
 
 from duramen.families.model import BlockModel
-from duramen.grids import Format, Quantized
-from duramen.rundir import CODES, FORMATS, BlockStore, read_formats, write_json, write_tensors
+from duramen.grids import Format
+from duramen.rundir import CODES, FORMATS, BlockStore, read_codes, read_formats, write_json, write_tensors
 
 LAYOUT = "codes [O, I], steps [O, n], zeros [O, n]; weight = steps * (codes - zeros)"
 
@@ -43,16 +43,6 @@ def write_codes(source: Path, store: BlockStore, num_blocks: int, folder: Path, 
         write_tensors(folder / CODES, tensors, ("layout", LAYOUT))
     if any(each != Format() for each in formats.values()):
         write_json(folder / FORMATS, {name: each.text for name, each in sorted(formats.items()) if each != Format()})
-
-
-def read_codes(folder: Path) -> dict[str, Quantized]:
-    """The codes of a folder by layer; empty without any."""
-    grids = {name: each.weights for name, each in read_formats(folder).items() if each.weights}
-    tensors = load_file(folder / CODES) if grids else {}
-    return {
-        name: Quantized(tensors[f"{name}.codes"], tensors[f"{name}.steps"], tensors.get(f"{name}.zeros"), grid)
-        for name, grid in grids.items()
-    }
 
 
 def check_codes(model: BlockModel) -> dict[str, Any] | None:

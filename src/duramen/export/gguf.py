@@ -22,13 +22,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from duramen.export.codes import read_codes
 from duramen.families import OWN
 from duramen.families.model import BlockModel
 from duramen.grids import Quantized
 from duramen.hardware.machine import total_memory
 from duramen.problem import Exit, Problem
-from duramen.rundir import replacing
+from duramen.rundir import read_codes, replacing
 
 Type = Literal["f32", "f16", "bf16", "q8_0"]
 FAMILIES = ("llama", "mistral")
