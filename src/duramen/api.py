@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,8 +24,9 @@ from duramen.evaluate.evaluate import Subject, check_texts, open_subject
 from duramen.evaluate.evaluate import apply as measure
 from duramen.export.card import write_card
 from duramen.export.codes import check_codes
-from duramen.export.gguf import Type, export_gguf
 from duramen.export.hf import annotate, assemble, check_masks, copy_other_files, publish, verify_logits
+from duramen.export.step import Settings as ExportSettings
+from duramen.export.step import apply as export_to
 from duramen.families.checkpoint import Checkpoint
 from duramen.families.inventory import inventory
 from duramen.families.model import BlockModel
@@ -132,7 +133,9 @@ def _run(context: Context, steps: list[Step], model: str, command: str) -> dict[
         place = f"step-{number:02d}-{step.id}"
         context.tell("step", method=step.method, number=number, of=len(steps))
         kind = get_method(step.method).kind
-        if kind == "reduce":
+        if kind == "export":
+            results["exports"].append(_export(context, folder, step, place))
+        elif kind == "reduce":
             folder = _reduce(context, folder, step, place, results)
         elif kind != "evaluate":
             folder = _transform(context, folder, step, place, results)
@@ -223,6 +226,7 @@ def _new_results(context: Context, model: str, command: str) -> dict[str, Any]:
         "calibration": context.recipe.calibration.model_dump(mode="json") | {"tokens": context.tokens.numel()},
         "steps": [],
         "evaluations": [],
+        "exports": [],
     }
 
 
@@ -303,6 +307,21 @@ def _reduce(context: Context, folder: Path, step: Step, place: str, results: dic
         results["steps"].append(record | {"reduction": found})
     ranks.wait()
     return target
+
+
+def _export(context: Context, folder: Path, step: Step, place: str) -> dict[str, Any]:
+    """Writes what there is so far for another program, into ``exports``; once finished it is not written again."""
+    name = f"{step.id}.gguf" if step.settings.model_dump()["form"] == "gguf" else step.id
+    target = context.directory.out / "exports" / name
+
+    def write() -> dict[str, Any]:
+        shutil.rmtree(target, ignore_errors=True)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        return {"file": f"exports/{name}"} | export_to(folder, target, **step.settings.model_dump())
+
+    found: dict[str, Any] = dict(_told(context, place)("export", write)) if ranks.leads() else {}
+    ranks.wait()
+    return found
 
 
 def _assemble(
@@ -394,28 +413,21 @@ def compare(first: str, second: str, *, allow_generic: bool = False, dtype: str 
     return {"before": first, "after": second, "machine": describe()} | measured
 
 
-def export(form: str, model: str, out: str | Path, *, kind: str = "f16") -> dict[str, Any]:
-    """Writes a model in a format that others open; see ``duramen.export.gguf``.
+def export(form: str, model: str, out: str | Path, *, kind: str = "auto") -> dict[str, Any]:
+    """Writes a model in a format that another program executes, and runs it there; see ``duramen.export.step``.
 
     Args:
-        form: ``gguf``.
+        form: ``gguf``, ``onnx`` or ``compressed``.
         model: Folder, embedded name or hub id.
-        out: The file.
-        kind: Type of the matrices: ``f32``, ``f16``, ``bf16`` or ``q8_0``.
+        out: The file or folder.
+        kind: Type, as in the step ``export``.
 
     Raises:
         Problem: On another format or type, or if the model cannot be expressed in it.
     """
-    kinds = get_args(Type)
-    if form != "gguf" or kind not in kinds:
-        wrong = f"format {form!r}" if form != "gguf" else f"type {kind!r}"
-        raise Problem(
-            f"There is no {wrong}.",
-            why=f"the format is `gguf`, its types are {', '.join(kinds)}.",
-            fix="`duramen export gguf MODEL OUT.gguf`",
-        )
-    found: dict[str, Any] = export_gguf(open_model(model), Path(out), kind=kind)  # type: ignore[arg-type]
-    return {"model": model, "file": str(out), "type": kind} | found
+    chosen = parse_settings(ExportSettings, {"form": form, "type": kind}, "export")
+    found: dict[str, Any] = export_to(open_model(model), Path(out), **chosen.model_dump())
+    return {"model": model, "file": str(out)} | found
 
 
 def report(run_folder: str | Path) -> Path:

@@ -127,13 +127,15 @@ def compare(
 
 @app.command()
 def export(
-    form: Annotated[str, typer.Argument(metavar="FORMAT", help="gguf.")],
+    form: Annotated[str, typer.Argument(metavar="FORMAT", help="gguf, onnx or compressed.")],
     model: Model,
-    out: Annotated[Path, typer.Argument(help="File to write.")],
-    kind: Annotated[str, typer.Option("--type", help="Type of the matrices: f32, f16, bf16 or q8_0.")] = "f16",
+    out: Annotated[Path, typer.Argument(help="File (gguf) or folder to write.")],
+    kind: Annotated[
+        str, typer.Option("--type", help="gguf: f32, f16, bf16 or q8_0 for what has no codes; onnx: float or int8.")
+    ] = "auto",
     as_json: Json = False,
 ) -> None:
-    """Writes a model for another program, and checks what it wrote."""
+    """Writes a model for another program, runs it there, and checks what it says."""
     from duramen import api, tables
 
     _quiet()

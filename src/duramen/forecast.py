@@ -11,6 +11,7 @@ from math import prod
 from typing import Any
 
 from duramen.evaluate.evaluate import Settings as EvaluateSettings
+from duramen.export.step import Settings as ExportSettings
 from duramen.families.model import BlockModel
 from duramen.families.select import filter_layers
 from duramen.grids import parse_format
@@ -54,6 +55,8 @@ def forecast(model: BlockModel, recipe: Recipe, steps: list[Step], *, gigaflops:
         entry: dict[str, Any]
         if isinstance(step.settings, EvaluateSettings):
             entry = {"flops": _evaluation_flops(step.settings, model, shapes, 2 if edited else 1), "memory_bytes": 0}
+        elif isinstance(step.settings, ExportSettings):
+            entry = _exported(model, shapes, step.settings)
         elif isinstance(step.settings, PruneSettings):
             names = filter_layers(model.layer_names(), step.settings.only, step.settings.skip)
             flops = _walk_flops(model, shapes, names, tokens) + sum(_solve_flops(step.settings, shapes[name]) for name in names)
@@ -72,7 +75,7 @@ def forecast(model: BlockModel, recipe: Recipe, steps: list[Step], *, gigaflops:
             surgery = _surgery(model, step.settings)
             entry = _shrunk(model, shapes, step, surgery, tokens, width)
             macs["after"], opens = surgery.summary["macs_per_token"]["after"], entry.pop("opens_in")
-        edited = edited or not isinstance(step.settings, EvaluateSettings)
+        edited = edited or not isinstance(step.settings, EvaluateSettings | ExportSettings)
         entries.append(
             {"id": step.id, "method": step.method, "seconds": entry.pop("flops") / gigaflops / 1e9 / EFFICIENCY, **entry}
         )
@@ -86,6 +89,7 @@ def forecast(model: BlockModel, recipe: Recipe, steps: list[Step], *, gigaflops:
     }
 
 
+ENGINES = {"gguf": "llama.cpp", "onnx": "ONNX Runtime GenAI", "compressed": "vLLM and transformers, by compressed-tensors"}
 READS_SHORTER = "duramen.load, which shortens prompts; plain transformers opens the dense model"
 ORDINARY = "transformers, vLLM and every tool that opens the source folder; the result is an ordinary dense checkpoint"
 
@@ -203,6 +207,16 @@ def _trained(
     whole = 4 * (sum(map(prod, shapes.values())) + _outside(model)) * (2 if distils else 1)
     memory = BASE_MEMORY + whole + 16 * trained + logits + activations
     return {"flops": flops + _walk_flops(model, shapes, names, tokens), "memory_bytes": memory, "note": note}
+
+
+def _exported(model: BlockModel, shapes: dict[str, tuple[int, int]], settings: ExportSettings) -> dict[str, Any]:
+    """A copy of the weights, and twenty prompts of some forty tokens that transformers continues without a cache."""
+    everything = sum(map(prod, shapes.values())) + _head(model)
+    return {
+        "flops": 2.0 * everything * 20 * 33 * 25,
+        "memory_bytes": BASE_MEMORY + 8 * everything,
+        "note": f"for {ENGINES[settings.form]}",
+    }
 
 
 def _shortened(

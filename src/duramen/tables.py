@@ -113,16 +113,45 @@ def evaluation_tables(found: dict[str, Any]) -> list[Printable]:
 
 def export_tables(found: dict[str, Any]) -> list[Printable]:
     """What was written, and how it was checked."""
-    agreed = found["agreed"]
-    ran = (
-        "llama.cpp was not run (`python -m pip install xllamacpp`, and memory for both)" if agreed is None
-        else f"llama.cpp continued {agreed} of {found['prompts']} prompts as transformers does"
-    )  # fmt: skip
-    return [
-        f"{found['file']}: architecture {found['architecture']}, {found['tensors']} tensors, {found['bytes']:,} bytes, {found['type']}"
-        + (f" but for {found['coded']} that have codes, which are kept" if found["coded"] else ""),
-        f"read back: entries differ by at most {found['largest_error']:.1e} of their tensor's largest; {ran}",
+    parts: list[Printable] = [
+        f"{found['file']}: {found['form']}, {found['bytes']:,} bytes, {found['coded']} layers with their codes, the rest {found['type']}"
     ]
+    if found["form"] == "gguf":
+        parts.append(
+            f"architecture {found['architecture']}, {found['tensors']} tensors; read back, entries differ by at most {found['largest_error']:.1e} of their tensor's largest"
+        )
+    if found["form"] == "compressed":
+        opened = found["largest_difference"]
+        checked = (
+            f"its logits differ by at most {opened:.2g} (largest {found['largest_logit']:.3g})"
+            if opened is not None
+            else "not opened (`python -m pip install compressed-tensors`)"
+        )
+        return [*parts, f"opened by plain transformers: {checked}"]
+    return [
+        *parts,
+        *(
+            _ran(found["ran"])
+            if found["ran"]
+            else ["its engine was not run (`python -m pip install xllamacpp`, and memory for both)"]
+        ),
+    ]
+
+
+def _ran(ran: dict[str, Any]) -> list[Printable]:
+    """What an engine said, and how fast."""
+    words = f"run there: {ran['agreed']} of {ran['prompts']} prompts were continued as transformers does"
+    if ran["apart"]:
+        gaps = sorted(each["gap"] for each in ran["apart"])
+        words += f"; where the others part, transformers holds its own token likelier by {gaps[len(gaps) // 2]:.2g} in logits (median; at most {gaps[-1]:.2g})"
+    if ran["largest_difference"] is not None:
+        words += f"; logits differ by at most {ran['largest_difference']:.2g} (largest {ran['largest_logit']:.3g})"
+    speed = {key: ran[f"{key}_tokens_per_second"] for key in ("prefill", "decode")}
+    timed = ", ".join(
+        f"{key} {each['median']:,.0f} tokens a second ({each['low']:,.0f} to {each['high']:,.0f})"
+        for key, each in speed.items()
+    )
+    return [words, f"{timed}; {ran['peak_memory_bytes'] / 2**20:,.0f} MiB of memory"]
 
 
 def list_methods() -> list[dict[str, Any]]:

@@ -41,6 +41,14 @@ def _body(results: dict[str, Any]) -> str:
     opens = shapes[-1]["opens_in"] if shapes else "plain transformers"
     parts = [f"# {results['model']}, {results['recipe']}", f"Made with Duramen. Opens in {opens}."]
     parts += [_step(step) for step in results["steps"]]
+    if results["exports"]:
+        parts.append(
+            "## Exports\n\n"
+            + "\n".join(
+                f"- `{found['file']}`: {found['form']}, {found['coded']} layers with their codes"
+                for found in results["exports"]
+            )
+        )
     if results["evaluations"]:
         parts.append(_measurements(results["evaluations"][-1]))
     parts += [

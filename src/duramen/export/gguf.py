@@ -22,6 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from duramen.export.engine import PROMPTS, compare, run_engine, speeds
 from duramen.families import OWN
 from duramen.families.model import BlockModel
 from duramen.grids import Quantized
@@ -32,7 +33,6 @@ from duramen.rundir import read_codes, replacing
 Type = Literal["f32", "f16", "bf16", "q8_0"]
 FAMILIES = ("llama", "mistral")
 """Model types whose arithmetic is that of the two architectures."""
-PROMPTS = ("The heartwood of a tree is", "Q: What is the capital of France?\nA:", "Once upon a time", "Water boils at")
 ZEROS = 32
 """Channels that stand for an MLP that was left out."""
 NAMES = {
@@ -65,9 +65,8 @@ def export_gguf(folder: Path, file: Path, *, kind: Type = "f16") -> dict[str, An
         kind: Type of the matrices that were not rounded to a grid of blocks; vectors are float32.
 
     Returns:
-        ``architecture``, ``bytes``, ``tensors``; how many of them are ``coded``; ``largest_error`` of an entry read back, relative to its tensor's largest; ``prompts``
-        that llama.cpp was given, and ``agreed``: how many it continued as transformers does, None if it was not there, or if both would
-        not fit in memory.
+        ``architecture``, ``bytes``, ``tensors``; how many of them are ``coded``; ``largest_error`` of an entry read back, relative to its tensor's largest; what
+        llama.cpp said when it ``ran``, see ``duramen.export.engine``, None if it was not there, or if both would not fit in memory.
 
     Raises:
         Problem: If the model cannot be expressed, a tensor does not come back, or llama.cpp says something else.
@@ -98,58 +97,35 @@ def export_gguf(folder: Path, file: Path, *, kind: Type = "f16") -> dict[str, An
         writer.close()
         count, error = _read_back(partial, _tensors(model, shapes, codes), kind)
         small = 16 * sum(p.numel() for p in model.network.parameters()) < total_memory()
-        agreed = llama_cpp_agrees(partial, folder, PROMPTS, exact=not coded) if find_spec("xllamacpp") and small else None
+        ran = run_llama_cpp(partial, folder, exact=not coded) if find_spec("xllamacpp") and small else None
     return {
-        "architecture": architecture, "bytes": file.stat().st_size, "tensors": count, "coded": coded, "largest_error": error,
-        "prompts": len(PROMPTS), "agreed": agreed,
+        "architecture": architecture, "bytes": file.stat().st_size, "tensors": count, "coded": coded, "largest_error": error, "ran": ran,
     }  # fmt: skip
 
 
-def llama_cpp_agrees(file: Path, folder: Path, prompts: Sequence[str], new_tokens: int = 16, *, exact: bool = True) -> int:
-    """For how many prompts llama.cpp, with its cache in float32, continues greedily with the same text as transformers in float32.
+def run_llama_cpp(file: Path, folder: Path, texts: Sequence[str] = PROMPTS, *, exact: bool = True) -> dict[str, Any]:
+    """Lets llama.cpp continue prompts, and holds them against those of transformers in float32.
 
-    Both get the same token ids. Where two tokens are about equally likely, the rounding of the file's matrices may decide, or that of activations where matrices are coded.
+    Where two tokens are about equally likely, the rounding of the file's matrices may decide, or that of activations where matrices are coded.
 
     Raises:
-        Problem: If it is none of them, and all was to be ``exact``.
+        Problem: If all was to be ``exact``, and not one is alike.
     """
-    import xllamacpp
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(folder)
+    prompts = [tokenizer(each)["input_ids"] for each in texts]
     network = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    parameters = xllamacpp.CommonParams()
-    parameters.model.path, parameters.n_ctx, parameters.n_parallel, parameters.warmup = str(file), 1024, 1, False
-    parameters.cache_type_k = parameters.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
-    parameters.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
-    try:
-        server, equal = xllamacpp.Server(parameters), 0
-    except RuntimeError as error:
-        raise Problem(
-            f"llama.cpp does not open {file}.",
-            why=f"{error}; it said why above.",
-            fix="please report it.",
-            code=Exit.CHECK_FAILED,
-        ) from None
-    for prompt in prompts:
-        ids = tokenizer(prompt)["input_ids"]
-        question = {"prompt": ids, "n_predict": new_tokens, "temperature": 0, "ignore_eos": True, "cache_prompt": False}
-        theirs = server.handle_completions(question)["choices"][0]["text"]
-        tensor = torch.tensor([ids])
-        with torch.no_grad():
-            ours = network.generate(
-                tensor, attention_mask=torch.ones_like(tensor), max_new_tokens=new_tokens, min_new_tokens=new_tokens,
-                do_sample=False, pad_token_id=0,
-            )  # fmt: skip
-        equal += theirs == tokenizer.decode(ours[0, len(ids) :], skip_special_tokens=True)
-    if exact and not equal:
+    ran = run_engine("llama_cpp", file, prompts, network.config.vocab_size)
+    found = compare(network, prompts, ran)
+    if exact and not found["agreed"]:
         raise Problem(
             f"llama.cpp continues none of {len(prompts)} prompts as transformers does.",
             why=f"the arithmetic of {file.name} is not that of {folder}.",
             fix="please report it, with the config of the model.",
             code=Exit.CHECK_FAILED,
         )
-    return equal
+    return found | speeds(ran)
 
 
 def _shapes(model: BlockModel) -> list[Shape]:

@@ -114,11 +114,11 @@ def _write_masks(source: Path, store: BlockStore, num_blocks: int, folder: Path,
         write_tensors(folder / MASKS, masks, ("layout", layout))
 
 
-def copy_other_files(source: Path, folder: Path) -> None:
-    """Copies config, tokenizer and whatever else belongs to the source, byte for byte; weights and run files stay behind."""
+def copy_other_files(source: Path, folder: Path, *, but: tuple[str, ...] = ()) -> None:
+    """Copies config, tokenizer and whatever else belongs to the source, byte for byte; weights, run files and those of ``but`` stay behind."""
     for file in sorted(source.iterdir()):
         weights = file.name.startswith(("model", "pytorch_model")) and file.suffix in (".safetensors", ".bin")
-        if file.is_file() and not weights and file.name not in _OWN and not file.name.startswith("."):
+        if file.is_file() and not weights and file.name not in (*_OWN, *but) and not file.name.startswith("."):
             shutil.copyfile(file, folder / file.name)
 
 

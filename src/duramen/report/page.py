@@ -39,6 +39,7 @@ def write_report(folder: Path, results: dict[str, Any]) -> Path:
         rows=measured_rows(evaluation) if evaluation else [],
         steps=[_step(step) for step in results["steps"]],
         latency=latency_charts(evaluation["latency"]) if evaluation else [],
+        exports=[_exported(found) for found in results["exports"]],
         generations=evaluation["generations"] if evaluation else {},
     )
     file = folder / "report.html"
@@ -159,6 +160,7 @@ def _step(step: dict[str, Any]) -> dict[str, Any]:
         "training": _training(step["training"]) if step.get("training") else None,
         "treated": len(layers),
         "rounded": any("bits" in layer for layer in layers),
+        "rounds": step.get("rounds"),
         "removed": any(layer["removed"] for layer in layers) and not step.get("shape"),
         "skipped": step["skipped"],
         "copied": step["copied_unchanged"],
@@ -208,6 +210,47 @@ def _training(found: dict[str, Any]) -> dict[str, Any]:
         f"Held-out loss {before:.4f} before, {after:.4f} after {found['best']} steps, which were merged.",
         "thin": found["thin"], "charts": _curves(found),
     }  # fmt: skip
+
+
+ENGINES = {"gguf": "llama.cpp", "onnx": "ONNX Runtime", "compressed": "vLLM, transformers"}
+
+
+def _exported(found: dict[str, Any]) -> dict[str, Any]:
+    """A row of what was written for another program, and a sentence on where the two part."""
+    ran = found.get("ran")
+    row = {
+        "name": ENGINES[found["form"]],
+        "file": found["file"],
+        "size": f"{found['bytes'] / 2**20:,.1f}",
+        "coded": found["coded"],
+    }
+    if not ran:
+        opened = found.get("largest_difference")
+        words = (
+            ""
+            if opened is None
+            else f"{row['name']}: opened by plain transformers, its logits differ by at most {opened:.2g} (largest {found['largest_logit']:.3g})."
+        )
+        return row | dict.fromkeys(("alike", "prefill", "decode", "memory"), "") | {"words": words}
+    speed = {
+        key: "{median:,.0f} ({low:,.0f} to {high:,.0f})".format(**ran[f"{key}_tokens_per_second"])
+        for key in ("prefill", "decode")
+    }
+    gaps = [each["gap"] for each in ran["apart"]]
+    words = (
+        f"{row['name']}: where the others part, transformers holds its own token likelier by at most {max(gaps):.2g} in logits."
+        if gaps
+        else ""
+    )
+    return (
+        row
+        | speed
+        | {
+            "alike": f"{ran['agreed']} of {ran['prompts']}",
+            "memory": f"{ran['peak_memory_bytes'] / 2**20:,.0f}",
+            "words": words,
+        }
+    )
 
 
 def _curves(found: dict[str, Any]) -> list[dict[str, str]]:
