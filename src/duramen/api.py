@@ -317,7 +317,8 @@ def _export(context: Context, folder: Path, step: Step, place: str) -> dict[str,
     def write() -> dict[str, Any]:
         shutil.rmtree(target, ignore_errors=True)
         target.parent.mkdir(parents=True, exist_ok=True)
-        return {"file": f"exports/{name}"} | export_to(folder, target, **step.settings.model_dump())
+        found: dict[str, Any] = export_to(folder, target, **step.settings.model_dump())
+        return {"file": f"exports/{name}"} | found
 
     found: dict[str, Any] = dict(_told(context, place)("export", write)) if ranks.leads() else {}
     ranks.wait()
@@ -328,13 +329,15 @@ def _assemble(
     context: Context, opened: BlockModel, store: BlockStore, step: Step, walk: Walk, records: Records, target: Path
 ) -> dict[str, Any]:
     assert opened.checkpoint is not None
-    copied = assemble(opened.checkpoint, store, len(opened.blocks), target, walk.reshape, walk.files)
+    copied = assemble(
+        opened.checkpoint, store, len(opened.blocks), target, walk.reshape, walk.files, opened.by_stored_name(walk.outside)
+    )
     check = _reopened(context, opened, walk, target)
     edited = {record["layer"] for record in records}
     return {
         "id": step.id, "method": step.method, "settings": step.lock(), "reopened": check, "layers": records,
         "skipped": [name for name in opened.layer_names() if name not in edited], "copied_unchanged": copied,
-        "shape": walk.reshape.summary if walk.reshape else None, "training": walk.training,
+        "shape": walk.reshape.summary if walk.reshape else None, "training": walk.training, "said": walk.said,
         "rounds": dict(Counter(each.text for each in read_formats(target).values() if each.runs)),
     }  # fmt: skip
 

@@ -17,7 +17,7 @@ from duramen.families.select import filter_layers
 from duramen.grids import parse_format
 from duramen.prune.model import PruneSettings
 from duramen.prune.pattern import Scope, parse_pattern
-from duramen.quantize import qat
+from duramen.quantize import qat, rotate
 from duramen.quantize.model import TYPES, QuantizeSettings, formats_of
 from duramen.recipe import Recipe, Step
 from duramen.recover import refit, rora
@@ -64,6 +64,12 @@ def forecast(model: BlockModel, recipe: Recipe, steps: list[Step], *, gigaflops:
             entry = {"flops": flops, "memory_bytes": memory} | _coverage(model, shapes, names, step.settings)
         elif isinstance(step.settings, QuantizeSettings):
             entry = _rounded(model, shapes, step.settings, tokens, width)
+        elif isinstance(step.settings, rotate.Settings):
+            entry = {
+                "flops": 4.0 * sum(map(prod, shapes.values())) * width,
+                "memory_bytes": BASE_MEMORY + 24 * _outside(model) + 8 * _largest_block(model, shapes),
+            }
+            entry["note"] = "weights change, the model does not; a tied head gets weights of its own"
         elif isinstance(step.settings, refit.Settings):
             entry = _refitted(model, shapes, step.settings, tokens, width)
         elif isinstance(step.settings, rora.Settings | qat.Settings):

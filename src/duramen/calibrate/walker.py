@@ -97,10 +97,12 @@ class Walk:
         progress: Called with each layer's record as it is finished.
         told: Called with (steps done, held-out loss) while a step trains.
         training: What a step that trains has to say of it, set by the step.
+        said: What a step that loses nothing has to say of itself, set by the step.
         final_hidden: Hidden states of the first batch after the last block that was walked, [B, T, D], set by the walk.
         first_batch: Its token ids, [B, T].
         reshape: What else becomes of the finished blocks, set by methods that change shapes.
         files: What else goes beside the weights of the finished model, name -> content, or the file to take; set by methods.
+        outside: Tensors outside the blocks that are not what they were, by the network's names; set by methods.
     """
 
     batch_size: int = 8
@@ -115,10 +117,12 @@ class Walk:
     progress: Callable[[dict[str, Any]], None] = lambda record: None
     told: Callable[[int, float], None] = lambda step, loss: None
     training: dict[str, Any] | None = None
+    said: str = ""
     final_hidden: Tensor | None = field(default=None, repr=False)
     first_batch: Tensor | None = field(default=None, repr=False)
     reshape: Reshape | None = field(default=None, repr=False)
     files: dict[str, str | Path] = field(default_factory=dict, repr=False)
+    outside: dict[str, Tensor] = field(default_factory=dict, repr=False)
 
 
 @dataclass

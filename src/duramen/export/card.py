@@ -71,7 +71,7 @@ def _step(step: dict[str, Any]) -> str:
         sizes = f"{after:,} parameters instead of {before:,}; `pruning_plan.json` lists what stayed."
         return f"## {step['method']}\n\n{sizes} Settings: {_settings(step)}."
     rounded = [layer for layer in step["layers"] if "bits" in layer]
-    said: list[str] = []
+    said: list[str] = [step["said"]] if step.get("said") else []
     if rounded:
         bits = sum(layer["bits"] * layer["size"] for layer in rounded) / sum(layer["size"] for layer in rounded)
         said.append(

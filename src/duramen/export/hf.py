@@ -51,6 +51,7 @@ def assemble(
     folder: Path,
     reshape: Reshape | None = None,
     files: Mapping[str, str | Path] | None = None,
+    replaced: Mapping[str, Tensor] | None = None,
 ) -> list[str]:
     """Writes the model folder of one finished step.
 
@@ -61,6 +62,7 @@ def assemble(
         folder: Where to write; whole files are left as they are.
         reshape: What else becomes of the blocks.
         files: What else goes beside the weights: name -> content, or the file to take.
+        replaced: Tensors outside the blocks that are not those of the source, by stored name.
 
     Returns:
         Names of the tensors outside the blocks, copied as they were.
@@ -79,9 +81,13 @@ def assemble(
             write_tensors(folder / shards[number + 1], tensors)
         places |= dict.fromkeys(names, shards[number + 1])
     inside = {name for index in range(num_blocks) for name in store.names(index)}
-    outside = [name for name in source.names if name not in inside]
-    renamed = {name: reshape.stored_name(name) if reshape else name for name in outside}
-    write_tensors(folder / shards[0], {renamed[name]: source.read(name) for name in outside})
+    replaced = replaced or {}
+    outside = [name for name in source.names if name not in inside and name not in replaced]
+    renamed = {name: reshape.stored_name(name) if reshape else name for name in (*outside, *replaced)}
+    write_tensors(
+        folder / shards[0],
+        {renamed[name]: source.read(name) for name in outside} | {renamed[name]: each for name, each in replaced.items()},
+    )
     places |= dict.fromkeys(renamed.values(), shards[0])
     size = sum((folder / shard).stat().st_size for shard in shards)
     write_json(folder / INDEX, {"metadata": {"total_size": size}, "weight_map": dict(sorted(places.items()))})

@@ -261,6 +261,12 @@ class BlockModel:
             code=Exit.INCOMPATIBLE,
         )
 
+    def by_stored_name(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Tensors outside the blocks by the names that they have, or would have, in the checkpoint."""
+        assert self.checkpoint is not None
+        known = {name: self.stored_name(name) for name in tensors if name not in self._tied}
+        return {known.get(name, name): tensor for name, tensor in tensors.items()}
+
     def stored_outside(self) -> Iterator[tuple[str, Tensor]]:
         """The tensors outside the blocks under the names that they have in the network, as stored; tied ones once."""
         inside = self.family.blocks + "."

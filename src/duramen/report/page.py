@@ -161,6 +161,7 @@ def _step(step: dict[str, Any]) -> dict[str, Any]:
         "treated": len(layers),
         "rounded": any("bits" in layer for layer in layers),
         "rounds": step.get("rounds"),
+        "said": step.get("said"),
         "removed": any(layer["removed"] for layer in layers) and not step.get("shape"),
         "skipped": step["skipped"],
         "copied": step["copied_unchanged"],

@@ -1,0 +1,58 @@
+"""Claim: rotation takes most of the damage out of rounding inputs, and sinks some out of rounding keys and values.
+
+    python benchmarks/rounding_inputs.py --text wiki.test.raw
+
+Rounds nothing but inputs, or keys and values, of a model as it is and of the same model rotated. Measures perplexity and KL from the dense model. Adds to
+benchmarks/results/rounding_inputs.csv after every run; runs that stand there are left out. About 20 minutes on 2 cores.
+"""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+
+from transformers import AutoModelForCausalLM
+
+import rows
+from duramen.evaluate.intervals import mean_interval
+from duramen.evaluate.perplexity import divergence, final_hidden, perplexity
+from duramen.families.model import BlockModel
+from duramen.grids import parse_format
+from duramen.hardware.machine import fastest_device
+from duramen.quantize.model import formats_of
+from duramen.registry import get_method
+from duramen.rounding import start_rounding
+from pruning_quality import Bench, arguments
+
+FORMATS = ("A8", "A6", "A4", "A4g64", "A4g32", "KV8", "KV4", "KV4 sinks4", "KV3", "KV3 sinks4")
+SUBJECTS = ("as it is", "rotated")
+
+
+def main() -> None:
+    """Runs the table."""
+    options = arguments(FORMATS, SUBJECTS).parse_args()
+    table, bench = rows.read("rounding_inputs"), Bench.open(options)
+    case = f"{options.model}, {Path(options.text).name} {options.windows}x{options.window}"
+    if not any(row["case"] == f"{case}, dense" for row in table):
+        table.append(bench.row(f"{case}, dense", "perplexity", "dense", perplexity(bench.reference.loss)))
+    plain = AutoModelForCausalLM.from_pretrained(bench.folder, dtype="float32").to(fastest_device())
+    networks = {"as it is": plain, "rotated": copy.deepcopy(plain)}
+    get_method("rotate").apply(networks["rotated"], bench.tokens)
+    for label in options.targets:
+        here, peer = f"{case}, {label}", {}
+        for subject in options.subjects:
+            if any((row["case"], row["subject"]) == (here, subject) for row in table):
+                continue
+            model = BlockModel.from_module(copy.deepcopy(networks[subject]))
+            start_rounding(model.network, formats_of(model, list(model.layer_names()), parse_format(label)))
+            found = divergence(bench.dense, bench.hidden, model, final_hidden(model, bench.windows), bench.windows)
+            figures = {"perplexity": perplexity(found.loss), "KL from dense": mean_interval(found.kl)}
+            print(label, subject, {name: round(figure.value, 4) for name, figure in figures.items()}, flush=True)
+            for metric, figure in figures.items():
+                table.append(bench.row(here, metric, subject, figure, ("as it is", peer[metric]) if peer else None))
+            peer = peer or {metric: figure.value for metric, figure in figures.items()}
+            rows.write("rounding_inputs", table)
+
+
+if __name__ == "__main__":
+    main()

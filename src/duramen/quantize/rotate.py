@@ -1,0 +1,327 @@
+"""Rotation: another basis for the residual stream and for every head's values, in which no channel towers above the others; what the model says stays the same.
+
+"QuaRot" (Ashkboos et al., arXiv 2404.00456) without what it does as a model runs. With the gain of every RMS norm folded into the weights that read it, the norm commutes with an
+orthogonal R: the embedding becomes ER, readers W become WR, writers W become RᵀW, the head becomes WR. Within a head values go through an orthogonal matrix of their own, which the
+output projection takes back. R is a Hadamard matrix with random signs where one of the width is known, else the Q of a random matrix. Inputs of `down` stay as they are: to rotate
+them a model would have to do so as it runs.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from duramen.calibrate import ranks
+from duramen.calibrate.walker import Records, Walk
+from duramen.families.model import BlockModel, Call, Layer, Model, OpenBlock, run_block
+from duramen.families.table import Group
+from duramen.problem import Exit, Problem
+from duramen.prune.pattern import lasting_zeros
+from duramen.registry import Settings as MethodSettings
+from duramen.registry import method
+from duramen.rundir import Finished
+
+SAME = 1e-3
+"""Largest difference of a block's outputs after rotation, relative to the largest; 2⁻⁴ where a half type runs or is stored."""
+SAMPLE = 256
+"""Tokens by which that is checked."""
+
+
+class Settings(MethodSettings):
+    """Settings of rotation."""
+
+    heads: bool = True
+    """Whether values are rotated within every head too."""
+    seed: int = 0
+    """Of the signs, or of the random matrix."""
+
+
+def hadamard(width: int) -> Float[Tensor, "n n"] | None:
+    """A matrix of ±1 whose rows are orthogonal: a power of two times one of Paley's, whose width is a prime of the form 4k+3 and one; None where there is no such product."""
+    doublings, rest = 0, width
+    while rest > 1 and not _is_paley(rest):
+        if rest % 2:
+            return None
+        doublings, rest = doublings + 1, rest // 2
+    found = _paley(rest - 1) if rest > 1 else torch.ones(1, 1, dtype=torch.float64)
+    for _ in range(doublings):
+        found = torch.cat([torch.cat([found, found], 1), torch.cat([found, -found], 1)])
+    return found
+
+
+def _is_paley(width: int) -> bool:
+    prime = width - 1
+    return prime % 4 == 3 and all(prime % factor for factor in range(2, int(prime**0.5) + 1))
+
+
+def _paley(prime: int) -> Float[Tensor, "n n"]:
+    """Paley's first construction: 1 + S, S skew with the quadratic characters of differences."""
+    squares = {number * number % prime for number in range(1, prime)}
+    characters = torch.tensor([0] + [1 if number in squares else -1 for number in range(1, prime)], dtype=torch.float64)
+    places = torch.arange(prime)
+    skew = torch.zeros(prime + 1, prime + 1, dtype=torch.float64)
+    skew[0, 1:], skew[1:, 0] = 1, -1
+    skew[1:, 1:] = characters[(places[:, None] - places[None]) % prime]
+    return skew + torch.eye(prime + 1, dtype=torch.float64)
+
+
+def orthogonal(width: int, seed: int) -> Float[Tensor, "n n"]:
+    """An orthogonal matrix that spreads every direction over all channels, in float64."""
+    generator = torch.Generator().manual_seed(seed)
+    found = hadamard(width)
+    if found is None:
+        drawn: Tensor = torch.linalg.qr(torch.randn(width, width, generator=generator, dtype=torch.float64)).Q
+        return drawn
+    signs = 2 * torch.randint(0, 2, (width,), generator=generator).double() - 1
+    spread: Tensor = signs[:, None] * found / width**0.5
+    return spread
+
+
+@method("rotate", title="Rotation", paper="arXiv 2404.00456", kind="quantize", needs=("tokens",), settings=Settings)
+@torch.no_grad()
+def apply(model: Model, tokens: Tensor, *, walk: Walk | None = None, **settings: object) -> Records:
+    """Rotates a model; its weights become others, its logits do not.
+
+    Args:
+        model: The model; one in memory is changed in place.
+        tokens: The first of them are run through every block before and after, [S, T].
+        walk: How to walk.
+        **settings: See ``Settings``.
+
+    Returns:
+        Nothing: no layer loses anything.
+
+    Raises:
+        Problem: On an architecture whose residual stream cannot be rotated, a sparse model, or a block whose outputs change; a model in memory is then in part another one.
+    """
+    chosen, walk = Settings.model_validate(settings), walk or Walk()
+    blocks = BlockModel.of(model)
+    group = _stream(blocks)
+    rotation = orthogonal(blocks.config.hidden_size, chosen.seed).to(blocks.device)
+    batch = tokens[:1, :SAMPLE]
+    hidden, calls = blocks.capture(batch)
+    walk.outside = rotate_outside(blocks, rotation)
+    if blocks.checkpoint is not None:
+        walk.files["config.json"] = json.dumps(blocks.checkpoint.config | {"tie_word_embeddings": False}, indent=2)
+    turned = (hidden.double() @ rotation).to(hidden.dtype)
+    for index in range(len(blocks.blocks)):
+        kept = walk.store.load(index) if walk.store else None
+        with blocks.opened(index, edited=kept[0] if kept else None) as block:
+            if kept is None:
+                hidden = _rotate_block(blocks, block, group, rotation, hidden, calls[index], chosen)
+            turned = run_block(block.module, turned, calls[index])
+            if kept is None:
+                _check(f"{blocks.family.blocks}.{index}", turned, hidden, rotation, blocks)
+                edited = {name: tensor for layer in block.layers.values() for name, tensor in layer.edited.items()}
+                records = [{"layer": layer.name} for layer in block.layers.values() if layer.edited]
+                if walk.store and ranks.leads():
+                    walk.store.save(index, Finished(block.tensors | edited, records))
+                ranks.wait()
+            else:
+                hidden = (turned.double() @ rotation.T).to(hidden.dtype)
+    walk.final_hidden, walk.first_batch = turned, batch
+    walk.said = "The residual stream is in another basis, and gains of norms are part of the weights that read them; no output changed but for rounding."
+    return []
+
+
+def _stream(model: BlockModel) -> Group:
+    """What the table says of the residual stream.
+
+    Raises:
+        Problem: If it says nothing, or the folder has masks.
+    """
+    group = next((each for each in model.family.groups if each.kind == "width"), None)
+    if group is None:
+        raise _cannot(model, f"nothing is known of what reads and writes the residual stream of the family {model.family.name}")
+    return group
+
+
+def _cannot(model: BlockModel, why: str) -> Problem:
+    return Problem(
+        f"{type(model.network).__name__} cannot be rotated.", why=f"{why}.", fix="leave the step out.", code=Exit.INCOMPATIBLE
+    )
+
+
+def rotate_outside(model: BlockModel, rotation: Float[Tensor, "D D"]) -> dict[str, Tensor]:
+    """Rotates the embedding and the head of a network, unties them, and folds the last norm into the head; the new tensors by their names, as stored.
+
+    Raises:
+        Problem: If one of the three is not what it is in most models.
+    """
+    network: Any = model.network
+    embedding, head = network.get_input_embeddings(), network.get_output_embeddings()
+    norm_name = _last_norm(model)
+    norm = network.get_submodule(norm_name)
+    names = {id(module): name for name, module in network.named_modules()}
+    width = model.config.hidden_size
+    if embedding.weight.shape[1] != width or head.weight.shape[1] != width:
+        raise _cannot(model, "its embedding is not as wide as its blocks")
+    gain, plain = _gain(model, norm)
+    stored = dict(model.stored_outside())
+    rows = stored[f"{names[id(embedding)]}.weight"]
+    columns = stored.get(f"{names[id(head)]}.weight", rows)
+    new = {
+        f"{names[id(embedding)]}.weight": (rows.double() @ rotation).to(rows.dtype),
+        f"{names[id(head)]}.weight": ((columns.double() * gain) @ rotation).to(columns.dtype),
+        f"{norm_name}.weight": torch.full_like(norm.weight, plain, dtype=stored[f"{norm_name}.weight"].dtype),
+    }
+    embedding.weight = nn.Parameter(new[f"{names[id(embedding)]}.weight"].to(embedding.weight.dtype), requires_grad=False)
+    head.weight = nn.Parameter(new[f"{names[id(head)]}.weight"].to(embedding.weight.dtype), requires_grad=False)
+    norm.weight.data.fill_(plain)
+    model.config.tie_word_embeddings = False
+    return new
+
+
+def _last_norm(model: BlockModel) -> str:
+    """Path of the last norm that runs outside the blocks."""
+    ran: list[str] = []
+    inside = model.family.blocks + "."
+    handles = [
+        module.register_forward_hook(lambda *_, name=name: ran.append(name))
+        for name, module in model.network.named_modules()
+        if not name.startswith(inside) and _is_norm(module)
+    ]
+    try:
+        model.logits(torch.ones(1, 1, model.config.hidden_size, dtype=model.dtype, device=model.device))
+    finally:
+        for handle in handles:
+            handle.remove()
+    if not ran:
+        raise _cannot(model, "no norm stands before its head")
+    return ran[-1]
+
+
+def _is_norm(module: nn.Module) -> bool:
+    weight = getattr(module, "weight", None)
+    return isinstance(weight, Tensor) and weight.ndim == 1 and not list(module.children())
+
+
+def _gain(model: BlockModel, norm: nn.Module) -> tuple[Float[Tensor, "D"], float]:
+    """By what an RMS norm multiplies every channel, and the weight with which it multiplies none.
+
+    Raises:
+        Problem: If it is another kind of norm.
+    """
+    weight: Tensor = norm.weight  # type: ignore[assignment]
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(4, len(weight), generator=generator).to(weight.device, weight.dtype) + 0.5
+    plain = x.double() * x.double().square().mean(-1, keepdim=True).rsqrt()
+    for offset in (0.0, 1.0):
+        gain = weight.double() + offset
+        if (
+            torch.allclose(norm(x).double(), plain * gain, rtol=0.05, atol=0.02 * float(gain.abs().max()))
+            and getattr(norm, "bias", None) is None
+        ):
+            return gain, 1.0 - offset
+    raise _cannot(model, "its norms subtract the mean, or add something, so that they do not commute with a rotation")
+
+
+def _rotate_block(
+    model: BlockModel, block: OpenBlock, group: Group, rotation: Tensor, hidden: Tensor, call: Call, settings: Settings
+) -> Tensor:
+    """Rotates an open block; its outputs before that."""
+    members = {each.path: each for each in group.members if not each.outside}
+    layers = {path: layer for path, layer in block.layers.items() if f"{path}.weight" in members}
+    for layer in layers.values():
+        if bool(lasting_zeros(layer.read()).any()):
+            raise Problem(
+                f"Rotation would fill the removed weights of {layer.name}.",
+                why="every weight becomes a mixture of a whole row or column.",
+                fix="rotate before pruning.",
+            )
+    with _reads(block, layers) as norms:
+        before = run_block(block.module, hidden, call)
+    gains = {}
+    for norm_path in set(norms.values()):
+        norm = block.module.get_submodule(norm_path)
+        gains[norm_path], plain = _gain(model, norm)
+        norm.weight.data.fill_(plain)  # type: ignore[operator]
+        name = f"{model.family.blocks}.{block.index}.{norm_path}.weight"
+        block.tensors[name] = torch.full_like(block.tensors[name], plain)
+    for path, layer in layers.items():
+        weight, bias = layer.read().double(), layer.bias
+        if members[f"{path}.weight"].reads:
+            if path not in norms:
+                raise _cannot(model, f"{layer.name} reads the residual stream, but not behind a norm of its own")
+            layer.write((weight * gains[norms[path]]) @ rotation)
+        else:
+            layer.write(rotation.T @ weight, bias=None if bias is None else (rotation.T @ bias.double()).to(bias.dtype))
+    if settings.heads:
+        _rotate_heads(model, block, settings)
+    return before
+
+
+def _rotate_heads(model: BlockModel, block: OpenBlock, settings: Settings) -> None:
+    """Values of every head in another basis, which the output projection takes back; left out where v has no projection of its own."""
+    roles = {layer.projection.role: layer for layer in block.layers.values()}
+    if not {"v", "o"} <= roles.keys():
+        return
+    width = model.sizes(block.index).head
+    turn = orthogonal(width, settings.seed + 1).to(model.device)
+    value, out = roles["v"], roles["o"]
+    rows = _current(value).double()
+    bias = value.bias
+    turned = torch.einsum("pq,gpd->gqd", turn, rows.view(-1, width, rows.shape[1])).reshape(rows.shape)
+    value.write(turned, bias=None if bias is None else (bias.double().view(-1, width) @ turn).reshape(-1).to(bias.dtype))
+    columns = _current(out).double()
+    out.write(
+        torch.einsum("pq,dhp->dhq", turn, columns.view(len(columns), -1, width)).reshape(columns.shape), bias=_current_bias(out)
+    )
+
+
+def _current(layer: Layer) -> Tensor:
+    """The weight as it was written last, [O, I]."""
+    weight = layer.edited.get(f"{layer.name}.weight", layer.stored["weight"])
+    return weight.T if layer.projection.transposed else weight
+
+
+def _current_bias(layer: Layer) -> Tensor | None:
+    return layer.edited.get(f"{layer.name}.bias", layer.bias)
+
+
+@contextmanager
+def _reads(block: OpenBlock, layers: dict[str, Layer]) -> Iterator[dict[str, str]]:
+    """For a while, which norm's output every layer reads, by their paths inside the block."""
+    produced: dict[int, tuple[Tensor, str]] = {}
+    found: dict[str, str] = {}
+
+    def note(name: str) -> Any:
+        return lambda _, __, output: produced.__setitem__(id(output), (output, name))
+
+    def look(path: str) -> Any:
+        def seen(_: nn.Module, args: tuple[Tensor, ...]) -> None:
+            if id(args[0]) in produced:
+                found[path] = produced[id(args[0])][1]
+
+        return seen
+
+    handles = [module.register_forward_hook(note(name)) for name, module in block.module.named_modules() if _is_norm(module)]
+    handles += [layer.linear.register_forward_pre_hook(look(path)) for path, layer in layers.items()]
+    try:
+        yield found
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _check(name: str, turned: Tensor, hidden: Tensor, rotation: Tensor, model: BlockModel) -> None:
+    """Stops if a block's outputs are not the old ones in the new basis.
+
+    Raises:
+        Problem: If they are not.
+    """
+    expected = hidden.double() @ rotation
+    difference = float((turned.double() - expected).abs().max() / expected.abs().max().clamp_min(1e-30))
+    half = model.dtype != torch.float32 or any(
+        parameter.dtype not in (torch.float32, torch.float64) for parameter in model.network.parameters()
+    )
+    if not difference <= (2**-4 if half else SAME):
+        raise _cannot(
+            model, f"the outputs of {name} change by {difference:.2g} of the largest; something there depends on the basis"
+        )
