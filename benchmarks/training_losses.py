@@ -16,7 +16,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import rows
-from duramen.assets import get_asset
+from duramen.assets import read_text
 from duramen.calibrate.walker import Walk
 from duramen.evaluate.intervals import mean_interval
 from duramen.evaluate.perplexity import divergence, final_hidden
@@ -36,7 +36,7 @@ SUBJECTS = {
 def main() -> None:
     """Runs the table."""
     torch.manual_seed(0)
-    text = torch.frombuffer(bytearray(get_asset("squad", "text").path().read_bytes()), dtype=torch.uint8).long()
+    text = torch.frombuffer(bytearray("\n".join(read_text("squad")).encode()), dtype=torch.uint8).long()
     windows = text[: (len(text) // LENGTH) * LENGTH].view(-1, LENGTH)
     windows = windows[torch.randperm(len(windows), generator=torch.Generator().manual_seed(0))[: TRAINED + HELD_OUT]]
     train, held_out = windows[:TRAINED], windows[TRAINED:]
