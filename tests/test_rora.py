@@ -19,6 +19,7 @@ from duramen.problem import Problem
 from duramen.recover.peft_io import delta, read_peft
 from duramen.recover.rora import Settings, adapted
 from duramen.registry import get_method
+from duramen.rundir import FORMATS, read_codes
 from duramen.train.data import Rows
 from duramen.train.models import Course
 from duramen.train.objective import NextTokens
@@ -216,3 +217,29 @@ def test_examples_are_learned_and_the_adapters_kept_beside_the_model(tmp_path):
         Settings(mode="spp", init="pissa")
     with pytest.raises(Problem, match="needs a tokenizer"):
         get_method("rora").apply(tiny.model("llama"), tiny.ids(16, 24), data=str(data), objective="ce", **QUICK)
+
+
+def test_a_rounded_model_stays_on_its_grid_and_comes_nearer(tmp_path):
+    """Pruned, rounded, and trained by adapters: every zero, every step and every format stays, codes move, and what is saved is what was trained."""
+    recipe, folder = recipe_of(tmp_path)
+    whole = json.loads(recipe.read_text())
+    prune, rora = whole["steps"]
+    gptq = {"method": "gptq", "format": "W3A8 g8"}
+    duramen.run(whole | {"steps": [prune, gptq]}, str(folder), tmp_path / "before")
+    rora |= {"steps": 24, "learning_rate": 0.02, "distill_weight": 1.0}
+    found = duramen.run(whole | {"steps": [prune, gptq, rora]}, str(folder), tmp_path / "after")
+    training = found["steps"][2]["training"]
+    assert min(loss for _, loss in training["held_out"]) < 0.97 * training["held_out"][0][1]
+    assert {layer["mode"] for layer in found["steps"][2]["layers"]} == {"grid"}
+    before, after = read_codes(tmp_path / "before"), read_codes(tmp_path / "after")
+    assert (tmp_path / "before" / FORMATS).read_bytes() == (tmp_path / "after" / FORMATS).read_bytes()
+    assert all(torch.equal(each.steps, after[name].steps) for name, each in before.items())
+    assert any(not torch.equal(each.codes, after[name].codes) for name, each in before.items())
+    assert all(bool((after[name].codes[each.codes == 0] == 0).float().mean() > 0.5) for name, each in before.items())
+    inspected = duramen.inspect(str(tmp_path / "after"))
+    assert inspected["codes"]["broken"] == inspected["masks"]["broken"] == []
+    for wrong, words in (({"dora": True}, "cannot be trained on a grid"), ({"mode": "side"}, "would fill")):
+        with pytest.raises(Problem, match=words):
+            duramen.run(whole | {"steps": [prune, gptq, rora | wrong]}, str(folder), tmp_path / f"no-{words[:5]}")
+    with pytest.raises(Problem, match="cannot be trained on a grid"):
+        get_method("rora").apply(tiny.model("llama"), tiny.ids(16, 20), mode="grid", **QUICK)

@@ -28,16 +28,16 @@ def write_codes(source: Path, store: BlockStore, num_blocks: int, folder: Path, 
         shapes_stay: Whether the step left all shapes as they were; otherwise earlier codes and formats are of no use.
     """
     blocks = range(num_blocks)
-    edited = {name for index in blocks for name in store.edited(index)}
+    new = {name: tensor for index in blocks for name, tensor in load_file(store.codes(index)).items()}
+    without = {name for index in blocks for name in store.edited(index)} - {name.rpartition(".")[0] for name in new}
     formats = {
-        name: replace(each, weights=None) if name in edited else each
+        name: replace(each, weights=None) if name in without else each
         for name, each in (read_formats(source) if shapes_stay else {}).items()
     }
     before = {name for name, each in formats.items() if each.weights}
     tensors = load_file(source / CODES) if before else {}
-    tensors = {name: tensor for name, tensor in tensors.items() if name.rpartition(".")[0] in before}
+    tensors = {name: tensor for name, tensor in tensors.items() if name.rpartition(".")[0] in before} | new
     for index in blocks:
-        tensors |= load_file(store.codes(index))
         formats |= store.formats(index)
     if tensors:
         write_tensors(folder / CODES, tensors, ("layout", LAYOUT))

@@ -1,7 +1,8 @@
 """Linear layers with a low-rank change beside their weight: y = x Wᵀ + γ (x Aᵀ) Bᵀ, and forms that keep a sparse weight sparse.
 
 A change that is masked only after training throws most of itself away. *Masked* (MaskLoRA of arXiv 2312.15230, SparsePEFT of arXiv 2410.03750)
-masks it in every forward pass, so that merging changes nothing. *SPP* (arXiv 2405.16057) multiplies the weights that are there. *DoRA*
+masks it in every forward pass, so that merging changes nothing. *Grid* (QA-LoRA's aim, arXiv 2309.14717, by rounding in every pass)
+rounds the changed weight to the steps that the layer has, so that what is merged are codes. *SPP* (arXiv 2405.16057) multiplies the weights that are there. *DoRA*
 (arXiv 2402.09353) learns the length of every row apart.
 """
 
@@ -13,7 +14,10 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-Mode = Literal["side", "masked", "spp"]
+from duramen.grids import Quantized, encode, pack
+from duramen.quantize.learned import on_grid
+
+Mode = Literal["side", "masked", "spp", "grid"]
 Start = Literal["zero", "pissa"]
 OVERSAMPLED, ITERATIONS = 10, 4
 """Directions beyond the rank, and passes, by which the strongest ones are found."""
@@ -122,6 +126,7 @@ class Adapter(nn.Module):
     Attributes:
         base: The layer; its weight is [O, I], or [I, O] in a Conv1D.
         kept: Where the weight may be other than zero, bool [O, I]; None for a dense one.
+        codes: Those that the weight stands for, whose steps stay; None for a weight that was not rounded, or is not to stay so.
         gamma: γ; the strength s in ``spp``.
         a: [r, I] in float32; uniform in ±1/√I at the start, as in LoRA.
         b: [O, r], zeros at the start; in ``spp`` β, [O].
@@ -138,6 +143,7 @@ class Adapter(nn.Module):
         mode: Mode,
         kept: Tensor | None = None,
         lengths: bool = False,
+        codes: Quantized | None = None,
         start: Start = "zero",
         seed: int = 0,
         transposed: bool = False,
@@ -146,6 +152,7 @@ class Adapter(nn.Module):
         super().__init__()
         self.base, self.gamma, self.mode, self.transposed = base.requires_grad_(False), gamma, mode, transposed
         self.register_buffer("kept", kept, persistent=False)
+        self.codes = codes
         outputs, inputs = self.weight.shape
         uniform = (2 * torch.rand(rank, inputs, generator=generator) - 1) / inputs**0.5
         self.a = nn.Parameter(uniform.to(self.weight.device))
@@ -169,6 +176,8 @@ class Adapter(nn.Module):
         elif self.mode == "masked":
             assert isinstance(self.kept, Tensor)
             y = masked_linear(x, self.weight, self.kept, self.a, self.b, self.gamma, self.start)
+        elif self.mode == "grid":
+            y = nn.functional.linear(x, self._changed().to(x.dtype))
         else:
             y = side_linear(x, self.weight, self.a, self.b, self.gamma, self.start)
         if self.length is not None:
@@ -183,8 +192,24 @@ class Adapter(nn.Module):
         weight = weight if weight.dtype == torch.float64 else weight.float()
         if self.mode == "spp":
             return spp_weight(weight, self.a, self.b, self.gamma)
-        kept = self.kept if self.mode == "masked" else None
-        return changed(weight, kept, self.a, self.b, self.gamma, self.start)  # type: ignore[arg-type]
+        kept = self.kept if self.mode != "side" else None
+        found = changed(weight, kept, self.a, self.b, self.gamma, self.start)  # type: ignore[arg-type]
+        return on_grid(found, *self._steps(found), self.codes.grid) if self.codes else found
+
+    def _steps(self, like: Tensor) -> tuple[Tensor, Tensor | None]:
+        assert self.codes is not None
+        zeros = self.codes.zeros
+        return self.codes.steps.to(like), None if zeros is None else zeros.to(like)
+
+    @torch.no_grad()
+    def quantized(self) -> Quantized | None:
+        """The codes with the change; None where the weight has none."""
+        if self.codes is None:
+            return None
+        kept: Tensor | None = self.kept  # type: ignore[assignment]
+        found = changed(self.weight.float(), kept, self.a, self.b, self.gamma, self.start)
+        steps, zeros = self._steps(found)
+        return pack(encode(found, steps, zeros, self.codes.grid), self.codes.steps.to(found.device), zeros, self.codes.grid)
 
     @torch.no_grad()
     def merged(self, weight: Float[Tensor, "O I"] | None = None) -> Float[Tensor, "O I"]:

@@ -21,6 +21,7 @@ from duramen.calibrate.statistics import Statistics
 from duramen.calibrate.walker import Records, Walk, walk_blocks
 from duramen.families.model import BlockModel, Layer, Model
 from duramen.families.select import filter_layers
+from duramen.grids import Quantized
 from duramen.problem import Problem
 from duramen.prune.reconstruct import output_error
 from duramen.recover.adapters import Adapter, Start
@@ -30,6 +31,7 @@ from duramen.recover.peft_io import CONFIG, WEIGHTS, check_alone, write_peft
 from duramen.recover.scaling import Rule, coupled_rate, scale
 from duramen.registry import method
 from duramen.rounding import take_over_rounding
+from duramen.rundir import read_codes
 from duramen.ssm.mixer import ExactScans
 from duramen.train.loop import History, recomputed, train
 from duramen.train.models import open_course, put
@@ -57,8 +59,8 @@ class Settings(TrainSettings):
     """α of the strength γ."""
     scaling: Rule = "alpha_over_sqrt_r"
     """γ: α/√r (RoRA), α/r (LoRA), or α."""
-    mode: Literal["auto", "side", "masked", "spp"] = "auto"
-    """`masked` changes only what a sparse weight has, `spp` multiplies it, `side` changes everything; `auto` is masked on sparse weights and side on others."""
+    mode: Literal["auto", "side", "masked", "spp", "grid"] = "auto"
+    """`masked` changes only what a sparse weight has, `spp` multiplies it, `side` changes everything; `grid` also rounds to the steps of a layer that was rounded, so that it stays on its grid; `auto` is grid where there are codes, masked on sparse weights and side on others."""
     dora: bool = False
     """Whether the length of every row is learned apart."""
     init: Start = "zero"
@@ -114,6 +116,7 @@ def adapted(network: nn.Module, model: BlockModel, settings: Settings) -> Iterat
     names = _targets(model, settings)
     before = {name: parameter.requires_grad for name, parameter in network.named_parameters()}
     generator, masks = torch.Generator().manual_seed(settings.seed), Masks(model)
+    codes = {} if model.checkpoint is None else read_codes(model.checkpoint.folder)
     adapters: dict[str, Adapter] = {}
     try:
         network.requires_grad_(False)
@@ -121,7 +124,9 @@ def adapted(network: nn.Module, model: BlockModel, settings: Settings) -> Iterat
             removed = _removed(model, index, names, masks)
             for name, zeros in removed.items():
                 base = network.get_submodule(name)
-                adapters[name] = _adapter(name, base, zeros, settings, generator, transposed=model.transposed(name))
+                adapters[name] = _adapter(
+                    name, base, zeros, codes.get(name), settings, generator, transposed=model.transposed(name)
+                )
                 take_over_rounding(base, adapters[name])
                 put(network, name, adapters[name])
         yield adapters
@@ -139,11 +144,24 @@ def _removed(model: BlockModel, index: int, names: set[str], masks: Masks) -> di
 
 
 def _adapter(
-    name: str, base: nn.Module, zeros: Tensor, settings: Settings, generator: torch.Generator, *, transposed: bool
+    name: str,
+    base: nn.Module,
+    zeros: Tensor,
+    codes: Quantized | None,
+    settings: Settings,
+    generator: torch.Generator,
+    *,
+    transposed: bool,
 ) -> Adapter:
     """The adapter of one layer."""
     sparse = bool(zeros.any())
-    mode = ("masked" if sparse else "side") if settings.mode == "auto" else settings.mode
+    mode = ("grid" if codes else "masked" if sparse else "side") if settings.mode == "auto" else settings.mode
+    if mode == "grid" and (codes is None or settings.dora):
+        raise Problem(
+            f"{name} cannot be trained on a grid.",
+            why="`dora` gives every row a length of its own, which its steps do not have." if codes else "it has no codes.",
+            fix="`dora: false`." if codes else "`mode: auto`, or a step `gptq` before this one.",
+        )
     if sparse and mode == "side":
         raise Problem(
             f"The change of {name} would fill its {int(zeros.sum()):,} removed weights.",
@@ -159,7 +177,7 @@ def _adapter(
     return Adapter(
         base, rank=settings.rank, gamma=settings.gamma, mode=mode, lengths=settings.dora, transposed=transposed,
         start=settings.init, seed=settings.seed,
-        kept=~zeros if sparse or mode == "masked" else None, generator=generator,
+        kept=~zeros if sparse or mode == "masked" else None, generator=generator, codes=codes if mode == "grid" else None,
     )  # fmt: skip
 
 
@@ -267,6 +285,7 @@ def _edit(
                 half = min(torch.finfo(new.dtype).bits, torch.finfo(x.dtype).bits) < 32
                 difference = check_outputs(layer.name, new, layer.bias, x, y, tolerance=2**-5 if half else TOLERANCE)
             layer.write(new)
+        layer.quantized = adapter.quantized()
         second = statistics.total.second
         whole = max(output_error(weight, torch.zeros_like(weight), second), 1e-30)
         return {
