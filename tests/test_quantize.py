@@ -1,6 +1,8 @@
 """Quantization of whole models: codes beside ordinary weights, masks that stay, runs that go on, and what a later step makes stale."""
 
+import itertools
 import json
+import math
 
 import gguf
 import pytest
@@ -13,6 +15,7 @@ import tiny
 from duramen.export.gguf import export_gguf
 from duramen.grids import Quantized, parse_format
 from duramen.problem import Problem
+from duramen.quantize.allocation import choose_widths
 from duramen.report.page import write_report
 from duramen.rundir import CODES, FORMATS, MASKS, BlockStore, unpack_mask
 
@@ -163,3 +166,72 @@ def test_codes_go_into_gguf_as_they_are(grid, kind, texts, tmp_path):
             here = here.view(2, 2, 8, 64).transpose(1, 2).reshape(32, 64)
         values = gguf.quants.dequantize(there.data, there.tensor_type).reshape(here.shape)
         assert torch.equal(torch.from_numpy(values.copy()), here)
+
+
+def surveys(seed, layers=6, widths=(2, 3, 4)):
+    """Errors that fall with width, and bits that rise with it."""
+    generator = torch.Generator().manual_seed(seed)
+    found = []
+    for number in range(layers):
+        size = int(torch.randint(50, 400, (1,), generator=generator))
+        errors = torch.rand(len(widths), generator=generator).sort(descending=True).values * float(
+            torch.rand(1, generator=generator)
+        )
+        found.append(
+            {
+                "name": f"layer {number}",
+                "size": size,
+                "errors": errors.tolist(),
+                "bits": [size * width + 32 for width in widths],
+            }
+        )
+    return found
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_widths_are_the_best_of_all_choices(seed):
+    """Against every one of 729 choices, and a dynamic programme over whole bits."""
+    items, widths = surveys(seed), (2, 3, 4)
+    size = sum(item["size"] for item in items)
+    for mean in (2.4, 2.9, 3.3):
+        chosen = choose_widths(items, widths, mean)
+        places = [widths.index(chosen[item["name"]]) for item in items]
+        assert sum(item["bits"][place] for item, place in zip(items, places)) <= mean * size
+        found = sum(item["errors"][place] for item, place in zip(items, places))
+        best = min(
+            sum(item["errors"][place] for item, place in zip(items, choice))
+            for choice in itertools.product(range(3), repeat=6)
+            if sum(item["bits"][place] for item, place in zip(items, choice)) <= mean * size
+        )
+        assert found == pytest.approx(best, rel=1e-9)
+        table = {0: 0.0}
+        for item in items:
+            table_next = {}
+            for bits, error in table.items():
+                for place in range(3):
+                    total = bits + item["bits"][place]
+                    if total <= mean * size:
+                        table_next[total] = min(table_next.get(total, math.inf), error + item["errors"][place])
+            table = table_next
+        assert found == pytest.approx(min(table.values()), rel=1e-9)
+    with pytest.raises(Problem, match="too few"):
+        choose_widths(items, widths, 1.9)
+
+
+def test_a_budget_of_bits_is_kept_and_bettered_by_choosing(llama, texts, tmp_path):
+    one = duramen.run(recipe(texts, {"method": "rtn", "format": "W4A8 g8"}), str(llama), tmp_path / "one")
+    found = duramen.run(recipe(texts, {"method": "rtn", "format": "W4A8 g8", "mean_bits": 6.0}), str(llama), tmp_path / "mixed")
+    layers = found["steps"][0]["layers"]
+    size = sum(layer["size"] for layer in layers)
+    assert 5.8 < sum(layer["bits"] * layer["size"] for layer in layers) / size <= 6.0
+    assert len({layer["bits"] for layer in layers}) > 1
+    assert sum(layer["relative_error"] for layer in layers) < sum(
+        layer["relative_error"] for layer in one["steps"][0]["layers"]
+    )
+    assert duramen.inspect(str(tmp_path / "mixed"))["codes"]["broken"] == []
+    planned = duramen.plan(recipe(texts, {"method": "gptq", "format": "W4 g8", "mean_bits": 5.5}), str(llama))
+    assert "5.50 bits per weight" in planned["steps"][0]["note"]
+    with pytest.raises(Problem, match="too few"):
+        duramen.run(recipe(texts, {"method": "rtn", "format": "W4 g8", "mean_bits": 3.0}), str(llama), tmp_path / "no")
+    with pytest.raises(Problem, match="budget of weights"):
+        duramen.plan(recipe(texts, {"method": "rtn", "format": "A8", "mean_bits": 3.0}), str(llama))

@@ -18,6 +18,7 @@ from duramen.grids import parse_format
 from duramen.prune.model import PruneSettings
 from duramen.prune.pattern import Scope, parse_pattern
 from duramen.quantize import qat, rotate
+from duramen.quantize.allocation import bits_of
 from duramen.quantize.model import TYPES, QuantizeSettings, formats_of
 from duramen.recipe import Recipe, Step
 from duramen.recover import refit, rora
@@ -162,10 +163,11 @@ def _rounded(
     kept += [f"{wanted.cache.bits} bits of keys and values"] if wanted.cache else []
     if grid is None:
         return {"flops": _walk_flops(model, shapes, [], tokens), "memory_bytes": memory, "note": ", ".join(kept)}
-    extra = 8 * TYPES[settings.step_type].itemsize + grid.bits * grid.affine
-    bits = sum(shapes[name][0] * shapes[name][1] * (grid.bits + extra / grid.width(shapes[name][1])) for name in names)
+    bits: float = sum(bits_of(grid, *shapes[name], TYPES[settings.step_type]) for name in names)
     weights = sum(prod(shapes[name]) for name in names)
-    flops = _walk_flops(model, shapes, names, tokens) + sum(_solve_flops(settings, shapes[name]) for name in names)
+    walks = 1 + (settings.mean_bits is not None)
+    flops = walks * _walk_flops(model, shapes, names, tokens) + sum(_solve_flops(settings, shapes[name]) for name in names)
+    bits = bits if settings.mean_bits is None else settings.mean_bits * weights
     note = f"{bits / weights:.2f} bits per weight in {len(names)} layers, {bits / 8 / 2**20:,.0f} MiB; stored as ordinary tensors too"
     return {"flops": flops, "memory_bytes": memory, "note": "; ".join([note, *kept])}
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from jaxtyping import Bool
-from pydantic import field_validator
+from pydantic import Field, field_validator, model_validator
 from torch import Tensor
 
 from duramen.attention import attention_paths
@@ -21,11 +21,12 @@ from duramen.problem import Exit, Problem
 from duramen.prune.layer import GRID, DampingGrid, HeldOut, PruneFunction, prepare, prune_layer
 from duramen.prune.pruned import Pruned
 from duramen.prune.reconstruct import output_error
+from duramen.quantize.allocation import choose_widths, survey
 from duramen.quantize.steps import Step
 from duramen.registry import Settings
 from duramen.rounding import start_rounding
 
-OWN = {"format", "only", "skip", "damping", "damping_grid", "held_out", "dense_target", "step_type"}
+OWN = {"format", "mean_bits", "widths", "only", "skip", "damping", "damping_grid", "held_out", "dense_target", "step_type"}
 """Settings that this file handles; all others go to the rounding function as they are."""
 TYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 
@@ -35,6 +36,10 @@ class QuantizeSettings(Settings):
 
     format: str = "W4 g64"
     """What is rounded: `W4A8KV8` are bits of weights, of the inputs that they meet (by token; `A8g32` by so many channels of it) and of keys and values, each of which may be left out; then for weights what shares a step, `row`, `tensor` or `gN` consecutive inputs, and `affine` for a zero point or `narrow` to leave the lowest code out; `sinksN` lets the keys and values of the first tokens be."""
+    mean_bits: Annotated[float, Field(gt=0)] | None = None
+    """Bits per weight over all layers, steps included, under which the widths of layers are chosen; those of the format's weights are then not used. Null for one width."""
+    widths: Annotated[tuple[Annotated[int, Field(ge=2, le=8)], ...], Field(min_length=1)] = (2, 3, 4, 5, 6, 8)
+    """What may be chosen, where `mean_bits` says so."""
     step: Step = "weighted"
     """How steps are chosen: from the largest weight (`absmax`), or by the squared error of rounding (`mse`), weighted by the inputs (`weighted`)."""
     step_type: Literal["float16", "bfloat16", "float32"] = "float16"
@@ -53,6 +58,12 @@ class QuantizeSettings(Settings):
     def _is_a_format(cls, value: str) -> str:
         return parse_format(value).text
 
+    @model_validator(mode="after")
+    def _widths_are_of_weights(self) -> QuantizeSettings:
+        if self.mean_bits is not None and parse_format(self.format).weights is None:
+            raise ValueError(f"`mean_bits` is a budget of weights, which `format: {self.format}` leaves as they are")
+        return self
+
     @property
     def alpha(self) -> float:
         """Share of the dense model's output in the target; 0 where a method has no such target."""
@@ -70,9 +81,9 @@ class QuantizeSettings(Settings):
 
     @property
     def options(self) -> dict[str, Any]:
-        """What goes to the rounding function."""
+        """What goes to the rounding function beside the grid."""
         own = {name: getattr(self, name) for name in type(self).model_fields if name not in OWN}
-        return own | {"grid": parse_format(self.format).weights, "step_type": TYPES[self.step_type]}
+        return own | {"step_type": TYPES[self.step_type]}
 
 
 def finish(weight: Tensor, quantized: Quantized, gram: Tensor, pruned: Bool[Tensor, "O I"], **report: float) -> Pruned:
@@ -106,19 +117,35 @@ def quantize_model(
     blocks, wanted = BlockModel.of(model), parse_format(settings.format)
     names = filter_layers(blocks.layer_names(), settings.only, settings.skip)
     formats = formats_of(blocks, names, wanted)
-    choose = getattr(settings, "damping", None) == "held-out"
+    choose, walk = getattr(settings, "damping", None) == "held-out", walk or Walk()
+    if settings.mean_bits is not None:
+        widths = walk.memo("widths", lambda: _widths(blocks, tokens, settings, names, walk))
+        formats |= {name: replace(formats[name], weights=replace(wanted.weights, bits=bits)) for name, bits in widths.items()}  # type: ignore[type-var]
 
     def edit(layers: list[Layer], statistics: Statistics) -> Callable[[Layer], dict[str, Any]]:
-        stage = prepare(quantize, layers, statistics, settings, {})
-        return lambda layer: prune_layer(quantize, layer, stage, settings, {})
+        stage = prepare(quantize, layers, statistics, settings, {"grid": formats[layers[0].name].weights})
+        return lambda layer: prune_layer(quantize, layer, stage, settings, {"grid": formats[layer.name].weights})
 
     records = walk_blocks(
-        blocks, tokens, edit, names if wanted.weights else [], walk=walk or Walk(),
+        blocks, tokens, edit, names if wanted.weights else [], walk=walk,
         held_out_every=round(1 / settings.held_out) if choose else 0, dense_target=settings.alpha > 0, formats=formats,
     )  # fmt: skip
     if blocks.checkpoint is None:
         start_rounding(blocks.network, formats)  # also in blocks that nothing made the walk go through
     return records
+
+
+def _widths(blocks: BlockModel, tokens: Tensor, settings: QuantizeSettings, names: list[str], walk: Walk) -> dict[str, int]:
+    """The width of every layer under the budget, from a walk through the model as it is."""
+    grid, budget = parse_format(settings.format).weights, settings.mean_bits
+    assert grid is not None
+    assert budget is not None
+
+    def look(_: list[Layer], statistics: Statistics) -> Callable[[Layer], dict[str, Any]]:
+        return lambda layer: survey(layer, statistics, grid, settings.widths, settings.step, TYPES[settings.step_type])
+
+    looking = replace(walk, store=None, progress=lambda record: None)
+    return choose_widths(walk_blocks(blocks, tokens, look, names, walk=looking), settings.widths, budget)
 
 
 def formats_of(model: BlockModel, names: Sequence[str], wanted: Format) -> dict[str, Format]:
