@@ -93,7 +93,7 @@ def compare(network: nn.Module, prompts: Sequence[Sequence[int]], found: dict[st
         found: Of ``run_engine``.
 
     Returns:
-        ``prompts``; ``agreed``: how many were continued alike to the end; ``apart``: for every other one the step at which they part, and the ``gap`` there: how much likelier
+        ``prompts``; ``agreed``: how many were continued alike to the end, the tokens that end a text left out by both; ``apart``: for every other one the step at which they part, and the ``gap`` there: how much likelier
         than the engine's token the network holds its own, in logits; ``largest_difference`` of a logit of the first tokens, None where the engine shows none, and the
         ``largest_logit``.
     """
@@ -104,13 +104,14 @@ def compare(network: nn.Module, prompts: Sequence[Sequence[int]], found: dict[st
         if "logits" in found:
             differences.append(float((logits - torch.from_numpy(found["logits"][number])).abs().max()))
         largest.append(float(logits.abs().max()))
-        for step, theirs in enumerate(found["tokens"][number].tolist()):
-            logits = _logits(network, tokens)
-            ours = int(logits.argmax())
-            if ours != theirs:
-                apart[number] = {"step": step, "gap": float(logits[ours] - logits[theirs])}
-                break
-            tokens = torch.cat([tokens, torch.tensor([[ours]])], 1)
+        theirs = found["tokens"][number].tolist()
+        ours = network.generate(  # type: ignore[operator]
+            tokens, attention_mask=torch.ones_like(tokens), max_new_tokens=len(theirs), min_new_tokens=len(theirs), do_sample=False, pad_token_id=0,
+        )[0, len(ids) :].tolist()  # fmt: skip
+        step = next((place for place, pair in enumerate(zip(ours, theirs, strict=True)) if pair[0] != pair[1]), None)
+        if step is not None:
+            logits = _logits(network, torch.tensor([[*ids, *ours[:step]]]))
+            apart[number] = {"step": step, "gap": float(logits[ours[step]] - logits[theirs[step]])}
     return {
         "prompts": len(prompts), "agreed": len(prompts) - len(apart), "apart": list(apart.values()),
         "largest_difference": max(differences, default=None), "largest_logit": max(largest),

@@ -25,9 +25,10 @@ from torch import Tensor
 from duramen.export.engine import PROMPTS, compare, run_engine, speeds
 from duramen.families import OWN
 from duramen.families.model import BlockModel
-from duramen.grids import Quantized
+from duramen.grids import Format, Inputs, Quantized
 from duramen.hardware.machine import total_memory
 from duramen.problem import Exit, Problem
+from duramen.rounding import start_rounding
 from duramen.rundir import read_codes, replacing
 
 Type = Literal["f32", "f16", "bf16", "q8_0"]
@@ -97,28 +98,35 @@ def export_gguf(folder: Path, file: Path, *, kind: Type = "f16") -> dict[str, An
         writer.close()
         count, error = _read_back(partial, _tensors(model, shapes, codes), kind)
         small = 16 * sum(p.numel() for p in model.network.parameters()) < total_memory()
-        ran = run_llama_cpp(partial, folder, exact=not coded) if find_spec("xllamacpp") and small else None
+        ran = run_llama_cpp(partial, folder, coded=codes) if find_spec("xllamacpp") and small else None
     return {
         "architecture": architecture, "bytes": file.stat().st_size, "tensors": count, "coded": coded, "largest_error": error, "ran": ran,
     }  # fmt: skip
 
 
-def run_llama_cpp(file: Path, folder: Path, texts: Sequence[str] = PROMPTS, *, exact: bool = True) -> dict[str, Any]:
+def run_llama_cpp(file: Path, folder: Path, texts: Sequence[str] = PROMPTS, *, coded: Iterable[str] = ()) -> dict[str, Any]:
     """Lets llama.cpp continue prompts, and holds them against those of transformers in float32.
 
-    Where two tokens are about equally likely, the rounding of the file's matrices may decide, or that of activations where matrices are coded.
+    Where two tokens are about equally likely, the rounding of the file's matrices may decide.
+
+    Args:
+        file: The GGUF file.
+        folder: What it was made of.
+        texts: What is continued.
+        coded: Layers whose codes are in the file; llama.cpp rounds their inputs to eight bits in blocks of 32, and so does the network here.
 
     Raises:
-        Problem: If all was to be ``exact``, and not one is alike.
+        Problem: If not one is alike.
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(folder)
     prompts = [tokenizer(each)["input_ids"] for each in texts]
     network = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    start_rounding(network, dict.fromkeys(coded, Format(inputs=Inputs(8, 32))))
     ran = run_engine("llama_cpp", file, prompts, network.config.vocab_size)
     found = compare(network, prompts, ran)
-    if exact and not found["agreed"]:
+    if not found["agreed"]:
         raise Problem(
             f"llama.cpp continues none of {len(prompts)} prompts as transformers does.",
             why=f"the arithmetic of {file.name} is not that of {folder}.",
