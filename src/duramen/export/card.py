@@ -41,7 +41,7 @@ def _body(results: dict[str, Any]) -> str:
     opens = shapes[-1]["opens_in"] if shapes else "plain transformers"
     parts = [f"# {results['model']}, {results['recipe']}", f"Made with Duramen. Opens in {opens}."]
     parts += [_step(step) for step in results["steps"]]
-    if results["exports"]:
+    if results.get("exports"):
         parts.append(
             "## Exports\n\n"
             + "\n".join(

@@ -32,12 +32,12 @@ from duramen.quantize.losses import EntropyLoss, MapLoss, code_entropy, entropy_
 from duramen.quantize.model import TYPES, formats_of
 from duramen.quantize.steps import choose_steps
 from duramen.registry import method
-from duramen.rounding import start_rounding, take_over_rounding
+from duramen.rounding import start_rounding
 from duramen.rundir import read_codes, read_formats
 from duramen.ssm.mixer import ExactScans
 from duramen.train.data import Rows
 from duramen.train.loop import History, recomputed, train
-from duramen.train.models import open_course, put
+from duramen.train.models import open_course, replaced
 from duramen.train.objective import NextTokens
 from duramen.train.settings import TrainSettings
 
@@ -143,25 +143,19 @@ def learned(
     Yields:
         What stands in their places.
     """
-    before = {name: parameter.requires_grad for name, parameter in network.named_parameters()}
     codes = {} if settings.format or model.checkpoint is None else read_codes(model.checkpoint.folder)
-    where, layers = model.layer_names(), {}
-    try:
-        network.requires_grad_(False)
+    layers: dict[str, LearnedLinear] = {}
+    with replaced(network) as put:
         for index in range(len(model.blocks)):
             with model.opened(index) as block:
-                weights = {
-                    each.name: each.read()
-                    for each in block.layers.values()
-                    if where[each.name][1] == index and each.name in names
-                }
+                weights = {each.name: each.read() for each in block.layers.values() if each.name in names}
             for name, weight in weights.items():
                 base, grid, zeros = network.get_submodule(name), formats.get(name, Format()).weights, lasting_zeros(weight)
+                start: tuple[Tensor, Tensor | None] | None = (
+                    choose_steps(weight.float(), grid, "mse") if grid and name not in codes else None
+                )
                 if name in codes:
-                    found = codes[name]
-                    start: tuple[Tensor, Tensor | None] | None = found.steps.float(), found.zeros
-                else:
-                    start = choose_steps(weight.float(), grid, "mse") if grid else None
+                    start = codes[name].steps.float(), codes[name].zeros
                 layers[name] = LearnedLinear(
                     base,
                     weight,
@@ -170,14 +164,8 @@ def learned(
                     step_type=TYPES[settings.step_type],
                     pruned=zeros if bool(zeros.any()) else None,
                 ).to(weight.device)
-                take_over_rounding(base, layers[name])
-                put(network, name, layers[name])
+                put(name, layers[name])
         yield layers
-    finally:
-        for name, layer in layers.items():
-            put(network, name, layer.base)
-        for name, parameter in network.named_parameters():
-            parameter.requires_grad_(before[name])
 
 
 @method(

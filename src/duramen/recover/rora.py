@@ -30,11 +30,10 @@ from duramen.recover.merge import check_outputs, check_zeros
 from duramen.recover.peft_io import CONFIG, WEIGHTS, check_alone, write_peft
 from duramen.recover.scaling import Rule, coupled_rate, scale
 from duramen.registry import method
-from duramen.rounding import take_over_rounding
 from duramen.rundir import read_codes
 from duramen.ssm.mixer import ExactScans
 from duramen.train.loop import History, recomputed, train
-from duramen.train.models import open_course, put
+from duramen.train.models import open_course, replaced
 from duramen.train.objective import NextTokens
 from duramen.train.settings import TrainSettings
 
@@ -114,27 +113,16 @@ def adapted(network: nn.Module, model: BlockModel, settings: Settings) -> Iterat
             change would fill the zeros of a sparse one.
     """
     names = _targets(model, settings)
-    before = {name: parameter.requires_grad for name, parameter in network.named_parameters()}
     generator, masks = torch.Generator().manual_seed(settings.seed), Masks(model)
     codes = {} if model.checkpoint is None else read_codes(model.checkpoint.folder)
     adapters: dict[str, Adapter] = {}
-    try:
-        network.requires_grad_(False)
+    with replaced(network) as put:
         for index in range(len(model.blocks)):
-            removed = _removed(model, index, names, masks)
-            for name, zeros in removed.items():
-                base = network.get_submodule(name)
-                adapters[name] = _adapter(
-                    name, base, zeros, codes.get(name), settings, generator, transposed=model.transposed(name)
-                )
-                take_over_rounding(base, adapters[name])
-                put(network, name, adapters[name])
+            for name, zeros in _removed(model, index, names, masks).items():
+                base, transposed = network.get_submodule(name), model.transposed(name)
+                adapters[name] = _adapter(name, base, zeros, codes.get(name), settings, generator, transposed=transposed)
+                put(name, adapters[name])
         yield adapters
-    finally:
-        for name, adapter in adapters.items():
-            put(network, name, adapter.base)
-        for name, parameter in network.named_parameters():
-            parameter.requires_grad_(before[name])
 
 
 def _removed(model: BlockModel, index: int, names: set[str], masks: Masks) -> dict[str, Tensor]:

@@ -39,7 +39,7 @@ def write_report(folder: Path, results: dict[str, Any]) -> Path:
         rows=measured_rows(evaluation) if evaluation else [],
         steps=[_step(step) for step in results["steps"]],
         latency=latency_charts(evaluation["latency"]) if evaluation else [],
-        exports=[_exported(found) for found in results["exports"]],
+        exports=[_exported(found) for found in results.get("exports", [])],
         generations=evaluation["generations"] if evaluation else {},
     )
     file = folder / "report.html"

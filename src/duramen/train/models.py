@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 from torch import Tensor, nn
@@ -11,7 +12,7 @@ from duramen.assets import open_model
 from duramen.calibrate.walker import Walk, set_aside
 from duramen.families.model import BlockModel, Model
 from duramen.problem import Problem
-from duramen.rounding import start_rounding
+from duramen.rounding import start_rounding, take_over_rounding
 from duramen.rundir import read_formats
 from duramen.train.data import Rows, keeps_apart, read_rows
 from duramen.train.settings import TrainSettings
@@ -108,10 +109,25 @@ def whole(model: BlockModel) -> nn.Module:
     return network.to(model.device)
 
 
-def put(network: nn.Module, name: str, module: nn.Module) -> None:
-    """Puts a module where another one is, by its full name."""
-    holder, _, child = name.rpartition(".")
-    setattr(network.get_submodule(holder), child, module)
+@contextmanager
+def replaced(network: nn.Module) -> Iterator[Callable[[str, nn.Module], None]]:
+    """A network in which modules may be put in the place of others, by their full names, and all else is frozen, for a while; they round the inputs that the others round."""
+    trained = {name: parameter.requires_grad for name, parameter in network.named_parameters()}
+    before: dict[str, nn.Module] = {}
+
+    def put(name: str, module: nn.Module) -> None:
+        before[name] = network.get_submodule(name)
+        take_over_rounding(before[name], module)
+        network.set_submodule(name, module)
+
+    try:
+        network.requires_grad_(False)
+        yield put
+    finally:
+        for name, module in before.items():
+            network.set_submodule(name, module)
+        for name, parameter in network.named_parameters():
+            parameter.requires_grad_(trained[name])
 
 
 def _rows(readers: Sequence[nn.Module], model: BlockModel, tokens: Tensor, settings: TrainSettings) -> Rows:
