@@ -38,15 +38,15 @@ def main() -> None:
         speeds = {"prefill_tokens_per_second": prefill, "decode_tokens_per_second": found["decode_tokens_per_second"]}
         name = str(dtype).removeprefix("torch.")
         _add(table, f"PyTorch, {name}", speeds | {"bytes": weight_bytes(dense)})
-    folders = {"dense": str(dense)} | {bits: _rounded(work, bits) for bits in ("W4A8 g32", "W8A8 g32")}
+    folders = {"dense": str(dense)} | {bits: _rounded(work, bits) for bits in ("W4A8g32 g32", "W8A8g32 g32")}
     for subject, model, form, kind in (
         ("llama.cpp, f16", "dense", "gguf", "f16"),
-        ("llama.cpp, W8A8 (Q8_0)", "W8A8 g32", "gguf", "f16"),
-        ("llama.cpp, W4A8 (Q4_0)", "W4A8 g32", "gguf", "f16"),
+        ("llama.cpp, W8A8 (Q8_0)", "W8A8g32 g32", "gguf", "f16"),
+        ("llama.cpp, W4A8 (Q4_0)", "W4A8g32 g32", "gguf", "f16"),
         ("ONNX Runtime, float32", "dense", "onnx", "float"),
-        ("ONNX Runtime, W4, inputs in float", "W4A8 g32", "onnx", "float"),
-        ("ONNX Runtime, W4A8", "W4A8 g32", "onnx", "int8"),
-        ("ONNX Runtime, W8A8", "W8A8 g32", "onnx", "int8"),
+        ("ONNX Runtime, W4, inputs in float", "W4A8g32 g32", "onnx", "float"),
+        ("ONNX Runtime, W4A8", "W4A8g32 g32", "onnx", "int8"),
+        ("ONNX Runtime, W8A8", "W8A8g32 g32", "onnx", "int8"),
     ):
         out = work / f"{len(table)}{'.gguf' if form == 'gguf' else ''}"
         found = duramen.export(form, folders[model], out, kind=kind)

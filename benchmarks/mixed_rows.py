@@ -1,4 +1,4 @@
-"""Claim: rows of two activation widths do not pay on a processor without a product of four bits; this is by how much one would have to be faster.
+"""Claim: rows of two activation widths bring nothing on a processor without a product of four bits; this is by how much one would have to be faster.
 
     python benchmarks/mixed_rows.py
 
@@ -33,7 +33,7 @@ def main() -> None:
             assert torch.equal(_split(x, weight, high, low), torch._int_mm(x, weight))
             half = _milliseconds(lambda x=x, weight=weight, low=low: torch._int_mm(x[: len(low)], weight)) if len(low) else 0.0
             even = (half - (split - whole)) / half if half else float("nan")
-            case = f"{name}, {inputs} to {outputs}, {tokens} tokens"
+            case = f"{tokens} tokens, {name} {inputs} to {outputs}"
             table.append(rows.row(case, "time", "ms", "all rows at once", whole, samples=REPEATS))
             table.append(
                 rows.row(
@@ -41,7 +41,7 @@ def main() -> None:
                 )
             )
             if half:
-                table.append(rows.row(case, "break-even", "1", "split by width", even, samples=REPEATS))
+                table.append(rows.row(case, "break-even", "1", f"{tokens} tokens", even, samples=REPEATS))
             print(
                 case,
                 f"{whole:.3f} ms, split {split:.3f} ms, a product of four bits may take {even:.2f} of one of eight",

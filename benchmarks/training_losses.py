@@ -24,7 +24,7 @@ from duramen.families.model import BlockModel
 from duramen.registry import get_method
 
 LENGTH, TRAINED, HELD_OUT, STEPS = 96, 4096, 512, 1500
-FORMAT, QAT = "W4A4 row", {"steps": 300, "batch": 32, "at_once": 32, "every": 100, "learning_rate": 5e-4, "step_rate": 2e-3}
+FORMAT, QAT = "W4A4 row", {"steps": 200, "batch": 16, "at_once": 16, "every": 100, "learning_rate": 5e-4, "step_rate": 2e-3}
 SUBJECTS = {
     "rounded by gptq": None,
     "trained, no further loss": {"map_loss": "off"},

@@ -37,6 +37,13 @@ def model(tmp_path_factory):
     return folder
 
 
+@pytest.fixture(autouse=True)
+def quick(monkeypatch):
+    """Shorter continuations and fewer repeats than a user gets."""
+    monkeypatch.setattr(engine, "NEW", 12)
+    monkeypatch.setattr(engine, "REPEATS", 1)
+
+
 @given(st.integers(0, 10**6), st.sampled_from([4, 8]), st.integers(1, 40))
 def test_words_hold_what_was_packed(seed, bits, count):
     codes = torch.randint(0, 2**bits, (3, count), generator=torch.Generator().manual_seed(seed))
@@ -66,7 +73,7 @@ def blocks_of(folder):
     return found
 
 
-@pytest.mark.parametrize("text", ["W4 g32", "W3 row", "W8 g32 affine", "W4 g16"])
+@pytest.mark.parametrize("text", ["W4 g32", "W3 row", "W8 g32 affine"])
 def test_onnx_has_the_codes_and_says_what_transformers_says(text, model, texts, tmp_path):
     duramen.run(recipe(texts, {"method": "gptq", "format": text}), str(model), tmp_path / "out")
     found = duramen.export("onnx", str(tmp_path / "out"), tmp_path / "onnx")
