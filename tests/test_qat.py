@@ -112,6 +112,8 @@ def test_it_starts_from_what_was_rounded_and_stays_there_if_nothing_is_better(ll
         assert torch.equal(each.steps, right[name].steps)
     assert (tmp_path / "out" / FORMATS).read_bytes() == (tmp_path / "before" / FORMATS).read_bytes()
     assert found["steps"][1]["training"]["distilled"]
+    assert any((each.codes == 0).float().mean() > 0.06 for each in left.values())
+    assert all(layer["removed"] == 0 for layer in found["steps"][1]["layers"]), "codes that are zero are no mask"
     assert "Its maps" in (tmp_path / "out" / "report.html").read_text()
 
 

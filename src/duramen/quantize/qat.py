@@ -25,7 +25,7 @@ from duramen.families.model import BlockModel, Layer, Model
 from duramen.families.select import filter_layers
 from duramen.grids import Format, parse_format
 from duramen.problem import Exit, Problem
-from duramen.prune.pattern import lasting_zeros
+from duramen.prune.masks import Masks
 from duramen.prune.reconstruct import output_error
 from duramen.quantize.learned import LearnedLinear
 from duramen.quantize.losses import EntropyLoss, MapLoss, code_entropy, entropy_loss, map_loss
@@ -144,13 +144,18 @@ def learned(
         What stands in their places.
     """
     codes = {} if settings.format or model.checkpoint is None else read_codes(model.checkpoint.folder)
+    masks = Masks(model)
     layers: dict[str, LearnedLinear] = {}
     with replaced(network) as put:
         for index in range(len(model.blocks)):
             with model.opened(index) as block:
                 weights = {each.name: each.read() for each in block.layers.values() if each.name in names}
             for name, weight in weights.items():
-                base, grid, zeros = network.get_submodule(name), formats.get(name, Format()).weights, lasting_zeros(weight)
+                base, grid, zeros = (
+                    network.get_submodule(name),
+                    formats.get(name, Format()).weights,
+                    masks.removed(name, weight),
+                )
                 start: tuple[Tensor, Tensor | None] | None = (
                     choose_steps(weight.float(), grid, "mse") if grid and name not in codes else None
                 )

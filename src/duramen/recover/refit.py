@@ -26,9 +26,9 @@ from duramen.families.select import filter_layers
 from duramen.problem import Exit, Problem
 from duramen.prune.factor import Factor, factorise
 from duramen.prune.layer import GRID, Damping, DampingGrid, HeldOut
+from duramen.prune.masks import Masks
 from duramen.prune.pattern import SPARSE_FROM
 from duramen.prune.reconstruct import compute_dtype, reconstruct
-from duramen.recover.masks import Masks
 from duramen.registry import Settings as MethodSettings
 from duramen.registry import method
 from duramen.shrink.groups import find_units

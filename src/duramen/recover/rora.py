@@ -23,9 +23,9 @@ from duramen.families.model import BlockModel, Layer, Model
 from duramen.families.select import filter_layers
 from duramen.grids import Quantized
 from duramen.problem import Problem
+from duramen.prune.masks import Masks
 from duramen.prune.reconstruct import output_error
 from duramen.recover.adapters import Adapter, Start
-from duramen.recover.masks import Masks
 from duramen.recover.merge import check_outputs, check_zeros
 from duramen.recover.peft_io import CONFIG, WEIGHTS, check_alone, write_peft
 from duramen.recover.scaling import Rule, coupled_rate, scale
