@@ -1,4 +1,4 @@
-"""Claim: training while it rounds takes back at least half of what rounding weights and inputs to four bits costs.
+"""Claim, not measured yet: training while it rounds takes back at least half of what rounding weights and inputs to four bits costs.
 
     python benchmarks/quantization_training.py --text wiki.test.raw
 

@@ -1,4 +1,4 @@
-"""Claim: training while it rounds brings a model most of the way back; losses of maps help a little, and the published loss of spreads costs.
+"""Claim, not measured yet: training while it rounds brings a model most of the way back; losses of maps help a little, and the published loss of spreads costs.
 
     python benchmarks/training_losses.py
 

@@ -46,3 +46,22 @@ def texts(tmp_path_factory):
     calibration.write_text(tiny.prose(0, 3000))
     evaluation.write_text(tiny.prose(1, 3000))
     return calibration, evaluation
+
+
+@pytest.fixture
+def stop_once(monkeypatch):
+    """Makes the next run stop before it keeps block 1, once."""
+    from duramen.rundir import BlockStore
+
+    def arm():
+        real, stopped = BlockStore.save, []
+
+        def save(self, index, block):
+            if index == 1 and not stopped:
+                stopped.append(index)
+                raise KeyboardInterrupt
+            real(self, index, block)
+
+        monkeypatch.setattr(BlockStore, "save", save)
+
+    return arm

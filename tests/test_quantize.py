@@ -17,7 +17,7 @@ from duramen.grids import Quantized, parse_format
 from duramen.problem import Problem
 from duramen.quantize.allocation import choose_widths
 from duramen.report.page import write_report
-from duramen.rundir import CODES, FORMATS, MASKS, BlockStore, unpack_mask
+from duramen.rundir import CODES, FORMATS, MASKS, unpack_mask
 
 
 def recipe(texts, *steps):
@@ -97,17 +97,9 @@ def test_a_later_step_takes_the_codes_of_what_it_edits(llama, texts, tmp_path):
     assert duramen.inspect(str(tmp_path / "out"))["codes"]["broken"] == []
 
 
-def test_stopped_and_run_again_it_ends_with_the_same_bytes(llama, texts, tmp_path, monkeypatch):
+def test_stopped_and_run_again_it_ends_with_the_same_bytes(llama, texts, tmp_path, stop_once):
     duramen.run(recipe(texts, rounding()), str(llama), tmp_path / "whole")
-    real, stopped = BlockStore.save, []
-
-    def save(self, index, *rest):
-        if index == 1 and not stopped:
-            stopped.append(index)
-            raise KeyboardInterrupt
-        real(self, index, *rest)
-
-    monkeypatch.setattr(BlockStore, "save", save)
+    stop_once()
     with pytest.raises(KeyboardInterrupt):
         duramen.run(recipe(texts, rounding()), str(llama), tmp_path / "again")
     duramen.run(recipe(texts, rounding()), str(llama), tmp_path / "again")

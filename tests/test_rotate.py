@@ -13,7 +13,6 @@ from duramen.calibrate.walker import Walk
 from duramen.problem import Problem
 from duramen.quantize.rotate import hadamard, orthogonal
 from duramen.registry import get_method
-from duramen.rundir import BlockStore
 from test_quantize import recipe
 from test_rounding import rounded
 
@@ -65,7 +64,7 @@ def test_outliers_are_spread(tmp_path):
     assert moved[1] < 0.7 * moved[0]
 
 
-def test_a_run_unties_saves_and_goes_on(llama, texts, tmp_path, monkeypatch):
+def test_a_run_unties_saves_and_goes_on(llama, texts, tmp_path, stop_once):
     steps = [{"method": "rotate"}, {"method": "gptq", "format": "W4A4 g8"}]
     found = duramen.run(recipe(texts, *steps), str(llama), tmp_path / "out")
     assert found["steps"][0]["reopened"]["largest_difference"] < 1e-4 * found["steps"][0]["reopened"]["largest_logit"]
@@ -79,15 +78,7 @@ def test_a_run_unties_saves_and_goes_on(llama, texts, tmp_path, monkeypatch):
     with torch.no_grad():
         dense, turned = (AutoModelForCausalLM.from_pretrained(place)(tokens).logits for place in (llama, tmp_path / "turned"))
     torch.testing.assert_close(turned, dense, rtol=1e-3, atol=1e-4)
-    real, stopped = BlockStore.save, []
-
-    def save(self, index, block):
-        if index == 1 and not stopped:
-            stopped.append(index)
-            raise KeyboardInterrupt
-        real(self, index, block)
-
-    monkeypatch.setattr(BlockStore, "save", save)
+    stop_once()
     with pytest.raises(KeyboardInterrupt):
         duramen.run(recipe(texts, steps[0]), str(llama), tmp_path / "again")
     duramen.run(recipe(texts, steps[0]), str(llama), tmp_path / "again")

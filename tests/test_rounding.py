@@ -17,7 +17,7 @@ from duramen.opening import open_blocks
 from duramen.problem import Problem
 from duramen.quantize.model import formats_of
 from duramen.rounding import input_steps, round_cache, round_inputs, start_rounding
-from duramen.rundir import FORMATS, BlockStore
+from duramen.rundir import FORMATS
 from test_quantize import recipe
 
 FAMILIES = ("llama", "gpt2", "opt", "gpt_neox", "phi3", "gemma3_text", "zamba2")
@@ -150,19 +150,11 @@ def test_a_later_step_edits_the_model_that_rounds_and_it_goes_on_rounding(llama,
     assert duramen.inspect(str(tmp_path / "out"))["codes"]["broken"] == []
 
 
-def test_stopped_it_goes_on_with_the_rounding_of_finished_blocks(llama, texts, tmp_path, monkeypatch):
+def test_stopped_it_goes_on_with_the_rounding_of_finished_blocks(llama, texts, tmp_path, stop_once):
     """A block that is read back must round as it did, or the next ones are fitted on other inputs."""
     step = {"method": "gptq", "format": "W4A3KV3 g8", "dense_target": 0.5}
     duramen.run(recipe(texts, step), str(llama), tmp_path / "whole")
-    real, stopped = BlockStore.save, []
-
-    def save(self, index, block):
-        if index == 1 and not stopped:
-            stopped.append(index)
-            raise KeyboardInterrupt
-        real(self, index, block)
-
-    monkeypatch.setattr(BlockStore, "save", save)
+    stop_once()
     with pytest.raises(KeyboardInterrupt):
         duramen.run(recipe(texts, step), str(llama), tmp_path / "again")
     duramen.run(recipe(texts, step), str(llama), tmp_path / "again")

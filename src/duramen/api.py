@@ -311,7 +311,8 @@ def _reduce(context: Context, folder: Path, step: Step, place: str, results: dic
 
 def _export(context: Context, folder: Path, step: Step, place: str) -> dict[str, Any]:
     """Writes what there is so far for another program, into ``exports``; once finished it is not written again."""
-    name = f"{step.id}.gguf" if step.settings.model_dump()["form"] == "gguf" else step.id
+    assert isinstance(step.settings, ExportSettings)
+    name = f"{step.id}.gguf" if step.settings.form == "gguf" else step.id
     target = context.directory.out / "exports" / name
 
     def write() -> dict[str, Any]:

@@ -11,6 +11,7 @@ from math import prod
 from typing import Any
 
 from duramen.evaluate.evaluate import Settings as EvaluateSettings
+from duramen.export.step import ENGINES
 from duramen.export.step import Settings as ExportSettings
 from duramen.families.model import BlockModel
 from duramen.families.select import filter_layers
@@ -96,7 +97,6 @@ def forecast(model: BlockModel, recipe: Recipe, steps: list[Step], *, gigaflops:
     }
 
 
-ENGINES = {"gguf": "llama.cpp", "onnx": "ONNX Runtime GenAI", "compressed": "vLLM and transformers, by compressed-tensors"}
 READS_SHORTER = "duramen.load, which shortens prompts; plain transformers opens the dense model"
 ORDINARY = "transformers, vLLM and every tool that opens the source folder; the result is an ordinary dense checkpoint"
 
@@ -218,10 +218,10 @@ def _trained(
 
 
 def _exported(model: BlockModel, shapes: dict[str, tuple[int, int]], settings: ExportSettings) -> dict[str, Any]:
-    """A copy of the weights, and twenty prompts of some forty tokens that transformers continues without a cache."""
+    """A copy of the weights, and twenty prompts of some ten tokens that transformers continues by 32."""
     everything = sum(map(prod, shapes.values())) + _head(model)
     return {
-        "flops": 2.0 * everything * 20 * 33 * 25,
+        "flops": 2.0 * everything * 20 * 60,
         "memory_bytes": BASE_MEMORY + 8 * everything,
         "note": f"for {ENGINES[settings.form]}",
     }

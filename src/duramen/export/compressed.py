@@ -12,12 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from duramen.export.engine import PROMPTS
-from duramen.export.hf import copy_other_files
-from duramen.export.packed import container, pack_words, unsigned
+from duramen.export.packed import check_empty, container, pack_words, unsigned, write_packed
 from duramen.families.model import BlockModel
 from duramen.grids import Format, Quantized
 from duramen.problem import Exit, Problem
@@ -42,13 +40,11 @@ def export_compressed(folder: Path, out: Path) -> dict[str, Any]:
     Raises:
         Problem: If nothing was rounded, a grid or input has no counterpart, or what is opened is another model.
     """
-    if out.exists() and any(out.iterdir()):
-        raise Problem(f"{out} is not empty.", why="an export is never mixed with other files.", fix="another folder.")
+    check_empty(out)
     codes, formats = read_codes(folder), read_formats(folder)
     if not codes:
         raise Problem(f"{folder} has no codes.", why="no step has rounded its weights.", fix="a step `gptq` or `qat`.")
     model = BlockModel.from_folder(folder)
-    assert model.checkpoint is not None
     tensors: dict[str, Tensor] = {}
     groups: dict[str, dict[str, Any]] = {}
     for name, quantized in codes.items():
@@ -60,21 +56,13 @@ def export_compressed(folder: Path, out: Path) -> dict[str, Any]:
             f"{model.stored_name(f'{name}.weight').removesuffix('.weight')}.{end}": each
             for end, each in _tensors(quantized, scheme["format"]).items()
         }
-    stored = {model.stored_name(f"{name}.weight") for name in codes}
-    tensors |= {name: model.checkpoint.read(name) for name in model.checkpoint.names if name not in stored}
-    out.mkdir(parents=True, exist_ok=True)
-    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, out / "model.safetensors", {"format": "pt"})
     layouts = sorted({group["format"] for group in groups.values()})
-    config = model.checkpoint.config | {
-        "quantization_config": {
-            "quant_method": "compressed-tensors", "format": layouts[0] if len(layouts) == 1 else "mixed-precision", "quantization_status": "compressed",
-            "config_groups": {f"group_{number}": group for number, group in enumerate(groups.values())},
-            "ignore": sorted(name for name, module in model.network.named_modules() if isinstance(module, torch.nn.Linear) and name not in codes),
-            "kv_cache_scheme": None, "global_compression_ratio": None,
-        }
-    }  # fmt: skip
-    (out / "config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
-    copy_other_files(folder, out, but=("config.json",))
+    write_packed(model, out, tensors, codes, {
+        "quant_method": "compressed-tensors", "format": layouts[0] if len(layouts) == 1 else "mixed-precision", "quantization_status": "compressed",
+        "config_groups": {f"group_{number}": group for number, group in enumerate(groups.values())},
+        "ignore": sorted(name for name, module in model.network.named_modules() if isinstance(module, torch.nn.Linear) and name not in codes),
+        "kv_cache_scheme": None, "global_compression_ratio": None,
+    })  # fmt: skip
     found: dict[str, Any] = {
         "bytes": (out / "model.safetensors").stat().st_size, "coded": len(codes), "layouts": layouts, "largest_difference": None, "largest_logit": None,
     }  # fmt: skip

@@ -7,7 +7,7 @@ import re
 import signal
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -16,8 +16,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from duramen.grids import Format, Inputs
 from duramen.hardware.clock import prompt
 from duramen.problem import Exit, Problem
+from duramen.rounding import start_rounding
 
 PROMPTS = (
     "The heartwood of a tree is", "Q: What is the capital of France?\nA:", "Once upon a time", "Water boils at", "The opposite of hot is",
@@ -29,6 +31,28 @@ NEW = 32
 """Tokens by which every prompt is continued."""
 SHORT, LONG, DECODE, REPEATS = 8, 256, 24, 5
 """Tokens of the prompts that are timed, tokens that are decoded after the short one, and how often."""
+
+
+def hold_against(
+    program: str, model: Path, folder: Path, *, texts: Sequence[str] = PROMPTS, inputs: Mapping[str, Inputs] | None = None
+) -> dict[str, Any]:
+    """Lets an engine continue texts, and holds it against transformers in float32; what ``compare`` and ``speeds`` say.
+
+    Args:
+        program: One of ``duramen.export.engines``.
+        model: The export.
+        folder: What it was made of.
+        texts: What is continued.
+        inputs: How the engine rounds the inputs of layers; the network here does so too.
+    """
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    prompts = [tokenizer(each)["input_ids"] for each in texts]
+    network = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    start_rounding(network, {name: Format(inputs=each) for name, each in (inputs or {}).items()})
+    ran = run_engine(program, model, prompts, network.config.vocab_size)
+    return compare(network, prompts, ran) | speeds(ran)
 
 
 def run_engine(program: str, model: Path, prompts: Sequence[Sequence[int]], vocabulary: int) -> dict[str, Any]:

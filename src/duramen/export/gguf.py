@@ -22,13 +22,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from duramen.export.engine import PROMPTS, compare, run_engine, speeds
+from duramen.export.engine import PROMPTS, hold_against
 from duramen.families import OWN
 from duramen.families.model import BlockModel
-from duramen.grids import Format, Inputs, Quantized
+from duramen.grids import Inputs, Quantized
 from duramen.hardware.machine import total_memory
 from duramen.problem import Exit, Problem
-from duramen.rounding import start_rounding
 from duramen.rundir import read_codes, replacing
 
 Type = Literal["f32", "f16", "bf16", "q8_0"]
@@ -118,22 +117,15 @@ def run_llama_cpp(file: Path, folder: Path, texts: Sequence[str] = PROMPTS, *, c
     Raises:
         Problem: If not one is alike.
     """
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    prompts = [tokenizer(each)["input_ids"] for each in texts]
-    network = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    start_rounding(network, dict.fromkeys(coded, Format(inputs=Inputs(8, 32))))
-    ran = run_engine("llama_cpp", file, prompts, network.config.vocab_size)
-    found = compare(network, prompts, ran)
+    found = hold_against("llama_cpp", file, folder, texts=texts, inputs=dict.fromkeys(coded, Inputs(8, 32)))
     if not found["agreed"]:
         raise Problem(
-            f"llama.cpp continues none of {len(prompts)} prompts as transformers does.",
+            f"llama.cpp continues none of {len(texts)} prompts as transformers does.",
             why=f"the arithmetic of {file.name} is not that of {folder}.",
             fix="please report it, with the config of the model.",
             code=Exit.CHECK_FAILED,
         )
-    return found | speeds(ran)
+    return found
 
 
 def _shapes(model: BlockModel) -> list[Shape]:

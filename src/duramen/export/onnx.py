@@ -6,23 +6,18 @@ A tied embedding goes into the file twice: the builder shares it only where no l
 
 from __future__ import annotations
 
-import json
 from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Literal
 
-import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
-from duramen.export.engine import PROMPTS, compare, run_engine, run_program, speeds
-from duramen.export.hf import copy_other_files
-from duramen.export.packed import common_group, container, pack_bytes, unsigned
+from duramen.export.engine import hold_against, run_program
+from duramen.export.packed import check_empty, common_group, container, pack_bytes, unsigned, write_packed
 from duramen.families.model import BlockModel
-from duramen.grids import Format, Inputs, Quantized
+from duramen.grids import Inputs, Quantized
 from duramen.problem import Exit, Problem
-from duramen.rounding import start_rounding
 from duramen.rundir import read_codes, read_formats
 
 Type = Literal["auto", "float", "int8"]
@@ -49,15 +44,13 @@ def export_onnx(folder: Path, out: Path, *, kind: Type = "auto") -> dict[str, An
         Problem: If the packages are missing, the architecture has no builder, a grid has no counterpart, or the engine says something else than transformers.
     """
     _check_packages()
-    if out.exists() and any(out.iterdir()):
-        raise Problem(f"{out} is not empty.", why="an export is never mixed with other files.", fix="another folder.")
+    check_empty(out)
     codes = read_codes(folder)
     rounds = any(each.inputs for each in read_formats(folder).values())
     chosen = ("int8" if rounds and codes else "float") if kind == "auto" else kind
     with TemporaryDirectory(dir=out.parent if out.parent.is_dir() else None) as place:
         source = Path(place) / "olive"
-        if codes:
-            write_olive(folder, source, codes)
+        blocks = write_olive(folder, source, codes) if codes else {}
         level = 4 if chosen == "int8" else 1
         run_program(
             [
@@ -67,18 +60,20 @@ def export_onnx(folder: Path, out: Path, *, kind: Type = "auto") -> dict[str, An
             f"ONNX Runtime GenAI does not build a model of {folder}",
         )  # fmt: skip
     found = {"bytes": sum(file.stat().st_size for file in out.glob("model.onnx*")), "coded": len(codes), "type": chosen}
-    blocks = {name: common_group(each, BLOCKS) for name, each in codes.items()} if chosen == "int8" else {}
-    return found | {"ran": _checked(folder, out, blocks)}
+    inputs = {name: Inputs(8, width) for name, width in blocks.items()} if chosen == "int8" else {}
+    return found | {"ran": _checked(folder, out, inputs)}
 
 
-def write_olive(folder: Path, out: Path, codes: dict[str, Quantized]) -> None:
+def write_olive(folder: Path, out: Path, codes: dict[str, Quantized]) -> dict[str, int]:
     """Writes a folder in Olive's layout: for every layer ``qweight`` [O, I·b/8] and ``qzeros`` [O, I/g·b/8] in bytes, the first code in the lowest bits, and ``scales`` [O, I/g].
+
+    Returns:
+        The width g of every layer's blocks.
 
     Raises:
         Problem: If a layer has no codes, or what shares a step is no multiple of a block.
     """
     model = BlockModel.from_folder(folder)
-    assert model.checkpoint is not None
     without = sorted(set(model.layer_names()) - codes.keys())
     if without:
         raise Problem(
@@ -100,15 +95,9 @@ def write_olive(folder: Path, out: Path, codes: dict[str, Quantized]) -> None:
             )
         tensors |= {f"{name}.{end}": tensor for end, tensor in olive_tensors(quantized, bits, group).items()}
         layers[name] = {"bits": bits, "group_size": group}
-    stored = {model.stored_name(f"{name}.weight") for name in codes}
-    tensors |= {name: model.checkpoint.read(name) for name in model.checkpoint.names if name not in stored}
-    out.mkdir(parents=True)
-    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, out / "model.safetensors", {"format": "pt"})
-    config = model.checkpoint.config | {
-        "quantization_config": {"quant_method": "olive", "symmetric": False, "overrides": layers, **next(iter(layers.values()))}
-    }
-    (out / "config.json").write_text(json.dumps(config), encoding="utf-8")
-    copy_other_files(folder, out, but=("config.json",))
+    first = next(iter(layers.values()))
+    write_packed(model, out, tensors, codes, {"quant_method": "olive", "symmetric": False, "overrides": layers, **first})
+    return {name: each["group_size"] for name, each in layers.items()}
 
 
 def olive_tensors(quantized: Quantized, bits: int, group: int) -> dict[str, Tensor]:
@@ -129,22 +118,14 @@ def _check_packages() -> None:
         )
 
 
-def _checked(folder: Path, out: Path, blocks: dict[str, int | None]) -> dict[str, Any]:
-    """Runs what was written, and holds it against transformers, which rounds inputs to eight bits in the same ``blocks``, where the engine does."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    prompts = [tokenizer(each)["input_ids"] for each in PROMPTS]
-    network = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    start_rounding(network, {name: Format(inputs=Inputs(8, width)) for name, width in blocks.items()})
-    ran = run_engine("onnx_genai", out, prompts, network.config.vocab_size)
-    found = compare(network, prompts, ran)
-    limit = ROUNDED if blocks else EXACT
-    if not found["largest_difference"] <= limit * found["largest_logit"]:
+def _checked(folder: Path, out: Path, inputs: dict[str, Inputs]) -> dict[str, Any]:
+    """Runs what was written, and holds it against transformers."""
+    found = hold_against("onnx_genai", out, folder, inputs=inputs)
+    if not found["largest_difference"] <= (ROUNDED if inputs else EXACT) * found["largest_logit"]:
         raise Problem(
             f"ONNX Runtime's logits differ by {found['largest_difference']:.3g} from those of {folder} (largest logit {found['largest_logit']:.3g}).",
             why="the graph is not this model.",
             fix="please report it, with the config of the model; the file is kept.",
             code=Exit.CHECK_FAILED,
         )
-    return found | speeds(ran)
+    return found

@@ -1,14 +1,21 @@
-"""Codes packed into words, as other programs read them."""
+"""Codes packed into words, as other programs read them, and folders that hold them in the place of weights."""
 
 from __future__ import annotations
 
-from math import gcd
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
 
 import torch
 from jaxtyping import Int
+from safetensors.torch import save_file
 from torch import Tensor
 
+from duramen.export.hf import copy_other_files
+from duramen.families.model import BlockModel
 from duramen.grids import Quantized
+from duramen.problem import Problem
 
 WORD = 32
 """Bits of a word."""
@@ -44,5 +51,38 @@ def unsigned(quantized: Quantized, bits: int) -> tuple[Int[Tensor, "O I"], Int[T
 
 def common_group(quantized: Quantized, widths: tuple[int, ...]) -> int | None:
     """The widest group among ``widths`` that divides what shares a step; None if none does."""
-    shared = gcd(quantized.codes.shape[1] // quantized.steps.shape[1], quantized.codes.shape[1])
+    shared = quantized.codes.shape[1] // quantized.steps.shape[1]
     return next((width for width in sorted(widths, reverse=True) if shared % width == 0), None)
+
+
+def check_empty(out: Path) -> None:
+    """Stops where an export would be mixed with other files.
+
+    Raises:
+        Problem: If the folder has any.
+    """
+    if out.exists() and any(out.iterdir()):
+        raise Problem(f"{out} is not empty.", why="an export is never mixed with other files.", fix="another folder.")
+
+
+def write_packed(
+    model: BlockModel, out: Path, packed: dict[str, Tensor], coded: Iterable[str], quantization: dict[str, Any]
+) -> None:
+    """Writes a model folder with packed tensors in the place of the weights of coded layers, and all else as it is.
+
+    Args:
+        model: The model, opened from a folder.
+        out: Where to write.
+        packed: What stands for the weights, by the names in the new folder.
+        coded: The layers whose weights stay behind.
+        quantization: ``quantization_config``, which says how to read it.
+    """
+    assert model.checkpoint is not None
+    stored = {model.stored_name(f"{name}.weight") for name in coded}
+    others = {name: model.checkpoint.read(name) for name in model.checkpoint.names if name not in stored}
+    tensors = {name: tensor.contiguous() for name, tensor in (packed | others).items()}
+    out.mkdir(parents=True, exist_ok=True)
+    save_file(tensors, out / "model.safetensors", {"format": "pt"})
+    config = model.checkpoint.config | {"quantization_config": quantization}
+    (out / "config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
+    copy_other_files(model.checkpoint.folder, out, but=("config.json",))

@@ -15,6 +15,8 @@ from duramen.registry import Settings as MethodSettings
 from duramen.registry import method
 
 Form = Literal["gguf", "onnx", "compressed"]
+ENGINES = {"gguf": "llama.cpp", "onnx": "ONNX Runtime GenAI", "compressed": "vLLM and transformers, by compressed-tensors"}
+"""What executes each format."""
 TYPES: dict[str, tuple[str, ...]] = {"gguf": get_args(GgufType), "onnx": get_args(OnnxType)[1:], "compressed": ()}
 """What each format lets one choose."""
 
@@ -38,7 +40,7 @@ def apply(folder: Path, out: Path, **settings: object) -> dict[str, Any]:
         **settings: See ``Settings``.
 
     Returns:
-        ``form``, ``type``, ``bytes``, and what the format has to say of it.
+        ``form``, its ``engine``, ``type``, ``bytes``, and what the format has to say of it.
 
     Raises:
         Problem: On a type that the format does not have, or if the model cannot be expressed in it, or comes out as another one.
@@ -58,4 +60,4 @@ def apply(folder: Path, out: Path, **settings: object) -> dict[str, Any]:
         found = export_onnx(folder, out, kind=chosen.type)  # type: ignore[arg-type]
     else:
         found = {"type": "codes"} | export_compressed(folder, out)
-    return {"form": chosen.form} | found
+    return {"form": chosen.form, "engine": ENGINES[chosen.form]} | found

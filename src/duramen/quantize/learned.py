@@ -91,9 +91,13 @@ class LearnedLinear(nn.Module):
         steps = self.log_steps.exp()
         return straight_through(steps, rounded_to(steps.detach(), self.step_type)).expand(len(self.latent), -1)
 
+    def kept(self) -> Float[Tensor, "O I"]:
+        """The weight behind the codes, zero where it must be."""
+        return self.latent if self.pruned is None else self.latent.masked_fill(self.pruned, 0)  # type: ignore[arg-type]
+
     def weight(self) -> Float[Tensor, "O I"]:
         """On the grid."""
-        latent = self.latent if self.pruned is None else self.latent.masked_fill(self.pruned, 0)  # type: ignore[arg-type]
+        latent = self.kept()
         return latent if self.grid is None else on_grid(latent, self.steps(), self.zeros, self.grid)  # type: ignore[arg-type]
 
     def forward(self, x: Tensor) -> Tensor:
@@ -106,7 +110,6 @@ class LearnedLinear(nn.Module):
         """The codes; None where the weight is not rounded."""
         if self.grid is None:
             return None
-        latent = self.latent if self.pruned is None else self.latent.masked_fill(self.pruned, 0)  # type: ignore[arg-type]
         steps = self.steps().contiguous()
         zeros: Tensor | None = self.zeros  # type: ignore[assignment]
-        return pack(encode(latent, steps, zeros, self.grid), steps.to(self.step_type), zeros, self.grid)
+        return pack(encode(self.kept(), steps, zeros, self.grid), steps.to(self.step_type), zeros, self.grid)

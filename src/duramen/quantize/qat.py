@@ -34,10 +34,8 @@ from duramen.quantize.steps import choose_steps
 from duramen.registry import method
 from duramen.rounding import start_rounding
 from duramen.rundir import read_codes, read_formats
-from duramen.ssm.mixer import ExactScans
 from duramen.train.data import Rows
-from duramen.train.loop import History, recomputed, train
-from duramen.train.models import open_course, replaced
+from duramen.train.models import open_course, replaced, summary, teach
 from duramen.train.objective import NextTokens
 from duramen.train.settings import TrainSettings
 
@@ -207,10 +205,12 @@ def apply(model: Model, tokens: Tensor, *, walk: Walk | None = None, dense: Mode
             course, chosen.distill_weight, chosen.temperature, chosen.at_once,
             maps=(chosen.map_loss, chosen.map_weight), entropy=(chosen.entropy_loss, chosen.entropy_weight),
         )  # fmt: skip
-        inside = course.network.get_submodule(blocks.family.blocks).children()
-        with ExactScans(course.network), text.looking(), recomputed(inside, wanted=chosen.recompute):
-            history = train(_groups(layers, chosen), text, chosen.schedule, folder=walk.folder, tell=walk.told)
-        walk.training = _summary(blocks, layers, history, chosen, distilled=course.teacher is not None)
+        groups, latents = _groups(layers, chosen), [layer.latent for layer in layers.values()]
+        with text.looking():
+            history = teach(course, text, groups, chosen, blocks, walk)
+        walk.training = summary(
+            blocks, latents, groups, history, rate=chosen.learning_rate, distilled=course.teacher is not None
+        )
     return walk_blocks(blocks, tokens, partial(_edit, trained=layers), names, walk=walk, formats=formats)
 
 
@@ -307,18 +307,3 @@ def _edit(
         return record if quantized is None else record | {"bits": quantized.bits, "code_entropy": code_entropy(quantized.codes)}
 
     return write
-
-
-def _summary(
-    model: BlockModel, layers: dict[str, LearnedLinear], history: History, settings: Settings, *, distilled: bool
-) -> dict[str, Any]:
-    """For the report: what was trained, and how the loss went."""
-    inside = f"{model.family.blocks}."
-    changed = sum(layer.latent.numel() for layer in layers.values())
-    everything = sum(p.numel() for name, p in model.network.named_parameters() if name.startswith(inside))
-    return {
-        "layers": len(layers), "covered": changed / everything, "thin": False,
-        "trained_parameters": sum(p.numel() for group in _groups(layers, settings) for p in group["params"]),
-        "learning_rate": settings.learning_rate, "distilled": distilled,
-        "losses": history.losses, "held_out": history.held_out, "terms": history.terms, "best": history.best,
-    }  # fmt: skip

@@ -134,7 +134,7 @@ def _stream(model: BlockModel) -> Group:
     """What the table says of the residual stream.
 
     Raises:
-        Problem: If it says nothing, or the folder has masks.
+        Problem: If it says nothing.
     """
     group = next((each for each in model.family.groups if each.kind == "width"), None)
     if group is None:

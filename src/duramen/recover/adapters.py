@@ -188,13 +188,17 @@ class Adapter(nn.Module):
         return y if bias is None else y + bias  # type: ignore[operator]
 
     def _changed(self, weight: Tensor | None = None) -> Tensor:
+        found = self._shifted(weight)
+        return on_grid(found, *self._steps(found), self.codes.grid) if self.codes else found
+
+    def _shifted(self, weight: Tensor | None = None) -> Tensor:
+        """With the change, before any rounding to a grid."""
         weight = self.weight if weight is None else weight
         weight = weight if weight.dtype == torch.float64 else weight.float()
         if self.mode == "spp":
             return spp_weight(weight, self.a, self.b, self.gamma)
         kept = self.kept if self.mode != "side" else None
-        found = changed(weight, kept, self.a, self.b, self.gamma, self.start)  # type: ignore[arg-type]
-        return on_grid(found, *self._steps(found), self.codes.grid) if self.codes else found
+        return changed(weight, kept, self.a, self.b, self.gamma, self.start)  # type: ignore[arg-type]
 
     def _steps(self, like: Tensor) -> tuple[Tensor, Tensor | None]:
         assert self.codes is not None
@@ -202,12 +206,15 @@ class Adapter(nn.Module):
         return self.codes.steps.to(like), None if zeros is None else zeros.to(like)
 
     @torch.no_grad()
-    def quantized(self) -> Quantized | None:
-        """The codes with the change; None where the weight has none."""
+    def quantized(self, weight: Float[Tensor, "O I"] | None = None) -> Quantized | None:
+        """The codes with the change; None where the weight has none.
+
+        Args:
+            weight: The weight as stored, if the layer runs in another type.
+        """
         if self.codes is None:
             return None
-        kept: Tensor | None = self.kept  # type: ignore[assignment]
-        found = changed(self.weight.float(), kept, self.a, self.b, self.gamma, self.start)
+        found = self._shifted(weight)
         steps, zeros = self._steps(found)
         return pack(encode(found, steps, zeros, self.codes.grid), self.codes.steps.to(found.device), zeros, self.codes.grid)
 

@@ -31,9 +31,7 @@ from duramen.recover.peft_io import CONFIG, WEIGHTS, check_alone, write_peft
 from duramen.recover.scaling import Rule, coupled_rate, scale
 from duramen.registry import method
 from duramen.rundir import read_codes
-from duramen.ssm.mixer import ExactScans
-from duramen.train.loop import History, recomputed, train
-from duramen.train.models import open_course, replaced
+from duramen.train.models import open_course, replaced, summary, teach
 from duramen.train.objective import NextTokens
 from duramen.train.settings import TrainSettings
 
@@ -45,8 +43,6 @@ TOLERANCE = 1e-4
 """Largest difference of a merged layer's outputs, relative to the largest; 2⁻⁵ where a half type runs or is stored."""
 WITNESSES = 64
 """Tokens by whose outputs a merge is checked."""
-ENOUGH = 0.5
-"""Share of the block parameters below which the coverage is too small to pass without a word."""
 
 
 class Settings(TrainSettings):
@@ -214,14 +210,17 @@ def apply(model: Model, tokens: Tensor, *, walk: Walk | None = None, dense: Mode
         if chosen.adapter:
             check_alone(adapters)
         text = NextTokens(course, chosen.distill_weight, chosen.temperature, chosen.at_once)
-        with ExactScans(network), recomputed(network.get_submodule(blocks.family.blocks).children(), wanted=chosen.recompute):
-            history = train(groups(adapters, chosen), text, chosen.schedule, folder=walk.folder, tell=walk.told)
+        trained = groups(adapters, chosen)
+        history = teach(course, text, trained, chosen, blocks, walk)
         if chosen.adapter and walk.folder and ranks.leads():
             base = "" if blocks.checkpoint is None else str(blocks.checkpoint.folder)
             write_peft(walk.folder / "adapter", adapters, alpha=chosen.alpha, form=chosen.adapter, base=base)
             walk.files |= {f"adapter/{name}": walk.folder / "adapter" / name for name in (CONFIG, WEIGHTS)}
         witnesses = _witnesses(network, adapters, tokens[:1].to(blocks.device))
-        walk.training = _summary(blocks, adapters, history, chosen, distilled=course.teacher is not None)
+        weights = [adapter.weight for adapter in adapters.values()]
+        walk.training = summary(blocks, weights, trained, history, rate=chosen.rate, distilled=course.teacher is not None) | {
+            "gamma": chosen.gamma
+        }
     del network, course, text
     edit = partial(_edit, adapters=adapters, witnesses=witnesses, untrained=history.best == 0)
     return walk_blocks(blocks, tokens, edit, list(adapters), walk=walk)
@@ -273,7 +272,7 @@ def _edit(
                 half = min(torch.finfo(new.dtype).bits, torch.finfo(x.dtype).bits) < 32
                 difference = check_outputs(layer.name, new, layer.bias, x, y, tolerance=2**-5 if half else TOLERANCE)
             layer.write(new)
-        layer.quantized = adapter.quantized()
+        layer.quantized = adapter.quantized(weight)
         second = statistics.total.second
         whole = max(output_error(weight, torch.zeros_like(weight), second), 1e-30)
         return {
@@ -283,18 +282,3 @@ def _edit(
         }  # fmt: skip
 
     return write
-
-
-def _summary(
-    model: BlockModel, adapters: dict[str, Adapter], history: History, settings: Settings, *, distilled: bool
-) -> dict[str, Any]:
-    """For the report: what was trained, and how the loss went."""
-    inside = f"{model.family.blocks}."
-    changed = sum(adapter.weight.numel() for adapter in adapters.values())
-    everything = sum(p.numel() for name, p in model.network.named_parameters() if name.startswith(inside))
-    trained = sum(p.numel() for group in groups(adapters, settings) for p in group["params"])
-    return {
-        "layers": len(adapters), "covered": changed / everything, "thin": changed < ENOUGH * everything, "trained_parameters": trained,
-        "gamma": settings.gamma, "learning_rate": settings.rate, "distilled": distilled,
-        "losses": history.losses, "held_out": history.held_out, "terms": history.terms, "best": history.best,
-    }  # fmt: skip

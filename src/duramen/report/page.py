@@ -213,14 +213,11 @@ def _training(found: dict[str, Any]) -> dict[str, Any]:
     }  # fmt: skip
 
 
-ENGINES = {"gguf": "llama.cpp", "onnx": "ONNX Runtime", "compressed": "vLLM, transformers"}
-
-
 def _exported(found: dict[str, Any]) -> dict[str, Any]:
     """A row of what was written for another program, and a sentence on where the two part."""
     ran = found.get("ran")
     row = {
-        "name": ENGINES[found["form"]],
+        "name": found["engine"],
         "file": found["file"],
         "size": f"{found['bytes'] / 2**20:,.1f}",
         "coded": found["coded"],

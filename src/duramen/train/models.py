@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -14,8 +15,13 @@ from duramen.families.model import BlockModel, Model
 from duramen.problem import Problem
 from duramen.rounding import start_rounding, take_over_rounding
 from duramen.rundir import read_formats
+from duramen.ssm.mixer import ExactScans
 from duramen.train.data import Rows, keeps_apart, read_rows
+from duramen.train.loop import History, Task, recomputed, train
 from duramen.train.settings import TrainSettings
+
+ENOUGH = 0.5
+"""Share of the block parameters below which the coverage is too small to pass without a word."""
 
 
 @dataclass(frozen=True)
@@ -52,6 +58,53 @@ def open_course(model: BlockModel, tokens: Tensor, settings: TrainSettings, walk
     rows = _rows([each for each in (network, teacher) if each is not None], model, tokens, settings).to(model.device)
     aside = set_aside(len(rows), settings.held_out, "held_out").to(model.device)
     return Course(network, teacher, rows[~aside], rows[aside])
+
+
+def teach(
+    course: Course, task: Task, groups: Sequence[dict[str, Any]], settings: TrainSettings, model: BlockModel, walk: Walk
+) -> History:
+    """Trains the student, its state-space layers on our scans and its blocks recomputed where the settings say so.
+
+    Args:
+        course: Has the student.
+        task: What is trained on.
+        groups: Parameters with their learning rates, as for AdamW.
+        settings: How long and how fast.
+        model: The student, block by block.
+        walk: Says where checkpoints are kept, and whom to tell.
+    """
+    inside = course.network.get_submodule(model.family.blocks).children()
+    with ExactScans(course.network), recomputed(inside, wanted=settings.recompute):
+        return train(groups, task, settings.schedule, folder=walk.folder, tell=walk.told)
+
+
+def summary(
+    model: BlockModel,
+    weights: Sequence[Tensor],
+    groups: Sequence[dict[str, Any]],
+    history: History,
+    *,
+    rate: float,
+    distilled: bool,
+) -> dict[str, Any]:
+    """For the report: what was trained, and how the loss went.
+
+    Args:
+        model: The student.
+        weights: Those that changed.
+        groups: What was trained.
+        history: How it went.
+        rate: The learning rate, at its height.
+        distilled: Whether there was a teacher.
+    """
+    inside = f"{model.family.blocks}."
+    everything = sum(p.numel() for name, p in model.network.named_parameters() if name.startswith(inside))
+    covered = sum(weight.numel() for weight in weights) / everything
+    return {
+        "layers": len(weights), "covered": covered, "thin": covered < ENOUGH,
+        "trained_parameters": sum(p.numel() for group in groups for p in group["params"]), "learning_rate": rate, "distilled": distilled,
+        "losses": history.losses, "held_out": history.held_out, "terms": history.terms, "best": history.best,
+    }  # fmt: skip
 
 
 def find_parent(model: BlockModel, name: str, walk: Walk, given: Model | None) -> BlockModel | None:
