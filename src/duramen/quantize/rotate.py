@@ -104,6 +104,7 @@ def apply(model: Model, tokens: Tensor, *, walk: Walk | None = None, **settings:
     blocks = BlockModel.of(model)
     group = _stream(blocks)
     rotation = orthogonal(blocks.config.hidden_size, chosen.seed).to(blocks.device)
+    turn = orthogonal(blocks.sizes(0).head, chosen.seed + 1).to(blocks.device) if chosen.heads else None
     batch = tokens[:1, :SAMPLE]
     hidden, calls = blocks.capture(batch)
     walk.outside = rotate_outside(blocks, rotation)
@@ -114,7 +115,7 @@ def apply(model: Model, tokens: Tensor, *, walk: Walk | None = None, **settings:
         kept = walk.store.load(index) if walk.store else None
         with blocks.opened(index, edited=kept[0] if kept else None) as block:
             if kept is None:
-                hidden = _rotate_block(blocks, block, group, rotation, hidden, calls[index], chosen)
+                hidden = _rotate_block(blocks, block, group, rotation, turn, hidden, calls[index])
             turned = run_block(block.module, turned, calls[index])
             if kept is None:
                 _check(f"{blocks.family.blocks}.{index}", turned, hidden, rotation, blocks)
@@ -223,9 +224,9 @@ def _gain(model: BlockModel, norm: nn.Module) -> tuple[Float[Tensor, "D"], float
 
 
 def _rotate_block(
-    model: BlockModel, block: OpenBlock, group: Group, rotation: Tensor, hidden: Tensor, call: Call, settings: Settings
+    model: BlockModel, block: OpenBlock, group: Group, rotation: Tensor, turn: Tensor | None, hidden: Tensor, call: Call
 ) -> Tensor:
-    """Rotates an open block; its outputs before that."""
+    """Rotates an open block, and its values by ``turn`` where v and o have projections of their own; its outputs before that."""
     members = {each.path: each for each in group.members if not each.outside}
     layers = {path: layer for path, layer in block.layers.items() if f"{path}.weight" in members}
     for layer in layers.values():
@@ -244,45 +245,22 @@ def _rotate_block(
         norm.weight.data.fill_(plain)  # type: ignore[operator]
         name = f"{model.family.blocks}.{block.index}.{norm_path}.weight"
         block.tensors[name] = torch.full_like(block.tensors[name], plain)
+    turns = turn is not None and {"v", "o"} <= {layer.projection.role for layer in layers.values()}
     for path, layer in layers.items():
-        weight, bias = layer.read().double(), layer.bias
-        if members[f"{path}.weight"].reads:
-            if path not in norms:
-                raise _cannot(model, f"{layer.name} reads the residual stream, but not behind a norm of its own")
-            layer.write((weight * gains[norms[path]]) @ rotation)
+        weight, bias = layer.read().double(), None if layer.bias is None else layer.bias.double()
+        if not members[f"{path}.weight"].reads:
+            weight, bias = rotation.T @ weight, None if bias is None else rotation.T @ bias
+        elif path in norms:
+            weight = (weight * gains[norms[path]]) @ rotation
         else:
-            layer.write(rotation.T @ weight, bias=None if bias is None else (rotation.T @ bias.double()).to(bias.dtype))
-    if settings.heads:
-        _rotate_heads(model, block, settings)
+            raise _cannot(model, f"{layer.name} reads the residual stream, but not behind a norm of its own")
+        if turn is not None and turns and layer.projection.role == "v":
+            weight = torch.einsum("pq,gpd->gqd", turn, weight.view(-1, len(turn), weight.shape[1])).reshape(weight.shape)
+            bias = None if bias is None else (bias.view(-1, len(turn)) @ turn).flatten()
+        elif turn is not None and turns and layer.projection.role == "o":
+            weight = torch.einsum("pq,dhp->dhq", turn, weight.view(len(weight), -1, len(turn))).reshape(weight.shape)
+        layer.write(weight, bias=bias)
     return before
-
-
-def _rotate_heads(model: BlockModel, block: OpenBlock, settings: Settings) -> None:
-    """Values of every head in another basis, which the output projection takes back; left out where v has no projection of its own."""
-    roles = {layer.projection.role: layer for layer in block.layers.values()}
-    if not {"v", "o"} <= roles.keys():
-        return
-    width = model.sizes(block.index).head
-    turn = orthogonal(width, settings.seed + 1).to(model.device)
-    value, out = roles["v"], roles["o"]
-    rows = _current(value).double()
-    bias = value.bias
-    turned = torch.einsum("pq,gpd->gqd", turn, rows.view(-1, width, rows.shape[1])).reshape(rows.shape)
-    value.write(turned, bias=None if bias is None else (bias.double().view(-1, width) @ turn).reshape(-1).to(bias.dtype))
-    columns = _current(out).double()
-    out.write(
-        torch.einsum("pq,dhp->dhq", turn, columns.view(len(columns), -1, width)).reshape(columns.shape), bias=_current_bias(out)
-    )
-
-
-def _current(layer: Layer) -> Tensor:
-    """The weight as it was written last, [O, I]."""
-    weight = layer.edited.get(f"{layer.name}.weight", layer.stored["weight"])
-    return weight.T if layer.projection.transposed else weight
-
-
-def _current_bias(layer: Layer) -> Tensor | None:
-    return layer.edited.get(f"{layer.name}.bias", layer.bias)
 
 
 @contextmanager
