@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerF
 
 import duramen
 import tiny
-from duramen.export.gguf import SPLIT_LLAMA3, _split_name, export_gguf, run_llama_cpp
+from duramen.export.gguf import SPLIT_LLAMA3, _split_name, export_gguf, run_gguf
 from duramen.families.model import BlockModel
 from duramen.problem import Problem
 from duramen.shrink.plan import Plan, digest
@@ -64,7 +64,7 @@ def test_llama_cpp_goes_on_as_transformers_does(skipped, tmp_path):
     found = export_gguf(folder, tmp_path / "model.gguf", kind="f32")
     assert found["architecture"] == "deci"
     assert found["largest_error"] == 0
-    assert found["ran"]["agreed"] == found["ran"]["prompts"] == 20
+    assert found["ran"]["llama.cpp"]["agreed"] == found["ran"]["llama.cpp"]["prompts"] == 20
     header = fields(tmp_path / "model.gguf")
     assert header["deci.attention.head_count"] == [
         0 if "attention" in skipped.get(b, ()) else n for b, n in enumerate((4, 2, 4)) if len(skipped.get(b, ())) < 2
@@ -78,8 +78,12 @@ def test_a_model_whose_blocks_are_alike_is_an_ordinary_llama(name, tmp_path):
     tiny.tokenizer().save_pretrained(folder)
     found = export_gguf(folder, tmp_path / "model.gguf", kind="f32")
     assert found["architecture"] == "llama"
-    assert found["ran"]["agreed"] == found["ran"]["prompts"] == 20
+    assert found["ran"]["llama.cpp"]["agreed"] == found["ran"]["llama.cpp"]["prompts"] == 20
     assert fields(tmp_path / "model.gguf")["llama.feed_forward_length"] == 48
+    assert "OpenVINO" not in found["ran"], "it reads no float32"
+    again = export_gguf(folder, tmp_path / "half.gguf", kind="f16")
+    assert again["ran"]["OpenVINO"]["agreed"] >= 18
+    assert fields(tmp_path / "half.gguf")["general.file_type"] == 1
 
 
 @pytest.mark.parametrize(
@@ -95,7 +99,7 @@ def test_other_rotary_tables_are_kept(rope, tmp_path):
     folder = cut(tmp_path / "model", skipped={}, config=config)
     export_gguf(folder, tmp_path / "model.gguf", kind="f32")
     assert "rope_freqs.weight" in {tensor.name for tensor in gguf.GGUFReader(tmp_path / "model.gguf").tensors}
-    assert run_llama_cpp(tmp_path / "model.gguf", folder, [prompt * 3 for prompt in PROMPTS])["agreed"] == 20
+    assert run_gguf("llama.cpp", tmp_path / "model.gguf", folder, [prompt * 3 for prompt in PROMPTS])["agreed"] == 20
 
 
 @pytest.mark.parametrize(("kind", "error"), [("f16", 2**-11), ("bf16", 2**-8), ("q8_0", 2**-7)])
@@ -113,7 +117,7 @@ def test_the_command_writes_checks_and_says_so(tmp_path, capsys):
     folder = cut(tmp_path / "model", skipped={1: ("mlp",)})
     found = duramen.export("gguf", str(folder), tmp_path / "out.gguf")
     assert found["type"] == "f16"
-    assert found["ran"]["agreed"] >= 1
+    assert found["ran"]["llama.cpp"]["agreed"] >= 1
     for wrong in ({"form": "onnx", "kind": "f16"}, {"form": "gguf", "kind": "q3"}, {"form": "compressed", "kind": "float"}):
         with pytest.raises(Problem, match="has no type"):
             duramen.export(model=str(folder), out=tmp_path / "no", **wrong)

@@ -128,19 +128,16 @@ def export_tables(found: dict[str, Any]) -> list[Printable]:
             else "not opened (`python -m pip install compressed-tensors`)"
         )
         return [*parts, f"opened by plain transformers: {checked}"]
-    return [
-        *parts,
-        *(
-            _ran(found["ran"])
-            if found["ran"]
-            else ["its engine was not run (`python -m pip install xllamacpp`, and memory for both)"]
-        ),
-    ]
+    if not found["ran"]:
+        parts.append(
+            "no engine was run (`python -m pip install xllamacpp openvino-genai`, and memory for two copies of the model)"
+        )
+    return [*parts, *(line for engine, ran in found["ran"].items() for line in _ran(engine, ran))]
 
 
-def _ran(ran: dict[str, Any]) -> list[Printable]:
+def _ran(engine: str, ran: dict[str, Any]) -> list[Printable]:
     """What an engine said, and how fast."""
-    words = f"run there: {ran['agreed']} of {ran['prompts']} prompts were continued as transformers does"
+    words = f"run in {engine}: {ran['agreed']} of {ran['prompts']} prompts were continued as transformers does"
     if ran["apart"]:
         gaps = sorted(each["gap"] for each in ran["apart"])
         words += f"; where the others part, transformers holds its own token likelier by {gaps[len(gaps) // 2]:.2g} in logits (median; at most {gaps[-1]:.2g})"

@@ -64,7 +64,7 @@ def export_compressed(folder: Path, out: Path) -> dict[str, Any]:
         "kv_cache_scheme": None, "global_compression_ratio": None,
     })  # fmt: skip
     found: dict[str, Any] = {
-        "bytes": (out / "model.safetensors").stat().st_size, "coded": len(codes), "layouts": layouts, "largest_difference": None, "largest_logit": None,
+        "bytes": (out / "model.safetensors").stat().st_size, "coded": len(codes), "layouts": layouts, "largest_difference": None, "largest_logit": None, "ran": {},
     }  # fmt: skip
     return found | (_opened(folder, out) if find_spec("compressed_tensors") else {})
 

@@ -94,14 +94,15 @@ def run_program(arguments: list[str], what: str) -> None:
     """
     ended = subprocess.run([sys.executable, *arguments], capture_output=True, text=True, check=False)
     if ended.returncode:
-        said = [line for line in (ended.stderr or ended.stdout).splitlines() if line.strip()]
-        said = [line for line in said if re.match(r"[\w.]*(Error|Exception)\b", line)] or said
+        lines = [line for line in (ended.stderr or ended.stdout).splitlines() if line.strip()]
+        errors = [number for number, line in enumerate(lines) if re.match(r"[\w.]*(Error|Exception)\b", line)]
+        said = lines[errors[-1] :][:3] if errors else lines[-1:]
         crashed = ended.returncode < 0
         raise Problem(
             f"{what}.",
             why=f"it was ended by {signal.Signals(-ended.returncode).name}."
             if crashed
-            else f"it says: {said[-1] if said else 'nothing'}",
+            else f"it says: {' '.join(said) or 'nothing'}",
             fix="the file is kept; another version of the engine may open it.",
             code=Exit.CHECK_FAILED,
         )

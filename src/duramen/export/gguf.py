@@ -16,6 +16,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, Literal
 
 import numpy as np
@@ -33,6 +34,8 @@ from duramen.rundir import read_codes, replacing
 Type = Literal["f32", "f16", "bf16", "q8_0"]
 FAMILIES = ("llama", "mistral")
 """Model types whose arithmetic is that of the two architectures."""
+PROGRAMS = {"llama.cpp": "llama_cpp", "OpenVINO": "openvino_gguf"}
+"""What opens the file, by name, and the program of ``duramen.export.engines`` that does so."""
 ZEROS = 32
 """Channels that stand for an MLP that was left out."""
 NAMES = {
@@ -57,7 +60,7 @@ class Shape:
 
 
 def export_gguf(folder: Path, file: Path, *, kind: Type = "f16") -> dict[str, Any]:
-    """Writes a model folder as one GGUF file, and reads it back; where xllamacpp is installed, llama.cpp runs it too.
+    """Writes a model folder as one GGUF file, reads it back, and runs it in llama.cpp and OpenVINO, where these are installed.
 
     Args:
         folder: A Hugging Face folder.
@@ -65,11 +68,12 @@ def export_gguf(folder: Path, file: Path, *, kind: Type = "f16") -> dict[str, An
         kind: Type of the matrices that were not rounded to a grid of blocks; vectors are float32.
 
     Returns:
-        ``architecture``, ``bytes``, ``tensors``; how many of them are ``coded``; ``largest_error`` of an entry read back, relative to its tensor's largest; what
-        llama.cpp said when it ``ran``, see ``duramen.export.engine``, None if it was not there, or if both would not fit in memory.
+        ``architecture``, ``bytes``, ``tensors``; how many of them are ``coded``; ``largest_error`` of an entry read back, relative to its tensor's largest; and what
+        every engine that is installed said when it ``ran``, see ``duramen.export.engine``: none where two copies of the model would not fit in memory, and llama.cpp alone where blocks differ,
+        the rotary table is scaled or the type is `f32` or `bf16`.
 
     Raises:
-        Problem: If the model cannot be expressed, a tensor does not come back, or llama.cpp says something else.
+        Problem: If the model cannot be expressed, a tensor does not come back, or an engine says something else.
     """
     if find_spec("gguf") is None:
         raise Problem(
@@ -85,6 +89,7 @@ def export_gguf(folder: Path, file: Path, *, kind: Type = "f16") -> dict[str, An
     with replacing(file) as partial:
         writer = gguf.GGUFWriter(partial, architecture, use_temp_file=True)
         _write_header(writer, model, shapes, folder.resolve().name)
+        _write_type(writer, codes, kind)
         _write_tokenizer(writer, folder)
         coded = 0
         for name, tensor, quantized in _tensors(model, shapes, codes):
@@ -97,30 +102,39 @@ def export_gguf(folder: Path, file: Path, *, kind: Type = "f16") -> dict[str, An
         writer.close()
         count, error = _read_back(partial, _tensors(model, shapes, codes), kind)
         small = 16 * sum(p.numel() for p in model.network.parameters()) < total_memory()
-        ran = run_llama_cpp(partial, folder, coded=codes) if find_spec("xllamacpp") and small else None
+        plain = architecture == "llama" and _rotary_factors(model) is None and kind in ("f16", "q8_0")
+        there = {"llama.cpp": find_spec("xllamacpp"), "OpenVINO": plain and find_spec("openvino_genai")}
+        ran = {engine: run_gguf(engine, partial, folder, coded=codes) for engine in there if there[engine] and small}
     return {
         "architecture": architecture, "bytes": file.stat().st_size, "tensors": count, "coded": coded, "largest_error": error, "ran": ran,
     }  # fmt: skip
 
 
-def run_llama_cpp(file: Path, folder: Path, texts: Sequence[str] = PROMPTS, *, coded: Iterable[str] = ()) -> dict[str, Any]:
-    """Lets llama.cpp continue prompts, and holds them against those of transformers in float32.
+def run_gguf(
+    engine: str, file: Path, folder: Path, texts: Sequence[str] = PROMPTS, *, coded: Iterable[str] = ()
+) -> dict[str, Any]:
+    """Lets an engine continue prompts, and holds them against those of transformers in float32.
 
     Where two tokens are about equally likely, the rounding of the file's matrices may decide.
 
     Args:
+        engine: One of ``PROGRAMS``.
         file: The GGUF file.
         folder: What it was made of.
         texts: What is continued.
-        coded: Layers whose codes are in the file; llama.cpp rounds their inputs to eight bits in blocks of 32, and so does the network here.
+        coded: Layers whose codes are in the file; llama.cpp rounds their inputs to eight bits in blocks of 32, and so does the network here; OpenVINO is told not to.
 
     Raises:
         Problem: If not one is alike.
     """
-    found = hold_against("llama_cpp", file, folder, texts=texts, inputs=dict.fromkeys(coded, Inputs(8, 32)))
+    inputs = dict.fromkeys(coded if engine == "llama.cpp" else (), Inputs(8, 32))
+    with TemporaryDirectory() as place:
+        named = Path(place) / "model.gguf"  # OpenVINO knows the format by the name
+        named.symlink_to(file.resolve())
+        found = hold_against(PROGRAMS[engine], named, folder, texts=texts, inputs=inputs)
     if not found["agreed"]:
         raise Problem(
-            f"llama.cpp continues none of {len(texts)} prompts as transformers does.",
+            f"{engine} continues none of {len(texts)} prompts as transformers does.",
             why=f"the arithmetic of {file.name} is not that of {folder}.",
             fix="please report it, with the config of the model.",
             code=Exit.CHECK_FAILED,
@@ -187,6 +201,18 @@ def _write_header(writer: Any, model: BlockModel, shapes: Sequence[Shape], name:
     writer.add_rope_freq_base(float(config.rope_parameters["rope_theta"]))
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     writer.add_vocab_size(config.vocab_size)
+
+
+def _write_type(writer: Any, codes: Mapping[str, Quantized], kind: Type) -> None:
+    """The type of most matrices, which OpenVINO wants to know."""
+    import gguf
+
+    types = gguf.LlamaFileType
+    plain = {"f32": types.ALL_F32, "f16": types.MOSTLY_F16, "bf16": types.MOSTLY_BF16, "q8_0": types.MOSTLY_Q8_0}[kind]
+    few = sum(quantized.grid.bits <= 4 for quantized in codes.values())
+    coded = types.MOSTLY_Q4_0 if 2 * few >= len(codes) else types.MOSTLY_Q8_0
+    writer.add_file_type(coded if codes else plain)
+    writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
 
 
 def _fits_blocks(quantized: Quantized) -> bool:

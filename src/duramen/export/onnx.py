@@ -61,7 +61,7 @@ def export_onnx(folder: Path, out: Path, *, kind: Type = "auto") -> dict[str, An
         )  # fmt: skip
     found = {"bytes": sum(file.stat().st_size for file in out.glob("model.onnx*")), "coded": len(codes), "type": chosen}
     inputs = {name: Inputs(8, width) for name, width in blocks.items()} if chosen == "int8" else {}
-    return found | {"ran": _checked(folder, out, inputs)}
+    return found | {"ran": {"ONNX Runtime": _checked(folder, out, inputs)}}
 
 
 def write_olive(folder: Path, out: Path, codes: dict[str, Quantized]) -> dict[str, int]:

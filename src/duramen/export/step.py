@@ -15,7 +15,11 @@ from duramen.registry import Settings as MethodSettings
 from duramen.registry import method
 
 Form = Literal["gguf", "onnx", "compressed"]
-ENGINES = {"gguf": "llama.cpp", "onnx": "ONNX Runtime GenAI", "compressed": "vLLM and transformers, by compressed-tensors"}
+ENGINES = {
+    "gguf": "llama.cpp and OpenVINO",
+    "onnx": "ONNX Runtime",
+    "compressed": "vLLM and transformers, by compressed-tensors",
+}
 """What executes each format."""
 TYPES: dict[str, tuple[str, ...]] = {"gguf": get_args(GgufType), "onnx": get_args(OnnxType)[1:], "compressed": ()}
 """What each format lets one choose."""
@@ -25,7 +29,7 @@ class Settings(MethodSettings):
     """Settings of an export."""
 
     form: Form
-    """`gguf` for llama.cpp, `onnx` for ONNX Runtime GenAI, `compressed` for vLLM and transformers by compressed-tensors."""
+    """`gguf` for llama.cpp and OpenVINO, `onnx` for ONNX Runtime GenAI, `compressed` for vLLM and transformers by compressed-tensors."""
     type: str = "auto"
     """GGUF: type of the matrices without codes, `f32`, `f16` (auto), `bf16` or `q8_0`. ONNX: what coded layers multiply with, `float` or `int8`; auto is `int8` where inputs are rounded."""
 

@@ -10,7 +10,7 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
-from duramen.report.charts import line_chart, range_chart, width_chart
+from duramen.report.charts import heat_map, line_chart, range_chart, width_chart
 from duramen.rundir import write_text
 
 Row = dict[str, str]
@@ -39,7 +39,7 @@ def write_report(folder: Path, results: dict[str, Any]) -> Path:
         rows=measured_rows(evaluation) if evaluation else [],
         steps=[_step(step) for step in results["steps"]],
         latency=latency_charts(evaluation["latency"]) if evaluation else [],
-        exports=[_exported(found) for found in results.get("exports", [])],
+        exports=[row for found in results.get("exports", []) for row in _exported(found)],
         generations=evaluation["generations"] if evaluation else {},
     )
     file = folder / "report.html"
@@ -209,15 +209,32 @@ def _training(found: dict[str, Any]) -> dict[str, Any]:
         "words": f"{found['trained_parameters']:,} parameters in {found['layers']} layers, which have {found['covered']:.0%} of the blocks' parameters, "
         f"in {len(found['losses'])} steps at a learning rate of {found['learning_rate']:.2g}; {'text and the dense model' if found['distilled'] else 'text'} learned. "
         f"Held-out loss {before:.4f} before, {after:.4f} after {found['best']} steps, which were merged.",
-        "thin": found["thin"], "charts": _curves(found),
+        "thin": found["thin"], "charts": _curves(found), "maps": _attention_maps(found.get("maps", {})),
     }  # fmt: skip
 
 
-def _exported(found: dict[str, Any]) -> dict[str, Any]:
-    """A row of what was written for another program, and a sentence on where the two part."""
-    ran = found.get("ran")
+def _attention_maps(found: dict[str, list[list[list[float]]]]) -> list[dict[str, Any]]:
+    """Rows of pictures, one row for every layer that is shown: of the dense model, before training and after."""
+    names = ("First layer", "Middle layer", "Last layer")
+    return [
+        {
+            "name": name,
+            "cells": [{"name": when, "img": heat_map(maps[number], f"{name}, {when}")} for when, maps in found.items()],
+        }
+        for number, name in enumerate(names[: len(found.get("dense", []))])
+    ]
+
+
+def _exported(found: dict[str, Any]) -> list[dict[str, Any]]:
+    """Rows of what was written for other programs, one for each that ran it, and a sentence on where the two part."""
+    return [_exported_to(found, engine, ran) for engine, ran in found["ran"].items()] or [
+        _exported_to(found, found["engine"], None)
+    ]
+
+
+def _exported_to(found: dict[str, Any], name: str, ran: dict[str, Any] | None) -> dict[str, Any]:
     row = {
-        "name": found["engine"],
+        "name": name,
         "file": found["file"],
         "size": f"{found['bytes'] / 2**20:,.1f}",
         "coded": found["coded"],
