@@ -2,7 +2,7 @@
 
     python benchmarks/rounding_inputs.py --text wiki.test.raw
 
-Rounds nothing but inputs, or keys and values, of a model as it is and of the same model rotated. Measures perplexity and KL from the dense model. Adds to
+Rounds nothing but inputs, or keys and values, of a model as it is, smoothed, rotated, and both where rotation does not reach. Measures perplexity and KL from the dense model. Adds to
 benchmarks/results/rounding_inputs.csv after every run; runs that stand there are left out. About 20 minutes on 2 cores.
 """
 
@@ -25,7 +25,12 @@ from duramen.rounding import start_rounding
 from pruning_quality import Bench, arguments
 
 FORMATS = ("A8", "A6", "A4", "A4g64", "A4g32", "KV8", "KV4", "KV4 sinks4", "KV3", "KV3 sinks4")
-SUBJECTS = ("as it is", "rotated")
+SUBJECTS = {
+    "as it is": (),
+    "smoothed": (("smooth", {}),),
+    "rotated": (("rotate", {}),),
+    "rotated, inputs of o and down smoothed": (("rotate", {}), ("smooth", {"only": ("o", "down")})),
+}
 
 
 def main() -> None:
@@ -36,8 +41,10 @@ def main() -> None:
     if not any(row["case"] == f"{case}, dense" for row in table):
         table.append(bench.row(f"{case}, dense", "perplexity", "dense", perplexity(bench.reference.loss)))
     plain = AutoModelForCausalLM.from_pretrained(bench.folder, dtype="float32").to(fastest_device())
-    networks = {"as it is": plain, "rotated": copy.deepcopy(plain)}
-    get_method("rotate").apply(networks["rotated"], bench.tokens)
+    networks = {subject: copy.deepcopy(plain) for subject in options.subjects}
+    for subject, network in networks.items():
+        for method, settings in SUBJECTS[subject]:
+            get_method(method).apply(network, bench.tokens, **settings)
     for label in options.targets:
         here, peer = f"{case}, {label}", {}
         for subject in options.subjects:

@@ -18,7 +18,7 @@ from duramen.families.select import filter_layers
 from duramen.grids import parse_format
 from duramen.prune.model import PruneSettings
 from duramen.prune.pattern import Scope, parse_pattern
-from duramen.quantize import qat, rotate
+from duramen.quantize import qat, rotate, smooth
 from duramen.quantize.allocation import bits_of
 from duramen.quantize.model import TYPES, QuantizeSettings, formats_of
 from duramen.recipe import Recipe, Step
@@ -72,6 +72,10 @@ def forecast(model: BlockModel, recipe: Recipe, steps: list[Step], *, gigaflops:
                 "memory_bytes": BASE_MEMORY + 24 * _outside(model) + 8 * _largest_block(model, shapes),
             }
             entry["note"] = "weights change, the model does not; a tied head gets weights of its own"
+        elif isinstance(step.settings, smooth.Settings):
+            flops = 4.0 * tokens * sum(map(prod, shapes.values()))
+            entry = {"flops": flops, "memory_bytes": BASE_MEMORY + 8 * _outside(model) + 8 * _largest_block(model, shapes)}
+            entry["note"] = "weights change, the model does not"
         elif isinstance(step.settings, refit.Settings):
             entry = _refitted(model, shapes, step.settings, tokens, width)
         elif isinstance(step.settings, rora.Settings | qat.Settings):

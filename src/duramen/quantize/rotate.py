@@ -9,8 +9,6 @@ them a model would have to do so as it runs.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -19,16 +17,15 @@ from torch import Tensor, nn
 
 from duramen.calibrate import ranks
 from duramen.calibrate.walker import Records, Walk
-from duramen.families.model import BlockModel, Call, Layer, Model, OpenBlock, run_block
+from duramen.families.model import BlockModel, Call, Model, OpenBlock, run_block
 from duramen.families.table import Group
-from duramen.problem import Exit, Problem
+from duramen.problem import Problem
 from duramen.prune.pattern import lasting_zeros
+from duramen.quantize.folding import cannot, check_outputs, gain_of, is_norm, norms_read
 from duramen.registry import Settings as MethodSettings
 from duramen.registry import method
 from duramen.rundir import Finished
 
-SAME = 1e-3
-"""Largest difference of a block's outputs after rotation, relative to the largest; 2⁻⁴ where a half type runs or is stored."""
 SAMPLE = 256
 """Tokens by which that is checked."""
 
@@ -118,7 +115,7 @@ def apply(model: Model, tokens: Tensor, *, walk: Walk | None = None, **settings:
                 hidden = _rotate_block(blocks, block, group, rotation, turn, hidden, calls[index])
             turned = run_block(block.module, turned, calls[index])
             if kept is None:
-                _check(f"{blocks.family.blocks}.{index}", turned, hidden, rotation, blocks)
+                check_outputs(blocks, index, turned, hidden.double() @ rotation, "rotated")
                 edited = {name: tensor for layer in block.layers.values() for name, tensor in layer.edited.items()}
                 records = [{"layer": layer.name} for layer in block.layers.values() if layer.edited]
                 if walk.store and ranks.leads():
@@ -141,12 +138,6 @@ def _stream(model: BlockModel) -> Group:
     if group is None:
         raise _cannot(model, f"nothing is known of what reads and writes the residual stream of the family {model.family.name}")
     return group
-
-
-def _cannot(model: BlockModel, why: str) -> Problem:
-    return Problem(
-        f"{type(model.network).__name__} cannot be rotated.", why=f"{why}.", fix="leave the step out.", code=Exit.INCOMPATIBLE
-    )
 
 
 def rotate_outside(model: BlockModel, rotation: Float[Tensor, "D D"]) -> dict[str, Tensor]:
@@ -186,7 +177,7 @@ def _last_norm(model: BlockModel) -> str:
     handles = [
         module.register_forward_hook(lambda *_, name=name: ran.append(name))
         for name, module in model.network.named_modules()
-        if not name.startswith(inside) and _is_norm(module)
+        if not name.startswith(inside) and is_norm(module)
     ]
     try:
         model.logits(torch.ones(1, 1, model.config.hidden_size, dtype=model.dtype, device=model.device))
@@ -198,29 +189,20 @@ def _last_norm(model: BlockModel) -> str:
     return ran[-1]
 
 
-def _is_norm(module: nn.Module) -> bool:
-    weight = getattr(module, "weight", None)
-    return isinstance(weight, Tensor) and weight.ndim == 1 and not list(module.children())
-
-
 def _gain(model: BlockModel, norm: nn.Module) -> tuple[Float[Tensor, "D"], float]:
-    """By what an RMS norm multiplies every channel, and the weight with which it multiplies none.
+    """See ``gain_of``.
 
     Raises:
         Problem: If it is another kind of norm.
     """
-    weight: Tensor = norm.weight  # type: ignore[assignment]
-    generator = torch.Generator().manual_seed(0)
-    x = torch.randn(4, len(weight), generator=generator).to(weight.device, weight.dtype) + 0.5
-    plain = x.double() * x.double().square().mean(-1, keepdim=True).rsqrt()
-    for offset in (0.0, 1.0):
-        gain = weight.double() + offset
-        if (
-            torch.allclose(norm(x).double(), plain * gain, rtol=0.05, atol=0.02 * float(gain.abs().max()))
-            and getattr(norm, "bias", None) is None
-        ):
-            return gain, 1.0 - offset
-    raise _cannot(model, "its norms subtract the mean, or add something, so that they do not commute with a rotation")
+    found = gain_of(norm)
+    if found is None:
+        raise _cannot(model, "its norms subtract the mean, or add something, so that they do not commute with a rotation")
+    return found
+
+
+def _cannot(model: BlockModel, why: str) -> Problem:
+    return cannot(model, "rotated", why)
 
 
 def _rotate_block(
@@ -236,10 +218,10 @@ def _rotate_block(
                 why="every weight becomes a mixture of a whole row or column.",
                 fix="rotate before pruning.",
             )
-    with _reads(block, layers) as norms:
+    with norms_read(block, layers) as norms:
         before = run_block(block.module, hidden, call)
     gains = {}
-    for norm_path in set(norms.values()):
+    for norm_path in {norms[path] for path in layers.keys() & norms.keys()}:
         norm = block.module.get_submodule(norm_path)
         gains[norm_path], plain = _gain(model, norm)
         norm.weight.data.fill_(plain)  # type: ignore[operator]
@@ -261,45 +243,3 @@ def _rotate_block(
             weight = torch.einsum("pq,dhp->dhq", turn, weight.view(len(weight), -1, len(turn))).reshape(weight.shape)
         layer.write(weight, bias=bias)
     return before
-
-
-@contextmanager
-def _reads(block: OpenBlock, layers: dict[str, Layer]) -> Iterator[dict[str, str]]:
-    """For a while, which norm's output every layer reads, by their paths inside the block."""
-    produced: dict[int, tuple[Tensor, str]] = {}
-    found: dict[str, str] = {}
-
-    def note(name: str) -> Any:
-        return lambda _, __, output: produced.__setitem__(id(output), (output, name))
-
-    def look(path: str) -> Any:
-        def seen(_: nn.Module, args: tuple[Tensor, ...]) -> None:
-            if id(args[0]) in produced:
-                found[path] = produced[id(args[0])][1]
-
-        return seen
-
-    handles = [module.register_forward_hook(note(name)) for name, module in block.module.named_modules() if _is_norm(module)]
-    handles += [layer.linear.register_forward_pre_hook(look(path)) for path, layer in layers.items()]
-    try:
-        yield found
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def _check(name: str, turned: Tensor, hidden: Tensor, rotation: Tensor, model: BlockModel) -> None:
-    """Stops if a block's outputs are not the old ones in the new basis.
-
-    Raises:
-        Problem: If they are not.
-    """
-    expected = hidden.double() @ rotation
-    difference = float((turned.double() - expected).abs().max() / expected.abs().max().clamp_min(1e-30))
-    half = model.dtype != torch.float32 or any(
-        parameter.dtype not in (torch.float32, torch.float64) for parameter in model.network.parameters()
-    )
-    if not difference <= (2**-4 if half else SAME):
-        raise _cannot(
-            model, f"the outputs of {name} change by {difference:.2g} of the largest; something there depends on the basis"
-        )
