@@ -81,6 +81,15 @@ def test_a_learned_step_finds_the_least_error():
     assert float(layer.steps().detach()) == pytest.approx(float(steps[min(range(601), key=errors.__getitem__)]), rel=0.02)
 
 
+def _check_shown(maps):
+    """Rows of a map sum to one and look back; the dense model's stand apart from both of the student's."""
+    dense, before, after = (torch.tensor(maps[who]) for who in ("dense", "before", "after"))
+    for each in (dense, before, after):
+        torch.testing.assert_close(each.sum(-1), torch.ones(each.shape[:2]), atol=0.02, rtol=0)
+        assert not each.triu(1).any()
+    assert (after - dense).square().sum() != (before - dense).square().sum() > 0
+
+
 @pytest.mark.parametrize("name", ["llama", "gpt2", "opt", "bamba"])
 def test_it_brings_a_rounded_model_nearer_and_leaves_it_on_the_grid(name):
     """gpt2 stores its weights [I, O], and has biases."""
@@ -92,6 +101,7 @@ def test_it_brings_a_rounded_model_nearer_and_leaves_it_on_the_grid(name):
     assert min(loss for _, loss in walk.training["held_out"]) < 0.98 * walk.training["held_out"][0][1]
     assert set(first) == {"likelihood", "divergence", "maps"}
     assert last["maps"] < first["maps"]
+    _check_shown(walk.training["maps"])
     assert all(0 < record["code_entropy"] <= 3 for record in records)
     assert not any(isinstance(module, LearnedLinear) for module in network.modules())
     for record in records:
@@ -114,7 +124,9 @@ def test_it_starts_from_what_was_rounded_and_stays_there_if_nothing_is_better(ll
     assert found["steps"][1]["training"]["distilled"]
     assert any((each.codes == 0).float().mean() > 0.06 for each in left.values())
     assert all(layer["removed"] == 0 for layer in found["steps"][1]["layers"]), "codes that are zero are no mask"
-    assert "Its maps" in (tmp_path / "out" / "report.html").read_text()
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert "Its maps" in page
+    assert page.count('<img class="map"') == 9
 
 
 def test_prune_round_train_keeps_every_zero_and_every_code(llama, texts, tmp_path):

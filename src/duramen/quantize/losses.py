@@ -79,13 +79,18 @@ def _logits(seen: Seen, rows: slice) -> Float[Tensor, "B H t S"]:
     return seen.logits(rows).float().masked_fill(~seen.allowed(rows), NOWHERE)
 
 
+def attention_map(seen: Seen, rows: slice) -> Float[Tensor, "B H t S"]:
+    """After mask and softmax."""
+    return _logits(seen, rows).softmax(-1)
+
+
 def _row_kl(mine: Seen, theirs: Seen, rows: slice) -> Float[Tensor, "B H t"]:
     student, teacher = (_logits(each, rows).log_softmax(-1) for each in (mine, theirs))
     return (teacher.exp() * (teacher - student)).sum(-1)
 
 
 def _row_cos(mine: Seen, theirs: Seen, rows: slice) -> Float[Tensor, "B H t"]:
-    student, teacher = (_logits(each, rows).softmax(-1) for each in (mine, theirs))
+    student, teacher = (attention_map(each, rows) for each in (mine, theirs))
     return 1 - torch.cosine_similarity(student, teacher, dim=-1)
 
 
@@ -96,7 +101,7 @@ def _out_mse(mine: Seen, theirs: Seen, rows: slice) -> Float[Tensor, "B H t"]:
 
 def _read(seen: Seen, rows: slice) -> Float[Tensor, "B H t P"]:
     values = seen.value.float().repeat_interleave(seen.query.shape[1] // seen.value.shape[1], 1)
-    return _logits(seen, rows).softmax(-1) @ values
+    return attention_map(seen, rows) @ values
 
 
 def _logit_mse(mine: Seen, theirs: Seen, rows: slice) -> Float[Tensor, "B H t"]:
@@ -122,7 +127,7 @@ def _whole_cosines(mine: Seen, theirs: Seen, wanted: Bool[Tensor, "B T"]) -> Flo
 
 def _products(mine: Seen, theirs: Seen, rows: slice, wanted: Tensor) -> Float[Tensor, "3 B H"]:
     counted = wanted[:, None, rows, None]
-    student, teacher = (_logits(each, rows).softmax(-1) * counted for each in (mine, theirs))
+    student, teacher = (attention_map(each, rows) * counted for each in (mine, theirs))
     return torch.stack(
         [(left * right).sum((2, 3)) for left, right in ((student, teacher), (student, student), (teacher, teacher))]
     )

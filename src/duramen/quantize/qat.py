@@ -28,7 +28,7 @@ from duramen.problem import Exit, Problem
 from duramen.prune.masks import Masks
 from duramen.prune.reconstruct import output_error
 from duramen.quantize.learned import LearnedLinear
-from duramen.quantize.losses import EntropyLoss, MapLoss, code_entropy, entropy_loss, map_loss
+from duramen.quantize.losses import EntropyLoss, MapLoss, attention_map, code_entropy, entropy_loss, map_loss
 from duramen.quantize.model import TYPES, formats_of
 from duramen.quantize.steps import choose_steps
 from duramen.registry import method
@@ -70,6 +70,10 @@ class Settings(TrainSettings):
         return parse_format(value).text if value else ""
 
 
+SHOWN = 32
+"""Tokens of the attention maps that the report shows."""
+
+
 @dataclass
 class Imitation(NextTokens):
     """Next tokens, learned with a look at the teacher's attention.
@@ -108,6 +112,19 @@ class Imitation(NextTokens):
         for name, (kind, weight) in (("maps", self.maps), ("entropy", self.entropy)):
             if kind != "off":
                 found["loss"] -= weight * found[name]
+        return found
+
+    @torch.no_grad()
+    def maps_now(self) -> dict[str, list[list[list[float]]]]:
+        """Attention maps of the first, middle and last layer on the first tokens of a held-out row, the mean over heads: of the ``student`` and of the ``teacher``, [3, SHOWN, SHOWN]."""
+        self.seen = {"student": [], "teacher": []}
+        super().terms(self.course.aside[:1])
+        found = {}
+        for who, every in self.seen.items():
+            shown = [every[number] for number in sorted({0, len(every) // 2, len(every) - 1})]
+            parts = [attention_map(each, slice(0, min(SHOWN, each.query.shape[2])))[0].mean(0) for each in shown]
+            found[who] = [part[:, :SHOWN].mul(1e3).round().div(1e3).tolist() for part in parts]
+        self.seen = {}
         return found
 
     def terms(self, rows: Rows) -> dict[str, Tensor]:
@@ -206,11 +223,16 @@ def apply(model: Model, tokens: Tensor, *, walk: Walk | None = None, dense: Mode
             maps=(chosen.map_loss, chosen.map_weight), entropy=(chosen.entropy_loss, chosen.entropy_weight),
         )  # fmt: skip
         groups, latents = _groups(layers, chosen), [layer.latent for layer in layers.values()]
+        looks = (chosen.map_loss, chosen.entropy_loss) != ("off", "off")
         with text.looking():
+            before = text.maps_now() if looks else {}
             history = teach(course, text, groups, chosen, blocks, walk)
+            after = text.maps_now() if looks else {}
         walk.training = summary(
             blocks, latents, groups, history, rate=chosen.learning_rate, distilled=course.teacher is not None
         )
+        if looks:
+            walk.training["maps"] = {"dense": before["teacher"], "before": before["student"], "after": after["student"]}
     return walk_blocks(blocks, tokens, partial(_edit, trained=layers), names, walk=walk, formats=formats)
 
 
