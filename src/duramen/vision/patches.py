@@ -1,0 +1,222 @@
+"""Which patches of an image leave a network, and what is known of those that are left.
+
+"Exploring Token Pruning in Vision State Space Models" (arXiv 2409.18962): after some layers the patches of the least importance leave, and the others keep their places on every
+path (``duramen.ssm.fold``). Importance is what the scans of all paths made of a patch, brought back to the order of patches; the class token is not ranked and keeps its place.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Annotated, Literal
+
+import torch
+from jaxtyping import Bool, Float, Int
+from pydantic import Field, field_validator, model_validator
+from torch import Tensor
+
+from duramen.problem import Exit, Problem
+from duramen.registry import Settings as MethodSettings
+from duramen.ssm.fold import GapStep
+from duramen.ssm.mixer import Seen
+from duramen.tokens.compact import Kept, reduce
+from duramen.tokens.match import match
+from duramen.tokens.schedule import kept_count
+from duramen.tokens.score import Score, importance
+
+APART = 64
+"""How far from each other, and from the end of a sequence, the places of padding are: further than any filter reaches."""
+
+
+@dataclass(frozen=True)
+class Patches:
+    """What is left of a batch of sequences.
+
+    Attributes:
+        positions: Where each token was at first, rising, [B, K]; padding stands behind the end.
+        valid: Which are there, [B, K]; None for all.
+        sizes: How many tokens each stands for, [B, K].
+        representative: For every token of the first sequence, the slot that stands for it, [B, T].
+        ranks: The step of every place on the way by which nearness is meant, [T].
+        extra: The place of the class token, if there is one.
+    """
+
+    positions: Int[Tensor, "B K"]
+    valid: Bool[Tensor, "B K"] | None
+    sizes: Float[Tensor, "B K"]
+    representative: Int[Tensor, "B T"]
+    ranks: Int[Tensor, "T"]
+    extra: int | None = None
+
+    @classmethod
+    def all_of(cls, batch: int, ranks: Int[Tensor, "T"], extra: int | None = None) -> Patches:
+        """Sequences of which nothing has left."""
+        places = torch.arange(len(ranks), device=ranks.device).expand(batch, -1)
+        return cls(places, None, torch.ones(places.shape, device=ranks.device), places, ranks, extra)
+
+    @property
+    def whole(self) -> bool:
+        """Whether nothing has left."""
+        return self.positions.shape[1] == len(self.ranks)
+
+    @property
+    def of_grid(self) -> Int[Tensor, "B P"]:
+        """The slots that stand for the patches of the grid, without the class token."""
+        if self.extra is None:
+            return self.representative
+        return torch.cat([self.representative[:, : self.extra], self.representative[:, self.extra + 1 :]], 1)
+
+    def after(self, slots: Int[Tensor, "B K"], valid: Bool[Tensor, "B K"] | None) -> Patches:
+        """What is left if only these slots stay, rising; those that are not ``valid`` are padding."""
+        positions, sizes = (each.gather(1, slots) for each in (self.positions, self.sizes))
+        if valid is not None:
+            behind = len(self.ranks) + APART * torch.arange(1, slots.shape[1] + 1, device=slots.device)
+            positions, sizes = torch.where(valid, positions, behind), torch.where(valid, sizes, 0.0)
+        return replace(self, positions=positions, valid=valid, sizes=sizes, representative=self._nearest(positions, valid))
+
+    def _nearest(self, positions: Tensor, valid: Tensor | None) -> Int[Tensor, "B T"]:
+        """For every place the slot that is nearest on the way; the class token stands for itself alone."""
+        steps = self.ranks[positions.clamp_max(len(self.ranks) - 1)]
+        apart = (self.ranks[None, :, None] - steps[:, None]).abs()
+        other = torch.zeros_like(positions, dtype=torch.bool) if valid is None else ~valid
+        far = torch.iinfo(apart.dtype).max
+        if self.extra is not None:
+            cls = positions == self.extra
+            found = apart.masked_fill((other | cls)[:, None], far).argmin(-1)
+            found[:, self.extra] = cls.to(torch.int8).argmax(-1)
+            return found
+        return apart.masked_fill(other[:, None], far).argmin(-1)
+
+
+class PatchReduction(MethodSettings):
+    """Which patches leave, and where."""
+
+    kind: Literal["top", "random", "merge"] = "top"
+    """`top` drops the least important patches, `random` any; `merge` joins every second patch to the one of the others that it is most like (ToMe's way, in order)."""
+    score: Score = "write"
+    """How important a patch is: by what it writes into the scans (`write`), its steps alone (`delta`), or what comes out (`clip`, the published one, `l1`, `l2`, `sum`)."""
+    sites: tuple[Annotated[int, Field(ge=0)], ...] = ()
+    """Layers after which patches leave, from 0."""
+    keep: tuple[Annotated[float, Field(gt=0, le=1)], ...] = (0.8,)
+    """What share of the patches that are there stays at each site; one number for all of them."""
+    gap_step: GapStep = "bias"
+    """By how much the state decays where a patch has left; `hold`: not at all."""
+    aligned: bool = True
+    """Whether a convolution sees zeros where patches have left, instead of the patches beyond."""
+    mass: Annotated[float, Field(gt=0, lt=1)] | None = None
+    """Where given, every image keeps as many patches as have this share of its importance, instead of `keep`."""
+
+    @model_validator(mode="after")
+    def _merges_as_many(self) -> PatchReduction:
+        if self.kind == "merge" and (self.mass is not None or any(share < 0.5 for share in self.keep)):
+            raise ValueError("`kind: merge` joins at most half of the patches at a site, and as many in every image")
+        return self
+
+    @field_validator("sites")
+    @classmethod
+    def _in_order(cls, value: tuple[int, ...]) -> tuple[int, ...]:
+        if list(value) != sorted(set(value)):
+            raise ValueError("`sites` are layers in rising order, each once")
+        return value
+
+    def by_layer(self, layers: int) -> dict[int, float]:
+        """What share stays after which of so many layers.
+
+        Raises:
+            Problem: If a site is not there or would save nothing, or shares and sites do not fit.
+        """
+        if self.sites and self.sites[-1] >= layers - 1:
+            raise Problem(
+                f"Patches cannot leave after layer {self.sites[-1]} of {layers}.",
+                why="nothing comes after it that could be saved.",
+                fix=f"`sites` from 0 to {layers - 2}.",
+            )
+        if len(self.keep) not in (1, len(self.sites)):
+            raise Problem(
+                f"{len(self.keep)} shares do not fit {len(self.sites)} sites.",
+                why="each site has one.",
+                fix="one `keep` for all, or as many.",
+            )
+        shares = self.keep * len(self.sites) if len(self.keep) == 1 else self.keep
+        return dict(zip(self.sites, shares, strict=True))
+
+    @torch.no_grad()
+    def scores(self, seen: Sequence[Seen], seed: int) -> Float[Tensor, "B K"]:
+        """Importance of every token, from what each path's scan made of it, in the order of tokens.
+
+        Raises:
+            Problem: If one is not finite.
+        """
+        if self.score in ("delta", "write") or self.kind == "random":
+            kind: Score = "random" if self.kind == "random" else self.score
+            found = torch.stack([importance(kind, **each._asdict(), seed=seed) for each in seen]).sum(0)
+        else:
+            outputs = torch.stack([each.outputs.float() for each in seen]).sum(0)
+            found = importance(self.score, **seen[0]._replace(outputs=outputs)._asdict())
+        if not bool(found.isfinite().all()):
+            raise Problem(
+                f"A patch's importance after layer {seed} is not finite.",
+                why="the scan of that layer overflowed, or the model's weights are damaged.",
+                fix="run in float32, and look for damaged weights.",
+                code=Exit.CHECK_FAILED,
+            )
+        return found
+
+    def leave(
+        self, hidden: Float[Tensor, "B K D"], patches: Patches, seen: Sequence[Seen], keep: float, layer: int
+    ) -> tuple[Float[Tensor, "B k D"], Patches]:
+        """What is left after a site."""
+        if self.kind == "merge":
+            return self._merged(hidden, patches, keep)
+        slots, valid = self._staying(self.scores(seen, layer), patches, keep)
+        kept = hidden.gather(1, slots[..., None].expand(-1, -1, hidden.shape[2]))
+        return kept if valid is None else kept * valid[..., None], patches.after(slots, valid)
+
+    def _staying(
+        self, scores: Float[Tensor, "B K"], patches: Patches, keep: float
+    ) -> tuple[Int[Tensor, "B k"], Bool[Tensor, "B k"] | None]:
+        """The slots that stay, rising, and which of them are there; of equal scores the earlier stays."""
+        ranked = scores.clone()
+        if patches.valid is not None:
+            ranked[~patches.valid] = -torch.inf
+        if patches.extra is not None:
+            ranked[patches.positions == patches.extra] = torch.inf
+        order = ranked.argsort(dim=1, descending=True, stable=True)
+        counts = self._counts(ranked, order, keep)
+        most = int(counts.max())
+        there = torch.arange(most, device=scores.device) < counts[:, None]
+        slots = torch.where(there, order[:, :most], scores.shape[1])
+        slots, sorting = slots.sort(1)
+        valid = there.gather(1, sorting)
+        return slots.clamp_max(scores.shape[1] - 1), None if bool(valid.all()) else valid
+
+    def _counts(self, ranked: Float[Tensor, "B K"], order: Int[Tensor, "B K"], keep: float) -> Int[Tensor, "B"]:
+        """How many tokens stay in every image, the class token among them."""
+        patches = ranked.isfinite().sum(1)
+        extra = (ranked == torch.inf).sum(1)
+        if self.mass is None:
+            return torch.tensor([kept_count(int(count), keep) for count in patches], device=ranked.device) + extra
+        sorted_scores = ranked.gather(1, order)
+        parts = torch.where(sorted_scores.isfinite(), sorted_scores, 0.0).clamp_min(0).cumsum(1)
+        below = (parts < self.mass * parts[:, -1:]) & sorted_scores.isfinite()
+        return torch.minimum(below.sum(1) + 1, patches) + extra
+
+    def _merged(self, hidden: Tensor, patches: Patches, keep: float) -> tuple[Tensor, Patches]:
+        """Every second patch looks for the one of the others that it is most like, and the pairs that are nearest become one; the mean is weighted by sizes."""
+        rows, kept = [], []
+        for row, places in enumerate(patches.positions):
+            extra = places == patches.extra if patches.extra is not None else torch.zeros_like(places, dtype=torch.bool)
+            count = int((~extra).sum())
+            alternate = (torch.arange(len(places), device=places.device) % 2).float()
+            pairs = match(
+                alternate, hidden[row].detach(), count - kept_count(count, keep), protected=extra, into_protected=False
+            )
+            before = Kept(places, patches.sizes[row], patches.representative[row])
+            rows.append(reduce(hidden[row], pairs, sizes=before.sizes))
+            kept.append(before.without(pairs))
+        return torch.stack(rows), replace(
+            patches,
+            positions=torch.stack([each.positions for each in kept]),
+            sizes=torch.stack([each.sizes for each in kept]),
+            representative=torch.stack([each.representative for each in kept]),
+        )
