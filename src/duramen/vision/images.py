@@ -1,0 +1,227 @@
+"""Images with their classes: embedded sets, folders with one subfolder per class, and shapes that are drawn when they are asked for."""
+
+from __future__ import annotations
+
+import gzip
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, Protocol
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int, UInt8
+from torch import Tensor
+from torch.nn.functional import interpolate
+
+from duramen.assets import DEBIAN
+from duramen.problem import Problem
+
+Split = Literal["train", "test"]
+Corrupt = Literal["refuse", "skip"]
+GARMENTS = ("t-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "boot")
+SHAPES = ("disc", "ring", "square", "frame", "plus", "cross", "triangle", "rows", "columns", "checks")
+SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".gif", ".tif", ".tiff")
+
+
+class Images(Protocol):
+    """A set of images."""
+
+    classes: tuple[str, ...]
+    labels: Int[Tensor, "N"]
+
+    def pixels(self, indices: Sequence[int]) -> UInt8[Tensor, "B c H W"]:
+        """Some of them."""
+
+
+@dataclass(frozen=True)
+class Arrays:
+    """Images in memory, [N, c, H, W]."""
+
+    values: UInt8[Tensor, "N c H W"]
+    labels: Int[Tensor, "N"]
+    classes: tuple[str, ...]
+
+    def pixels(self, indices: Sequence[int]) -> UInt8[Tensor, "B c H W"]:
+        """Some of them."""
+        return self.values[list(indices)]
+
+    def part(self, indices: slice) -> Arrays:
+        """A part of the set."""
+        return Arrays(self.values[indices], self.labels[indices], self.classes)
+
+
+@dataclass(frozen=True)
+class Folder:
+    """Image files, decoded when they are asked for: the short side to ``size`` pixels, and the middle of the long one.
+
+    Attributes:
+        files: In order.
+        labels: Number of the class of each.
+        classes: Their names.
+        size: Pixels.
+        channels: 3 for colour, 1 for grey; what a file has otherwise is converted.
+    """
+
+    files: tuple[Path, ...]
+    labels: Int[Tensor, "N"]
+    classes: tuple[str, ...]
+    size: int
+    channels: int
+
+    def pixels(self, indices: Sequence[int]) -> UInt8[Tensor, "B c H W"]:
+        """Some of them."""
+        return torch.stack([decode(self.files[index], self.size, self.channels) for index in indices])
+
+
+def open_images(
+    source: str, split: Split, *, size: int, channels: int = 3, corrupt: Corrupt = "refuse", count: int | None = None
+) -> Images:
+    """Opens a set of images.
+
+    Args:
+        source: ``fashion-mnist``, ``shapes``, or a folder with ``train`` and ``test``, or one of them, in each of which every class has a subfolder.
+        split: Which part.
+        size: Height and width, pixels.
+        channels: 3 or 1.
+        corrupt: What becomes of files that cannot be read: they are looked at beforehand, and named.
+        count: The first so many only, of an embedded set or of shapes.
+
+    Raises:
+        Problem: If there is no such set, a file is damaged, or all images are of one class.
+    """
+    if source == "fashion-mnist":
+        return _fashion(split, size, channels, count)
+    if source == "shapes":
+        return shapes(count or (4000 if split == "train" else 1000), size, channels=channels, seed=split == "test")
+    return _folder(Path(source), split, size, channels, corrupt)
+
+
+def normalised(pixels: UInt8[Tensor, "B c H W"]) -> Float[Tensor, "B c H W"]:
+    """From -1 to 1, as models of ours see them."""
+    return pixels.float() / 127.5 - 1
+
+
+def resized(pixels: UInt8[Tensor, "B c H W"], size: int, channels: int) -> UInt8[Tensor, "B c H W"]:
+    """Square images at another size, and grey ones in as many channels."""
+    if pixels.shape[-1] != size:
+        pixels = interpolate(pixels.float(), size=(size, size), mode="bilinear", antialias=True).round().clamp(0, 255).byte()
+    return pixels.expand(-1, channels, -1, -1).contiguous()
+
+
+def _fashion(split: Split, size: int, channels: int, count: int | None) -> Arrays:
+    folder, name = DEBIAN["fashion-mnist"].path(), "train" if split == "train" else "t10k"
+    images = _idx(folder / f"{name}-images-idx3-ubyte.gz", 16, count and count * 784).reshape(-1, 1, 28, 28)
+    labels = _idx(folder / f"{name}-labels-idx1-ubyte.gz", 8, count)
+    return Arrays(resized(images, size, channels), labels.long(), GARMENTS)
+
+
+def _idx(file: Path, header: int, count: int | None) -> UInt8[Tensor, "N"]:
+    """Bytes of an IDX file behind its header."""
+    with gzip.open(file) as stream:
+        content = stream.read() if count is None else stream.read(header + count)
+    return torch.from_numpy(np.frombuffer(content, np.uint8, offset=header).copy())
+
+
+def shapes(count: int, size: int, *, channels: int = 3, seed: int = 0) -> Arrays:
+    """One of ten shapes, about a quarter as wide as the image, anywhere on noise, in any colour: most patches say nothing, and where the others are matters.
+
+    Args:
+        count: How many.
+        size: Height and width.
+        channels: 3, or 1 for grey.
+        seed: Of everything that is drawn.
+    """
+    draw = torch.Generator().manual_seed(seed)
+    labels = torch.randint(0, len(SHAPES), (count,), generator=draw)
+    radius = size * (0.11 + 0.05 * torch.rand(count, 1, 1, generator=draw))
+    middle = radius + (size - 1 - 2 * radius) * torch.rand(count, 2, 1, 1, generator=draw).transpose(0, 1)
+    rows, columns = torch.arange(float(size))[None, :, None], torch.arange(float(size))[None, None]
+    down, right = (rows - middle[0]) / radius, (columns - middle[1]) / radius
+    inside, drawn = (down.abs() <= 1) & (right.abs() <= 1), _drawn(down, right)
+    mask = (drawn[labels, torch.arange(count)] & inside)[:, None]
+    coarse = torch.randn(count, channels, size // 4 + 1, size // 4 + 1, generator=draw)
+    ground = (
+        96
+        + 24 * interpolate(coarse, size=(size, size), mode="bilinear")
+        + 12 * torch.randn(count, channels, size, size, generator=draw)
+    )
+    colour = 255 * torch.randint(0, 2, (count, channels, 1, 1), generator=draw).float()
+    colour = torch.where(colour.amax(1, keepdim=True) == 0, 255.0, colour)
+    return Arrays(torch.where(mask, colour, ground).clamp(0, 255).byte(), labels, SHAPES)
+
+
+def _drawn(down: Tensor, right: Tensor) -> Tensor:
+    """Every shape about every middle, bool [shapes, N, H, W]; coordinates are of its radius."""
+    far, near = torch.maximum(down.abs(), right.abs()), down.square() + right.square()
+    stripes = [((each + 1) * 2.5).floor() % 2 == 0 for each in (down, right)]
+    return torch.stack([
+        near <= 1, (near <= 1) & (near >= 0.4), far <= 0.85, (far <= 0.95) & (far >= 0.55), torch.minimum(down.abs(), right.abs()) <= 0.28,
+        torch.minimum((down - right).abs(), (down + right).abs()) <= 0.4, (down >= 2 * right.abs() - 0.9) & (down <= 0.9),
+        stripes[0], stripes[1], stripes[0] ^ stripes[1],
+    ])  # fmt: skip
+
+
+def decode(file: Path, size: int, channels: int = 3) -> UInt8[Tensor, "c size size"]:
+    """Reads an image file, its short side scaled to ``size`` and its middle cut out; colours of any kind become those of ``channels``.
+
+    Raises:
+        Problem: If it cannot be read.
+    """
+    image_module = _pillow()
+    try:
+        with image_module.open(file) as image:
+            whole = image.convert("RGB" if channels == 3 else "L")
+    except (OSError, SyntaxError, ValueError, image_module.DecompressionBombError) as error:
+        raise Problem(
+            f"{file} cannot be read as an image.", why=str(error) or type(error).__name__, fix="remove it, or `corrupt: skip`."
+        ) from error
+    scale = size / min(whole.size)
+    whole = whole.resize([max(size, round(side * scale)) for side in whole.size], image_module.Resampling.BICUBIC)
+    left, top = ((side - size) // 2 for side in whole.size)
+    values = np.asarray(whole.crop((left, top, left + size, top + size))).reshape(size, size, channels)
+    return torch.from_numpy(values.copy()).permute(2, 0, 1)
+
+
+def _pillow():  # type: ignore[no-untyped-def] # noqa: ANN202
+    try:
+        from PIL import Image
+    except ImportError as error:
+        raise Problem(
+            "Image files need Pillow, which is not installed.", why="it is an extra.", fix="`python -m pip install pillow`"
+        ) from error
+    return Image
+
+
+def _folder(place: Path, split: Split, size: int, channels: int, corrupt: Corrupt) -> Folder:
+    root = place / split if (place / split).is_dir() else place
+    classes = tuple(sorted(each.name for each in root.iterdir() if each.is_dir())) if root.is_dir() else ()
+    if len(classes) < 2:
+        raise Problem(
+            f"{root} has {'one class' if classes else 'no classes'} of images.",
+            why="every class is a subfolder with its files." if not classes else "nothing can be told apart.",
+            fix="`fashion-mnist`, `shapes`, or a folder with two subfolders at least.",
+        )
+    found = [
+        (file, number)
+        for number, name in enumerate(classes)
+        for file in sorted((root / name).rglob("*"))
+        if file.suffix.lower() in SUFFIXES
+    ]
+    bad: list[tuple[Path, str]] = []
+    for file, _ in found:
+        try:
+            decode(file, 8, channels)
+        except Problem as problem:
+            if corrupt == "refuse":
+                raise
+            bad.append((file, str(problem.why)))
+    damaged = {file for file, _ in bad}
+    kept = [(file, number) for file, number in found if file not in damaged]
+    if len({number for _, number in kept}) < 2:
+        raise Problem(
+            f"{root} has readable images of fewer than two classes.",
+            why=f"{len(bad)} of {len(found)} cannot be read.",
+            fix="other files.",
+        )
+    return Folder(tuple(file for file, _ in kept), torch.tensor([number for _, number in kept]), classes, size, channels)

@@ -1,0 +1,120 @@
+"""Training of image classifiers, on labels and towards a teacher; what a step sees, mirrored or not, follows from its number alone."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy, kl_div, log_softmax
+
+from duramen.train.loop import History, Schedule, train
+from duramen.vision.images import Images, normalised
+
+
+@dataclass
+class Classification:
+    """A task for ``duramen.train.loop``; every image counts once, and once more mirrored.
+
+    Attributes:
+        network: What learns.
+        images: What it sees.
+        aside: What decides which checkpoint is best.
+        teacher: What it imitates; None for labels alone.
+        share: Of the divergence from the teacher in the loss.
+        temperature: By which the logits of both are divided in the divergence, which then counts its square.
+        mirror: Whether images are also learned mirrored.
+        at_once: Images that run together where nothing is learned.
+    """
+
+    network: nn.Module
+    images: Images
+    aside: Images
+    teacher: nn.Module | None = None
+    share: float = 0.5
+    temperature: float = 2.0
+    mirror: bool = True
+    at_once: int = 64
+
+    @property
+    def sequences(self) -> int:
+        """How many images there are, mirrored ones counted."""
+        return len(self.images.labels) * (1 + self.mirror)
+
+    def targets(self, index: int) -> int:
+        """One class per image."""
+        return 1
+
+    def loss(self, indices: Sequence[int]) -> Tensor:
+        """Sum over some images."""
+        count = len(self.images.labels)
+        pixels = normalised(self.images.pixels([index % count for index in indices])).to(self._device)
+        mirrored = torch.tensor([index >= count for index in indices], device=pixels.device)
+        pixels = torch.where(mirrored[:, None, None, None], pixels.flip(-1), pixels)
+        return self._terms(pixels, self.images.labels[[index % count for index in indices]])["loss"]
+
+    def held_out(self) -> dict[str, float]:
+        """Means over the held-out images: of the loss and its terms, and the share of wrong classes."""
+        found: Counter[str] = Counter()
+        count = len(self.aside.labels)
+        for start in range(0, count, self.at_once):
+            chosen = list(range(start, min(start + self.at_once, count)))
+            terms = self._terms(normalised(self.aside.pixels(chosen)).to(self._device), self.aside.labels[chosen])
+            for name, term in terms.items():
+                found[name] += float(term)  # type: ignore[assignment]
+        return {name: term / count for name, term in found.items()}
+
+    @property
+    def _device(self) -> torch.device:
+        return next(self.network.parameters()).device
+
+    def _terms(self, pixels: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        logits = self.network(pixel_values=pixels).logits.float()
+        labels = labels.to(logits.device)
+        likelihood = cross_entropy(logits, labels, reduction="sum")
+        wrong = (logits.argmax(-1) != labels).sum()
+        if self.teacher is None:
+            return {"loss": likelihood, "wrong": wrong}
+        heat = self.temperature
+        with torch.no_grad():
+            taught = log_softmax(self.teacher(pixel_values=pixels).logits.float() / heat, -1)
+        apart = heat**2 * kl_div(log_softmax(logits / heat, -1), taught, log_target=True, reduction="sum")
+        loss = (1 - self.share) * likelihood + self.share * apart
+        return {"loss": loss, "likelihood": likelihood, "divergence": apart, "wrong": wrong}
+
+
+def train_classifier(
+    task: Classification,
+    schedule: Schedule,
+    rate: float,
+    *,
+    folder: Path | None = None,
+    tell: Callable[[int, float], None] = lambda step, loss: None,
+) -> History:
+    """Trains all of a network, or goes on where an earlier run stopped; batch norms keep their means.
+
+    Args:
+        task: What is learned.
+        schedule: How long, in how large steps.
+        rate: The learning rate of AdamW at its height.
+        folder: Where checkpoints are kept; None for nowhere.
+        tell: Called with (steps done, held-out loss).
+    """
+    task.network.eval()
+    groups: list[dict[str, Any]] = [{"params": list(task.network.parameters()), "lr": rate}]
+    return train(groups, task, schedule, folder=folder, tell=tell)
+
+
+@torch.no_grad()
+def right(network: nn.Module, images: Images, *, at_once: int = 64) -> Tensor:
+    """Which images of a set get their class, bool [N]."""
+    device, found = next(network.parameters()).device, []
+    for start in range(0, len(images.labels), at_once):
+        chosen = list(range(start, min(start + at_once, len(images.labels))))
+        logits = network(pixel_values=normalised(images.pixels(chosen)).to(device)).logits
+        found.append(logits.argmax(-1).cpu() == images.labels[chosen])
+    return torch.cat(found)
