@@ -1,0 +1,122 @@
+"""Claim, not measured yet: patches that leave a vision state-space model cost less where every path is kept aligned, before and after a short training.
+
+    python benchmarks/vision_tokens.py
+
+Trains a small Vim and a small PlainMamba on Fashion-MNIST, once into the cache, and takes patches out of them until a share of the multiply-adds is saved: aligned or packed, by what patches write, by the published
+score, at random, or merged; as they are, and after an equal short training towards the dense model. Measures the accuracy on all 10,000 test images. Adds to benchmarks/results/vision_tokens.csv after every
+run; runs that stand there are left out. Training takes about 12 and 30 minutes of one core, a row half a minute, or three with its training.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+
+import torch
+
+import rows
+from duramen.assets import cache_folder
+from duramen.evaluate.intervals import wilson_interval
+from duramen.tokens.schedule import solve_keep
+from duramen.train.loop import Schedule
+from duramen.vision import PlainMambaConfig, PlainMambaForImageClassification, VimConfig, VimForImageClassification
+from duramen.vision.cost import patch_costs, sequence_length
+from duramen.vision.images import open_images
+from duramen.vision.train import Classification, right, train_classifier
+
+SHAPE = {
+    "hidden_size": 48,
+    "num_hidden_layers": 6,
+    "image_size": 28,
+    "patch_size": 4,
+    "num_channels": 1,
+    "state_size": 4,
+    "num_labels": 10,
+}
+MODELS = {
+    "vim": (VimForImageClassification, VimConfig(**SHAPE), Schedule(600, batch=128, at_once=128, every=50)),
+    "plainmamba": (
+        PlainMambaForImageClassification, PlainMambaConfig(**SHAPE, stem=None, kernel_size=3), Schedule(400, batch=128, at_once=128, every=50),
+    ),
+}  # fmt: skip
+RATE, AGAIN, RATE_AGAIN = 3e-3, Schedule(60, batch=128, at_once=128, every=30), 5e-4
+SITES = (1, 3)
+CUTS = (20, 30, 40, 50)
+PACKED = {"gap_step": "hold", "aligned": False}
+SUBJECTS = {
+    "aligned": {},
+    "packed": PACKED,
+    "aligned, published score": {"score": "clip"},
+    "packed, published score": {"score": "clip"} | PACKED,
+    "merged, packed": {"kind": "merge"} | PACKED,
+    "random, aligned": {"kind": "random"},
+}
+
+
+def main() -> None:
+    """Trains the models and runs the table."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--models", nargs="*", default=list(MODELS))
+    parser.add_argument("--cuts", nargs="*", type=int, default=list(CUTS))
+    parser.add_argument("--subjects", nargs="*", default=list(SUBJECTS))
+    parser.add_argument("--trained", action="store_true", help="also after an equal short training")
+    options = parser.parse_args()
+    table = rows.read("vision_tokens")
+    test = open_images("fashion-mnist", "test", size=28, channels=1)
+    for name in options.models:
+        dense = trained(name)
+        case = f"{name}, Fashion-MNIST"
+        if not any(row["case"] == f"{case}, dense" for row in table):
+            _add(table, f"{case}, dense", "dense", right(dense, test))
+        for again in (False, True)[: 1 + options.trained]:
+            for cut in options.cuts:
+                here = f"{case}, {cut}% cut{', trained' if again else ''}"
+                for subject in options.subjects:
+                    if any((row["case"], row["subject"]) == (here, subject) for row in table):
+                        continue
+                    _add(table, here, subject, right(reduced(dense, cut, SUBJECTS[subject], again), test))
+
+
+def trained(name: str) -> torch.nn.Module:
+    """A dense model, from the cache or made for it."""
+    model, config, schedule = MODELS[name]
+    place = cache_folder() / "trained" / f"{name}-fashion-mnist"
+    if not (place / "model.safetensors").is_file():
+        torch.manual_seed(0)
+        network = model(config)
+        train_classifier(
+            _task(network), schedule, RATE, folder=place, tell=lambda step, loss: print(name, step, round(loss, 4), flush=True)
+        )
+        network.save_pretrained(place)
+    return model.from_pretrained(place).eval()
+
+
+def _task(network: torch.nn.Module, teacher: torch.nn.Module | None = None) -> Classification:
+    """All training images but the last 2,000, which decide which checkpoint is best."""
+    images = open_images("fashion-mnist", "train", size=28, channels=1)
+    return Classification(network, images.part(slice(0, 58000)), images.part(slice(58000, None)), teacher)
+
+
+def reduced(dense: torch.nn.Module, cut: int, settings: dict[str, object], again: bool) -> torch.nn.Module:
+    """A copy that saves a share of the multiply-adds."""
+    network = copy.deepcopy(dense)
+    keep = solve_keep(patch_costs(network), SITES, cut / 100, tokens=sequence_length(network.config))
+    network.config.reduction = {"sites": SITES, "keep": [keep]} | settings
+    if again:
+        train_classifier(_task(network, dense), AGAIN, RATE_AGAIN)
+    return network
+
+
+def _add(table: list[dict[str, object]], case: str, subject: str, correct: torch.Tensor) -> None:
+    found = wilson_interval(correct.numpy())
+    print(case, subject, round(found.value, 4), flush=True)
+    peer = next((row for row in table if row["case"] == case and row["subject"] == "aligned"), None)
+    against = {"peer": "aligned", "peer_value": peer["value"]} if peer else {}
+    table.append(
+        rows.row(case, "accuracy", "1", subject, found.value, low=found.low, high=found.high, samples=found.samples, **against)
+    )
+    rows.write("vision_tokens", table)
+
+
+if __name__ == "__main__":
+    main()
