@@ -1,12 +1,21 @@
 """Vim and PlainMamba: against references that go step by step, with all patches and with some; their official sizes and names; which patches leave."""
 
+from math import ceil
+from pathlib import Path
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pydantic import ValidationError
+from transformers import AutoModelForImageClassification
 
+from duramen.problem import Problem
 from duramen.ssm.paths import arrivals, four_paths
+from duramen.tokens.schedule import kept_count, token_fraction
 from duramen.vision import PlainMambaConfig, PlainMambaForImageClassification, VimConfig, VimForImageClassification
+from duramen.vision.cost import patch_costs
+from duramen.vision.official import from_official, read_official
 from duramen.vision.patches import Patches, PatchReduction
 from oracles import vision as oracle
 
@@ -143,8 +152,6 @@ def test_as_many_stay_as_were_asked_for(patches, keep, cls):
     slots, valid = reduction._staying(scores, state, keep)
     assert valid is None
     after = state.after(slots, valid)
-    from math import ceil
-
     assert slots.shape[1] == ceil(keep * patches - 1e-9) + cls
     assert (slots[:, 1:] > slots[:, :-1]).all()
     if cls:
@@ -156,3 +163,140 @@ def test_as_many_stay_as_were_asked_for(patches, keep, cls):
             assert scores[row][gone].max() <= min(
                 [float(scores[row][place]) for place in after.positions[row] if place != state.extra], default=9
             )
+
+
+@pytest.mark.parametrize(
+    ("network", "names"),
+    [
+        (VimForImageClassification(VimConfig(**SMALL)), lambda key: key),
+        (
+            PlainMambaForImageClassification(
+                PlainMambaConfig(**SMALL | {"image_size": 16, "patch_size": 4}, stem=2, local=True, official_pairing=True, double_dt_bias=True)
+            ),
+            lambda key: key.replace("head.", "head.fc.") if key.startswith("head.") else f"backbone.{key}",
+        ),
+    ],
+    ids=["vim", "plainmamba"],
+)  # fmt: skip
+def test_official_files_open(network, names, tmp_path):
+    """By their published names; the file says the shape, and no code in it runs."""
+    network = network.eval()
+    state = {names(key): value for key, value in network.state_dict().items()}
+    torch.save({"model": state, "epoch": 3}, tmp_path / "official.pth")
+    opened = read_official(tmp_path / "official.pth")
+    assert {key: getattr(opened.config, key) for key in SMALL} == {key: getattr(network.config, key) for key in SMALL}
+    batch = images(size=network.config.image_size).float()
+    torch.testing.assert_close(opened(batch).logits, network(batch).logits, rtol=0, atol=0)
+    some = dict(list(state.items())[:-1]) | {names("layers.0.norm.what"): torch.ones(1)}
+    with pytest.raises(Problem, match=r"do not fit|have no"):
+        from_official(some)
+    with pytest.raises(Problem, match="neither Vim nor PlainMamba"):
+        from_official({"a": torch.ones(1)})
+    torch.save({"model": Path()}, tmp_path / "code.pth")
+    with pytest.raises(Problem, match="cannot be opened"):
+        read_official(tmp_path / "code.pth")
+
+
+@pytest.mark.parametrize("kind", ["vim", "plainmamba"])
+def test_folders_open_by_the_auto_class(kind, tmp_path):
+    network = made(kind, reduction={"sites": [1], "keep": [0.5]}).float()
+    network.save_pretrained(tmp_path)
+    opened = AutoModelForImageClassification.from_pretrained(tmp_path)
+    batch = images().float()
+    found = opened(batch)
+    assert found.positions.shape[1] < len(network.ranks)
+    torch.testing.assert_close(found.logits, network(batch).logits, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(("kind", "score"), [("vim", "write"), ("vim", "delta"), ("plainmamba", "write")])
+@torch.no_grad()
+def test_what_a_patch_writes_is_its_own(kind, score):
+    """Not that of the patch mirrored to it, as where the backward branch is left in its own order; with filters of one tap nothing leaks."""
+    network, batch = made(kind), torch.zeros(4, 3, 10, 10, dtype=torch.float64)
+    mixer = network.layers[0].mixer if kind == "vim" else network.layers[0].mamba
+    for conv in (mixer.conv1d, mixer.conv1d_b) if kind == "vim" else (mixer.conv2d,):
+        taps = conv.weight.data
+        middle = taps[..., -1:].clone() if kind == "vim" else taps[..., 1:2, 1:2].clone()
+        taps.zero_()
+        (taps[..., -1:] if kind == "vim" else taps[..., 1:2, 1:2]).copy_(middle)
+    patches, reduction, found = Patches.all_of(4, network.ranks, network.extra), PatchReduction(score=score), []
+    for strength in (0.0, 3.0):
+        for row, cell in enumerate((1, 7, 18, 23)):
+            top, left = 2 * (cell // 5), 2 * (cell % 5)
+            batch[row, :, top : top + 2, left : left + 2] = strength
+        found.append(reduction.scores(network.layers[0](network.embed(batch), patches, None, watch=True)[1], 0))
+    changed = found[1] != found[0]
+    changed = changed if network.extra is None else torch.cat([changed[:, : network.extra], changed[:, network.extra + 1 :]], 1)
+    assert [row.nonzero().flatten().tolist() for row in changed] == [[1], [7], [18], [23]]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    "settings", [{"score": "write"}, {"score": "clip"}, {"score": "delta"}, {"mass": 0.6}, {"kind": "merge"}], ids=str
+)
+@torch.no_grad()
+def test_batch_mates_and_their_order_change_nothing(kind, settings):
+    network, batch = made(kind), images(4)
+    network.config.reduction = {"sites": [0, 1], "keep": [0.6]} | settings
+    together, turned = network(batch), network(batch.flip(0))
+    for row in range(4):
+        alone = network(batch[row : row + 1])
+        kept = alone.positions.shape[1]
+        assert torch.equal(together.positions[row, :kept], alone.positions[0])
+        for other in (alone.logits[0], turned.logits[3 - row]):
+            torch.testing.assert_close(together.logits[row], other, rtol=1e-10, atol=1e-10)
+
+
+def test_merging_keeps_sums_and_order():
+    network, batch = made("vim"), images()
+    network.config.reduction = {"kind": "merge", "sites": [0, 1], "keep": [0.6]}
+    kept = {}
+    real = PatchReduction.leave
+    try:
+        PatchReduction.leave = lambda self, hidden, *rest: kept.setdefault(len(kept), (hidden, real(self, hidden, *rest)))[1]
+        found = network(batch)
+    finally:
+        PatchReduction.leave = real
+    for before, (after, patches) in kept.values():
+        sizes = torch.ones(before.shape[:2]) if before.shape[1] == 26 else kept[0][1][1].sizes
+        torch.testing.assert_close(
+            (after * patches.sizes[..., None]).sum(1), (before * sizes[..., None]).sum(1), rtol=1e-5, atol=1e-5
+        )
+        assert (patches.sizes.sum(1) == 26).all()
+        assert (patches.positions[:, 1:] > patches.positions[:, :-1]).all()
+        assert ((patches.positions == network.extra).sum(1) == 1).all()
+    assert found.representative.shape == (3, 25)
+
+
+def test_what_does_not_fit_is_said():
+    network, batch = made("vim"), images()
+    for reduction, words in (
+        ({"sites": [3]}, "Patches cannot leave after layer 3 of 4"),
+        ({"sites": [0, 1], "keep": [0.5, 0.5, 0.5]}, "3 shares do not fit 2 sites"),
+    ):
+        network.config.reduction = reduction
+        with pytest.raises(Problem, match=words):
+            network(batch)
+    for wrong in ({"keep": [0]}, {"keep": [1.2]}, {"sites": [2, 1]}, {"kind": "merge", "keep": [0.3]}):
+        with pytest.raises(ValidationError):
+            PatchReduction.model_validate(wrong)
+    with pytest.raises(Problem, match=r"Patches of 3 pixels do not fill an image of 10") as found:
+        VimForImageClassification(VimConfig(**SMALL | {"patch_size": 3}))
+    assert "9 or 12" in str(found.value.fix)
+    network.config.reduction = None
+    with pytest.raises(Problem, match="Images of 3x8x8 do not fit a model of 3x10x10"):
+        network(batch[:, :, :8, :8])
+    network.layers[1].mixer.D.data[0] = torch.nan
+    network.config.reduction = {"sites": [1], "score": "clip"}
+    with pytest.raises(Problem, match="importance after layer 1 is not finite"):
+        network(batch)
+
+
+def test_published_costs_and_schedules():
+    for width, giga in ((192, 1.53), (384, 5.32), (768, 19.7)):
+        with torch.device("meta"):
+            counted = patch_costs(VimForImageClassification(VimConfig(hidden_size=width)))
+        assert sum(counted.by_layer(197, {})) / 1e9 == pytest.approx(giga, rel=0.005)
+    assert token_fraction(24, {9: 0.8, 19: 0.8}) == pytest.approx(0.857, abs=5e-4)
+    assert token_fraction(24, {4: 0.8, 9: 0.8, 14: 0.8}) == pytest.approx(0.700, abs=5e-3)
+    assert [kept_count(count, 0.8) for count in (196, 157, 126)] == [157, 126, 101]

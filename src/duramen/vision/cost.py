@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
+from typing import Any
 
 from duramen.tokens.schedule import Costs
 from duramen.vision.plainmamba import PlainMambaConfig, PlainMambaForImageClassification
@@ -20,7 +21,7 @@ def patch_costs(model: VimForImageClassification | PlainMambaForImageClassificat
         model: Its config says what counts.
     """
     config = model.config
-    layers = [partial(_vim if isinstance(config, VimConfig) else _plainmamba, config)] * config.num_hidden_layers  # type: ignore[arg-type]
+    layers = [partial(_vim if isinstance(config, VimConfig) else _plainmamba, config)] * config.num_hidden_layers
     return Costs(layers, outside=_outside(model), unit="multiply-adds")
 
 
@@ -48,12 +49,12 @@ def _plainmamba(config: PlainMambaConfig, tokens: float) -> float:
     return tokens * (3 * config.hidden_size * inner + 4 * inner * SCAN * states) + told + grid * inner * config.kernel_size**2
 
 
-def _outside(model: VimForImageClassification | PlainMambaForImageClassification) -> float:
+def _outside(model: Any) -> float:
     """Patches, head, and the convolutions before the patches."""
-    config = model.config
+    config: Any = model.config
     head, cells = model.head.weight.numel(), config.side**2
     if isinstance(model, VimForImageClassification):
-        return head + cells * model.patch_embed.proj.weight.numel()
+        return float(head + cells * model.patch_embed.proj.weight.numel())
     stem = model.patch_embed
     found = head + cells * stem.projection.weight.numel()
     if hasattr(stem, "stem"):
@@ -62,4 +63,4 @@ def _outside(model: VimForImageClassification | PlainMambaForImageClassification
         ]
         found += (config.image_size // 2) ** 2 * sum(weights)
     first = model.layers[0].dw
-    return found + (0 if first is None else cells * first[0].weight.numel())  # type: ignore[index]
+    return float(found + (0 if first is None else cells * first[0].weight.numel()))

@@ -6,7 +6,7 @@ import gzip
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import torch
@@ -27,8 +27,13 @@ SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".gif", ".tif", ".tiff")
 class Images(Protocol):
     """A set of images."""
 
-    classes: tuple[str, ...]
-    labels: Int[Tensor, "N"]
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """Names."""
+
+    @property
+    def labels(self) -> Int[Tensor, "N"]:
+        """Number of the class of each."""
 
     def pixels(self, indices: Sequence[int]) -> UInt8[Tensor, "B c H W"]:
         """Some of them."""
@@ -183,7 +188,7 @@ def decode(file: Path, size: int, channels: int = 3) -> UInt8[Tensor, "c size si
     return torch.from_numpy(values.copy()).permute(2, 0, 1)
 
 
-def _pillow():  # type: ignore[no-untyped-def] # noqa: ANN202
+def _pillow() -> Any:
     try:
         from PIL import Image
     except ImportError as error:

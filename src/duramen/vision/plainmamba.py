@@ -9,6 +9,8 @@ bias of Δ is added twice (``double_dt_bias``). Models that are trained here hav
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import torch
 from huggingface_hub.dataclasses import strict
 from jaxtyping import Float, Int
@@ -46,6 +48,13 @@ class PlainMambaConfig(VisionConfig):
     double_dt_bias: bool = False
 
 
+@lru_cache(maxsize=8)
+def _ways(side: int, device: torch.device) -> tuple[Int[Tensor, "4 T"], Int[Tensor, "4 T"]]:
+    """Of the four paths through a grid: the step of every cell, and how each step was reached."""
+    paths = four_paths(side, side)
+    return paths.argsort(1).to(device), torch.stack([arrivals(path, side) for path in paths]).to(device)
+
+
 class PlainMambaMixer(nn.Module):
     """What a block adds to the stream."""
 
@@ -60,9 +69,6 @@ class PlainMambaMixer(nn.Module):
         self.A_log, self.D = nn.Parameter(torch.zeros(inner, states)), nn.Parameter(torch.ones(inner))
         self.out_proj = nn.Linear(inner, config.hidden_size)
         self.direction_Bs = nn.Parameter(torch.zeros(5, states))
-        paths = four_paths(config.side, config.side)
-        self.register_buffer("paths", paths, persistent=False)
-        self.register_buffer("reached", torch.stack([arrivals(path, config.side) for path in paths]), persistent=False)
 
     def forward(
         self, hidden: Float[Tensor, "B K D"], patches: Patches, reduction: PatchReduction | None, *, watch: bool
@@ -85,7 +91,7 @@ class PlainMambaMixer(nn.Module):
         side = self.config.side
         index = patches.positions.clamp_max(side * side)[..., None].expand(-1, -1, x.shape[2])
         grid = x.new_zeros(len(x), side * side + 1, x.shape[2]).scatter(1, index, x)[:, :-1]
-        y: Tensor = self.conv2d(grid.transpose(1, 2).unflatten(2, (side, side)))
+        y: Tensor = self.conv2d(grid.transpose(1, 2).reshape(len(x), -1, side, side))
         return y.flatten(2).transpose(1, 2)
 
     def _four_scans(
@@ -100,14 +106,14 @@ class PlainMambaMixer(nn.Module):
         reduction: PatchReduction | None,
     ) -> list[Seen]:
         """All four scans at once, as four times as many sequences; each one's y in the order of patches, and what it wrote for each of them."""
-        ranks = self.paths.argsort(1)
+        ranks, reached = _ways(self.config.side, here.device)
+        length = ranks.shape[1]
         times = ranks[:, here]
         if patches.valid is not None:
-            behind = self.paths.shape[1] + torch.arange(here.shape[1], device=here.device)
-            times = torch.where(patches.valid, times, behind)
+            times = torch.where(patches.valid, times, length + torch.arange(here.shape[1], device=here.device))
         times, slots = (each.flatten(0, 1) for each in times.sort(-1))
-        at = times.clamp_max(self.paths.shape[1] - 1)
-        reached = self.reached.repeat_interleave(len(here), 0).gather(1, at)
+        at = times.clamp_max(length - 1)
+        reached = reached.repeat_interleave(len(here), 0).gather(1, at)
         valid = None if patches.valid is None else patches.valid.repeat(4, 1).gather(1, slots)
         source = at if self.config.official_pairing else slots
 
@@ -120,7 +126,7 @@ class PlainMambaMixer(nn.Module):
             if self.config.official_pairing:
                 decays = fold_own(steps.repeat(4, 1, 1), at)
             else:
-                gap, _ = gaps(times, self.paths.shape[1])
+                gap, _ = gaps(times, length)
                 gap = gap if valid is None else gap * valid
                 decays = fold(writes, gap, removed_steps(reduction.gap_step, writes, bias, valid))
         toward = along(b, source) + self.direction_Bs[reached]
@@ -150,7 +156,8 @@ class PlainMambaLayer(nn.Module):
         added, seen = self.mamba(self.norm(hidden), patches, reduction, watch=watch)
         hidden = hidden + added
         if self.dw is not None:
-            hidden = self.dw(hidden.transpose(1, 2).unflatten(2, (self.side, self.side))).flatten(2).transpose(1, 2)
+            grid = hidden.transpose(1, 2).reshape(len(hidden), -1, self.side, self.side)
+            hidden = self.dw(grid).flatten(2).transpose(1, 2)
         return hidden, seen
 
 

@@ -21,7 +21,7 @@ from duramen.vision.patches import Patches, PatchReduction
 
 
 @strict
-class VisionConfig(PreTrainedConfig):
+class VisionConfig(PreTrainedConfig):  # type: ignore[misc]
     """What both architectures are told.
 
     Attributes:
@@ -63,7 +63,7 @@ class VisionConfig(PreTrainedConfig):
 
 
 @dataclass
-class ImageOutput(ModelOutput):
+class ImageOutput(ModelOutput):  # type: ignore[misc]
     """What a model says of images.
 
     Attributes:
@@ -81,7 +81,7 @@ class ImageOutput(ModelOutput):
     representative: Int[Tensor, "B P"] | None = None
 
 
-class VisionModel(PreTrainedModel):
+class VisionModel(PreTrainedModel):  # type: ignore[misc]
     """Embeds, runs the layers, lets patches leave, reads out; subclasses say how.
 
     Attributes:
@@ -136,7 +136,7 @@ class VisionModel(PreTrainedModel):
                 hidden, patches = reduction.leave(hidden, patches, seen, keep[index], index)
         hidden, logits = self.read(hidden, patches)
         loss = None if labels is None else nn.functional.cross_entropy(logits.float(), labels)
-        return ImageOutput(loss, logits, hidden, patches.positions, patches.of_grid)  # type: ignore[arg-type]
+        return ImageOutput(loss, logits, hidden, patches.positions, patches.of_grid)
 
     def _init_weights(self, module: nn.Module) -> None:
         """As Mamba's layers and vision transformers begin: small normal projections, steps from .001 to .1, decays from 1 to N."""
