@@ -94,7 +94,7 @@ def trained(name: str) -> torch.nn.Module:
 def _task(network: torch.nn.Module, teacher: torch.nn.Module | None = None) -> Classification:
     """All training images but the last 2,000, which decide which checkpoint is best."""
     images = open_images("fashion-mnist", "train", size=28, channels=1)
-    return Classification(network, images.part(slice(0, 58000)), images.part(slice(58000, None)), teacher)
+    return Classification(network, images.part(torch.arange(58000)), images.part(torch.arange(58000, 60000)), teacher)
 
 
 def reduced(dense: torch.nn.Module, cut: int, settings: dict[str, object], again: bool) -> torch.nn.Module:

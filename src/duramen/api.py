@@ -36,6 +36,7 @@ from duramen.opening import load
 from duramen.problem import Problem
 from duramen.recipe import Recipe, Step, dump_yaml, load_recipe, parse_settings
 from duramen.registry import get_method
+from duramen.report.images import write_image_report
 from duramen.report.page import write_report
 from duramen.rundir import BlockStore, RunDirectory, hash_file, hash_tokens, read_formats, write_json, write_text
 from duramen.shrink.groups import find_units, known_kinds
@@ -103,6 +104,11 @@ def run(
     """
     with ranks.joined():
         loaded = load_recipe(recipe, overrides)
+        if loaded.images is not None:
+            from duramen.vision.story import run_images
+
+            command = _command(recipe, model, out, overrides)
+            return run_images(loaded, model, Path(out), command=command, versions=versions(), progress=progress)
         _check_workers(loaded, workers, address)
         context, steps = _prepare(loaded, model, Path(out), allow_generic, progress)
         context.workers, context.address = workers, address
@@ -150,6 +156,13 @@ def _run(context: Context, steps: list[Step], model: str, command: str) -> dict[
 
 def _prepare(recipe: Recipe, model: str, out: Path, allow_generic: bool, progress: Progress) -> tuple[Context, list[Step]]:
     steps = recipe.resolved()
+    for step in steps:
+        if get_method(step.method).kind == "images":
+            raise Problem(
+                f"`{step.method}` needs images.",
+                why="this recipe has texts.",
+                fix="`images:` with `data: fashion-mnist`, or a folder, in the recipe.",
+            )
     source = ranks.shared(open_model(model) if ranks.leads() else None)
     Checkpoint(source)
     tokens = _tokens(recipe, source)
@@ -380,6 +393,12 @@ def plan(
         allow_generic: Whether to guess the layout of an unknown architecture.
     """
     loaded = load_recipe(recipe, overrides)
+    if loaded.images is not None:
+        raise Problem(
+            "Runs on images are not forecast.",
+            why="their steps train and measure, whose time is the settings' own.",
+            fix="`duramen run`; the same line again goes on where it stopped.",
+        )
     steps = loaded.resolved()
     opened = BlockModel.from_folder(open_model(model), allow_generic=allow_generic)
     head = {"recipe": loaded.name, "model": model, "family": opened.family.name, "blocks": len(opened.blocks)}
@@ -437,7 +456,8 @@ def export(form: str, model: str, out: str | Path, *, kind: str = "auto") -> dic
 def report(run_folder: str | Path) -> Path:
     """Writes ``report.html`` of a finished run anew from its ``results.json``."""
     folder = Path(run_folder)
-    return write_report(folder, load_results(folder))
+    results = load_results(folder)
+    return write_image_report(folder, results) if "images" in results else write_report(folder, results)
 
 
 def load_results(folder: Path) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -31,6 +31,27 @@ class Calibration(BaseModel):
     """GiB of activations to hold in memory; what exceeds them is kept on disk. Changes no result."""
 
 
+class ImageData(BaseModel):
+    """What models of images see."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+    data: str = "fashion-mnist"
+    """`fashion-mnist`, `shapes` (drawn), or a folder with `train` and `test`, in each of which every class has a subfolder."""
+    size: int = Field(default=28, ge=2)
+    """Height and width in pixels where the model is new; otherwise the model says it."""
+    channels: Literal[1, 3] = 1
+    """3 for colour, 1 for grey, where the model is new."""
+    train: int | None = Field(default=None, ge=2)
+    """The first so many training images of an embedded set; null for all."""
+    test: int | None = Field(default=None, ge=2)
+    """The same of test images."""
+    held_out: float = Field(default=0.03, gt=0, le=0.5)
+    """Share of the training images that are not trained on, by which the best checkpoint is chosen."""
+    corrupt: Literal["refuse", "skip"] = "refuse"
+    """What becomes of image files that cannot be read."""
+
+
 class Recipe(BaseModel):
     """A whole recipe, as resolved."""
 
@@ -44,6 +65,8 @@ class Recipe(BaseModel):
     """Type of forward passes; `auto` takes the fastest that this machine has."""
     calibration: Calibration = Calibration()
     """What the methods see."""
+    images: ImageData | None = None
+    """What they see instead, where the model reads images."""
     steps: tuple[dict[str, Any], ...] = Field(min_length=1)
     """Methods with their settings, in order."""
 
@@ -171,8 +194,8 @@ def _override(raw: dict[str, Any], override: str) -> dict[str, Any]:
     place, dot, name = key.partition(".")
     if not dot:
         return raw | {key: value}
-    if place == "calibration":
-        return raw | {"calibration": raw.get("calibration", {}) | {name: value}}
+    if place in ("calibration", "images"):
+        return raw | {place: raw.get(place, {}) | {name: value}}
     ids = [_step_id(step) for step in raw.get("steps", [])]
     if place not in ids:
         raise Problem(

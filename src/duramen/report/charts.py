@@ -5,11 +5,14 @@ from __future__ import annotations
 import base64
 import struct
 import zlib
+from collections.abc import Sequence
 from html import escape
 
 WIDTH, ROW, LEFT, RIGHT = 360, 34, 56, 64
 MAP_COLOUR = bytes.fromhex("3f88c5")
 """Of a full entry; seen on white and on black."""
+FADED = 40
+"""Opacity of what has left, of 255."""
 
 
 def range_chart(found: dict[str, dict[str, float]]) -> str:
@@ -107,9 +110,41 @@ def heat_map(values: list[list[float]], words: str) -> str:
     Returns:
         An ``<img>`` element.
     """
-    rows = b"".join(b"\0" + b"".join(MAP_COLOUR + bytes([round(255 * value**0.5)]) for value in row) for row in values)
-    header = struct.pack(">IIBBBBB", len(values[0]), len(values), 8, 6, 0, 0, 0)
-    parts = ((b"IHDR", header), (b"IDAT", zlib.compress(rows, 9)), (b"IEND", b""))
+    return _bitmap([[(*MAP_COLOUR, round(255 * value**0.5)) for value in row] for row in values], words)
+
+
+def photograph(pixels: list[list[list[int]]], words: str, *, there: list[list[bool]] | None = None) -> str:
+    """An image, where patches that are not ``there`` fade.
+
+    Args:
+        pixels: [c, H, W] with one or three channels, from 0 to 255.
+        words: What it shows, for those who do not see it.
+        there: For every patch, [rows, columns]; None for all.
+
+    Returns:
+        An ``<img>`` element.
+    """
+    channels = pixels * 3 if len(pixels) == 1 else pixels
+    height, width = len(channels[0]), len(channels[0][0])
+    faded = (
+        []
+        if there is None
+        else [[not there[y * len(there) // height][x * len(there[0]) // width] for x in range(width)] for y in range(height)]
+    )
+    return _bitmap(
+        [
+            [(*(channel[y][x] for channel in channels), FADED if faded and faded[y][x] else 255) for x in range(width)]
+            for y in range(height)
+        ],
+        words,
+    )
+
+
+def _bitmap(rows: Sequence[Sequence[tuple[int, ...]]], words: str) -> str:
+    """Rows of red, green, blue and opacity as an ``<img>`` element with a PNG in it."""
+    content = b"".join(b"\0" + bytes(value for pixel in row for value in pixel) for row in rows)
+    header = struct.pack(">IIBBBBB", len(rows[0]), len(rows), 8, 6, 0, 0, 0)
+    parts = ((b"IHDR", header), (b"IDAT", zlib.compress(content, 9)), (b"IEND", b""))
     chunks = (struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data)) for kind, data in parts)
     coded = base64.b64encode(b"\x89PNG\r\n\x1a\n" + b"".join(chunks)).decode()
     return f'<img class="map" alt="{escape(words)}" src="data:image/png;base64,{coded}">'

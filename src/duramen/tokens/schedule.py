@@ -95,3 +95,8 @@ def published_sites(layers: int) -> list[int]:
     first = {64: 12}.get(layers, min(FIRST, layers // 4))
     last = {64: 42, 48: 35}.get(layers, min(round(0.7 * layers), layers - 2))
     return list(range(first, last + 1, EVERY if layers >= 4 * EVERY else 1))
+
+
+def vision_sites(layers: int) -> list[int]:
+    """Where patches leave: after 5, 10 and 15 layers of 24, as in the published Vim-Small, and in the same places of deeper and shallower models."""
+    return sorted({max(0, round(layers * share / 24) - 1) for share in (5, 10, 15)})

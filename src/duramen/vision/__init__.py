@@ -8,3 +8,5 @@ from duramen.vision.vim import VimConfig, VimForImageClassification
 for _config, _model in ((VimConfig, VimForImageClassification), (PlainMambaConfig, PlainMambaForImageClassification)):
     AutoConfig.register(_config.model_type, _config, exist_ok=True)
     AutoModelForImageClassification.register(_config, _model, exist_ok=True)
+
+__all__ = ["PlainMambaConfig", "PlainMambaForImageClassification", "VimConfig", "VimForImageClassification"]

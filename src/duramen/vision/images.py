@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gzip
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -38,6 +38,9 @@ class Images(Protocol):
     def pixels(self, indices: Sequence[int]) -> UInt8[Tensor, "B c H W"]:
         """Some of them."""
 
+    def part(self, indices: Int[Tensor, "n"]) -> Images:
+        """A part of the set."""
+
 
 @dataclass(frozen=True)
 class Arrays:
@@ -51,7 +54,7 @@ class Arrays:
         """Some of them."""
         return self.values[list(indices)]
 
-    def part(self, indices: slice) -> Arrays:
+    def part(self, indices: Int[Tensor, "n"]) -> Arrays:
         """A part of the set."""
         return Arrays(self.values[indices], self.labels[indices], self.classes)
 
@@ -78,6 +81,10 @@ class Folder:
         """Some of them."""
         return torch.stack([decode(self.files[index], self.size, self.channels) for index in indices])
 
+    def part(self, indices: Int[Tensor, "n"]) -> Folder:
+        """A part of the set."""
+        return replace(self, files=tuple(self.files[index] for index in indices.tolist()), labels=self.labels[indices])
+
 
 def open_images(
     source: str, split: Split, *, size: int, channels: int = 3, corrupt: Corrupt = "refuse", count: int | None = None
@@ -98,7 +105,7 @@ def open_images(
     if source == "fashion-mnist":
         return _fashion(split, size, channels, count)
     if source == "shapes":
-        return shapes(count or (4000 if split == "train" else 1000), size, channels=channels, seed=split == "test")
+        return shapes(count or (4000 if split == "train" else 1000), size, channels=channels, seed=int(split == "test"))
     return _folder(Path(source), split, size, channels, corrupt)
 
 
@@ -158,6 +165,7 @@ def shapes(count: int, size: int, *, channels: int = 3, seed: int = 0) -> Arrays
 
 def _drawn(down: Tensor, right: Tensor) -> Tensor:
     """Every shape about every middle, bool [shapes, N, H, W]; coordinates are of its radius."""
+    down, right = down + torch.zeros_like(right), right + torch.zeros_like(down)
     far, near = torch.maximum(down.abs(), right.abs()), down.square() + right.square()
     stripes = [((each + 1) * 2.5).floor() % 2 == 0 for each in (down, right)]
     return torch.stack([

@@ -1,0 +1,256 @@
+"""The run of a recipe of images: its steps one after another on one classifier, each kept once it is finished, and a folder with a report in the end."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from duramen.assets import cache_folder
+from duramen.hardware.machine import describe, fastest_device, peak_memory
+from duramen.problem import Exit, Problem
+from duramen.recipe import ImageData, Recipe, Step, dump_yaml
+from duramen.registry import get_method
+from duramen.report.images import write_image_card, write_image_report
+from duramen.rundir import RunDirectory, hash_file, visible_files, write_json, write_text
+from duramen.vision.images import Images, normalised, open_images
+from duramen.vision.official import read_official
+from duramen.vision.studio import Studio
+
+NEW = "new"
+PROCESSOR = {
+    "image_processor_type": "ViTImageProcessor", "do_resize": True, "do_rescale": True, "rescale_factor": 1 / 255, "do_normalize": True,
+    "image_mean": [0.5], "image_std": [0.5], "resample": 3,
+}  # fmt: skip
+"""What the models here expect of an image: values from -1 to 1."""
+
+
+@dataclass
+class _Run:
+    """What the steps share."""
+
+    recipe: Recipe
+    images: ImageData
+    directory: RunDirectory
+    progress: Callable[[str, dict[str, Any]], None]
+
+    def tell(self, event: str, **fields: Any) -> None:
+        self.directory.log(event, **fields)
+        self.progress(event, fields)
+
+
+def run_images(
+    recipe: Recipe,
+    model: str,
+    out: Path,
+    *,
+    command: str,
+    versions: dict[str, str],
+    progress: Callable[[str, dict[str, Any]], None],
+) -> dict[str, Any]:
+    """Carries out a recipe of images, or goes on where an earlier run of the same line stopped.
+
+    Args:
+        recipe: With ``images``.
+        model: A folder, a file of official weights, or ``new``.
+        out: The run directory.
+        command: The line that is written down.
+        versions: Of the packages that decide a result.
+        progress: Called with events.
+
+    Returns:
+        The content of ``results.json``.
+
+    Raises:
+        Problem: On a user's mistake; what was finished is kept.
+    """
+    assert recipe.images is not None
+    run, steps = _Run(recipe, recipe.images, RunDirectory(out), progress), recipe.resolved()
+    if (out / "manifest.json").is_file():
+        run.tell("done", out=str(out), again=True)
+        return _results(out)
+    network = _opened(model)
+    lock = recipe.model_dump(mode="json", exclude={"calibration"}) | {"steps": [step.lock() for step in steps]}
+    run.directory.claim({"model": _hashes(model), "recipe": lock, "versions": versions})
+    for name, content in (("recipe.yaml", recipe.model_dump(mode="json", exclude={"calibration"})), ("recipe.lock.yaml", lock)):
+        if not (out / name).is_file():
+            write_text(out / name, dump_yaml(content))
+    results: dict[str, Any] = {
+        "schema": "duramen-results/1", "command": command, "recipe": recipe.name, "model": model, "machine": describe(),
+        "versions": versions, "images": recipe.images.model_dump(mode="json"), "steps": [], "evaluations": [], "exports": [],
+    }  # fmt: skip
+    studio = Studio(network, None, *_sets(run, network, steps), memo=lambda name, compute: compute(), folder=out)
+    for number, step in enumerate(steps):
+        run.tell("step", method=step.method, number=number, of=len(steps))
+        _carry_out(run, studio, step, f"step-{number:02d}-{step.id}", results)
+    if studio.network is None:
+        raise Problem("The recipe has made no model.", why="it begins with `new`.", fix="a step `train_images`.")
+    _finish(run, studio.network, model, results)
+    return _results(out)
+
+
+def _results(out: Path) -> dict[str, Any]:
+    return dict(json.loads((out / "results.json").read_text(encoding="utf-8")))
+
+
+def _carry_out(run: _Run, studio: Studio, step: Step, place: str, results: dict[str, Any]) -> None:
+    """One step, or what an earlier run kept of it."""
+    remember, folder = run.directory.memo(place), run.directory.state / place
+    studio.memo, studio.folder = remember, folder
+    studio.told = lambda done, loss: run.tell("trained", steps=done, loss=loss)
+    method, kept = get_method(step.method), folder / "model"
+    if method.kind != "images":
+        raise Problem(
+            f"`{step.method}` is no step for images.", why="the recipe has `images`, and this method reads text.",
+            fix="`train_images`, `patch_pruning` and `evaluate_images`; or a recipe without `images`.",
+        )  # fmt: skip
+    measures = step.method == "evaluate_images"
+    before = None if studio.network is None else _copy(studio.network)
+    if measures or not run.directory.remembers(place, "record"):
+        found = method.apply(studio, step.settings)
+        if not measures:
+            _save(studio.network, kept)
+            found["reopened"] = _reopened(studio, kept)
+            run.tell("saved", folder=str(kept), **found["reopened"])
+            remember("record", lambda: found)
+    else:
+        found = remember("record", dict)
+        studio.network = _load(kept)
+    if measures:
+        results["evaluations"].append(found)
+        return
+    results["steps"].append({"id": step.id, "method": step.method, "settings": step.lock(), "layers": []} | found)
+    if step.method == "patch_pruning" and studio.dense is None:
+        studio.dense = before
+
+
+def _copy(network: nn.Module) -> nn.Module:
+    import copy
+
+    return copy.deepcopy(network)
+
+
+def _opened(model: str) -> nn.Module | None:
+    """The model that a recipe begins with; None for none.
+
+    Raises:
+        Problem: If it is not there, or of another kind.
+    """
+    if model == NEW:
+        return None
+    place = Path(model)
+    trained = cache_folder() / "trained" / model
+    if place.suffix in (".pth", ".pt") and place.is_file():
+        official: nn.Module = read_official(place)
+        return official.to(fastest_device())
+    if place.is_dir() or trained.is_dir():
+        return _load(place if place.is_dir() else trained)
+    raise Problem(
+        f"There is no model of images `{model}`.", why="it is no folder, no file of official weights (`.pth`), and not `new`.",
+        fix="`new`, with a step `train_images`; or a folder that an earlier run wrote.",
+    )  # fmt: skip
+
+
+def _load(folder: Path) -> nn.Module:
+    from transformers import AutoConfig, AutoModelForImageClassification
+
+    config = AutoConfig.from_pretrained(folder)
+    if not str(config.model_type).startswith("duramen_"):
+        raise Problem(
+            f"{folder} is a {config.model_type}, whose patches cannot leave here.",
+            why="the places of patches on a path are known for Vim and PlainMamba only.",
+            fix="one of these; hierarchical models keep no sequence that could be shortened.",
+            code=Exit.INCOMPATIBLE,
+        )
+    network: nn.Module = AutoModelForImageClassification.from_pretrained(folder).eval()
+    return network.to(fastest_device())
+
+
+def _save(network: Any, folder: Path) -> None:
+    """Writes the folder of a model; it is there only once it is whole."""
+    partial = folder.with_name(f"{folder.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    network.save_pretrained(partial)
+    size, channels = network.config.image_size, network.config.num_channels
+    own = {key: value * channels for key, value in PROCESSOR.items() if isinstance(value, list)}
+    write_json(partial / "preprocessor_config.json", PROCESSOR | own | {"size": {"height": size, "width": size}})
+    shutil.rmtree(folder, ignore_errors=True)
+    partial.rename(folder)
+
+
+@torch.no_grad()
+def _reopened(studio: Studio, folder: Path) -> dict[str, Any]:
+    """Opens a folder anew and compares its logits on a few images.
+
+    Raises:
+        Problem: If they differ.
+    """
+    pixels = normalised(studio.test.pixels(range(min(4, len(studio.test.labels))))).to(fastest_device())
+    expected, found = (network(pixel_values=pixels).logits for network in (studio.network, _load(folder)))  # type: ignore[misc]
+    difference = float((found - expected).abs().max())
+    if difference > 1e-4 * float(expected.abs().max()):
+        raise Problem(
+            f"{folder} was reopened and its logits differ by {difference:.3g}.", why="the saved folder is not the model that was made.",
+            fix="please report this with the recipe.", code=Exit.CHECK_FAILED,
+        )  # fmt: skip
+    return {
+        "how": "transformers, once duramen.vision is imported",
+        "largest_difference": difference,
+        "largest_logit": float(expected.abs().max()),
+    }
+
+
+def _sets(run: _Run, network: nn.Module | None, steps: list[Step]) -> tuple[Images, Images, Images]:
+    """Images to learn from, to choose by and to measure on."""
+    images = run.images
+    config: Any = None if network is None else network.config
+    size, channels = (images.size, images.channels) if config is None else (config.image_size, config.num_channels)
+    options: dict[str, Any] = {"size": size, "channels": channels, "corrupt": images.corrupt}
+    test = open_images(images.data, "test", count=images.test, **options)
+    if not any(step.method == "train_images" for step in steps):
+        return test, test, test
+    whole = open_images(images.data, "train", count=images.train, **options)
+    count = len(whole.labels)
+    every = max(2, round(1 / images.held_out))
+    if count < every:
+        raise Problem(
+            f"{count} images leave none to set apart.",
+            why=f"one in {every} is, to choose the best checkpoint by.",
+            fix="more images.",
+        )
+    apart = torch.arange(count) % every == every - 1
+    return whole.part((~apart).nonzero().flatten()), whole.part(apart.nonzero().flatten()), test
+
+
+def _hashes(model: str) -> dict[str, str]:
+    place = Path(model)
+    if place.is_file():
+        return {place.name: hash_file(place)}
+    trained = cache_folder() / "trained" / model
+    folder = place if place.is_dir() else trained
+    return {file.name: hash_file(file) for file in sorted(folder.glob("*")) if file.suffix in (".json", ".safetensors")}
+
+
+def _finish(run: _Run, network: nn.Module, model: str, results: dict[str, Any]) -> None:
+    """Puts the model, its card, the report and the manifest into OUT."""
+    directory, final = run.directory, run.directory.state / "final"
+    _save(network, final)
+    for name, file in visible_files(final).items():
+        target = directory.out / name
+        target.unlink(missing_ok=True)
+        os.link(file, target)
+    results["peak_memory_bytes"] = peak_memory()
+    write_json(directory.out / "results.json", results)
+    write_image_card(directory.out, results)
+    write_image_report(directory.out, results)
+    directory.write_manifest(
+        parent={"model": model, "files": _hashes(model)}, versions=results["versions"], seed=run.recipe.seed
+    )
+    run.tell("done", out=str(directory.out), again=False)

@@ -1,0 +1,88 @@
+"""Training on images: a small Vim or PlainMamba from nothing, or a model as it is, with the patches that leave it."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+import torch
+from pydantic import Field
+
+from duramen.registry import Settings as MethodSettings
+from duramen.registry import method
+from duramen.train.loop import Schedule
+from duramen.vision.plainmamba import PlainMambaConfig, PlainMambaForImageClassification
+from duramen.vision.studio import Studio
+from duramen.vision.train import Classification, train_classifier
+from duramen.vision.vim import VimConfig, VimForImageClassification
+
+ARCHITECTURES: dict[str, tuple[Any, Any]] = {
+    "vim": (VimConfig, VimForImageClassification),
+    "plainmamba": (PlainMambaConfig, PlainMambaForImageClassification),
+}
+
+
+class Settings(MethodSettings):
+    """Settings of training."""
+
+    architecture: Literal["vim", "plainmamba"] = "vim"
+    """What is made where the recipe begins with `new`; a model that is there is trained as it is, with the patches that leave."""
+    width: Annotated[int, Field(ge=8)] = 48
+    """Of a new model: channels of the stream."""
+    layers: Annotated[int, Field(ge=1)] = 6
+    """Of a new model."""
+    patch: Annotated[int, Field(ge=1)] = 4
+    """Of a new model: pixels of a patch."""
+    state_size: Annotated[int, Field(ge=1)] = 4
+    """Of a new model: states per channel."""
+    steps: Annotated[int, Field(ge=1)] = 600
+    """How many."""
+    batch: Annotated[int, Field(ge=1)] = 128
+    """Images of a step."""
+    at_once: Annotated[int, Field(ge=1)] = 128
+    """Images that run together; fewer take less memory and give the same."""
+    learning_rate: Annotated[float, Field(gt=0)] = 3e-3
+    """Of AdamW at its height; about 5e-4 for a model that is trained already."""
+    warmup: Annotated[float, Field(ge=0, lt=1)] = 0.1
+    """Share of the steps in which the rate rises; then it falls to zero."""
+    clip: Annotated[float, Field(gt=0)] = 1.0
+    """Largest norm of a step's gradient."""
+    every: Annotated[int, Field(ge=1)] = 50
+    """Steps between checkpoints, at which the held-out loss is taken; the model is what it was at the best of them."""
+    mirror: bool = True
+    """Whether images are also learned mirrored."""
+    distill_weight: Annotated[float, Field(ge=0, le=1)] = 0.5
+    """Share of the divergence from the dense model in the loss, once patches leave."""
+    temperature: Annotated[float, Field(gt=0)] = 2.0
+    """By which both models' logits are divided in the divergence, which then counts its square."""
+    seed: int = 0
+    """Of the first weights, and of the order of images."""
+
+
+@method("train_images", title="Training on images", paper="arXiv 2401.09417, 2403.17695", kind="images", settings=Settings)
+def apply(studio: Studio, settings: Settings) -> dict[str, Any]:
+    """Makes or trains a classifier; see ``duramen.vision.train``."""
+    if studio.network is None:
+        config, model = ARCHITECTURES[settings.architecture]
+        torch.manual_seed(settings.seed)
+        _, channels, size, _ = studio.train.pixels([0]).shape
+        own = {"stem": None, "kernel_size": 3} if settings.architecture == "plainmamba" else {}
+        studio.network = model(
+            config(
+                hidden_size=settings.width, num_hidden_layers=settings.layers, image_size=size, patch_size=settings.patch,
+                num_channels=channels, state_size=settings.state_size, num_labels=len(studio.train.classes), **own,
+            )
+        )  # fmt: skip
+    schedule = Schedule(
+        settings.steps, settings.batch, settings.at_once, settings.warmup, settings.clip, settings.every, settings.seed
+    )
+    task = Classification(
+        studio.network, studio.train, studio.aside, studio.dense, settings.distill_weight, settings.temperature, settings.mirror
+    )
+    history = train_classifier(task, schedule, settings.learning_rate, folder=studio.folder, tell=studio.told)
+    return {
+        "training": {
+            "trained_parameters": sum(each.numel() for each in studio.network.parameters()), "learning_rate": settings.learning_rate,
+            "distilled": studio.dense is not None, "losses": history.losses, "held_out": history.held_out, "terms": history.terms,
+            "best": history.best,
+        }
+    }  # fmt: skip

@@ -1,0 +1,175 @@
+"""Images: sets that are what they should be, files of any kind and damaged ones, training that resumes to the bit, and a recipe from nothing to a report."""
+
+import json
+
+import pytest
+import torch
+from PIL import Image
+from transformers import AutoModelForImageClassification
+
+import duramen
+from duramen.problem import Problem
+from duramen.train.loop import Schedule
+from duramen.vision import VimConfig, VimForImageClassification
+from duramen.vision.images import SHAPES, open_images, shapes
+from duramen.vision.train import Classification, train_classifier
+
+RECIPE = {
+    "name": "shapes", "images": {"data": "shapes", "size": 16, "channels": 3, "train": 120, "test": 40, "held_out": 0.2},
+    "steps": [
+        {"method": "train_images", "id": "train", "width": 16, "layers": 3, "steps": 4, "every": 2, "batch": 16, "patch": 4},
+        {"method": "patch_pruning", "cut": 0.3},
+        {"method": "train_images", "id": "tune", "steps": 2, "every": 1, "batch": 16, "learning_rate": 5e-4},
+        {"method": "evaluate_images", "batches": [2]},
+    ],
+}  # fmt: skip
+
+
+def files(folder):
+    """Two classes of files of many kinds."""
+    for number, (name, mode, suffix) in enumerate(
+        [
+            ("cat", "RGB", "png"),
+            ("cat", "L", "jpg"),
+            ("cat", "CMYK", "jpg"),
+            ("dog", "RGBA", "png"),
+            ("dog", "P", "gif"),
+            ("dog", "I;16", "png"),
+        ]
+    ):
+        for split in ("train", "test"):
+            place = folder / split / name
+            place.mkdir(parents=True, exist_ok=True)
+            Image.new(mode, (20 + number, 30)).save(place / f"{number}.{suffix}")
+    return folder
+
+
+def test_shapes_are_told_apart_and_drawn_alike_each_time():
+    found = shapes(400, 32, seed=3)
+    assert torch.equal(found.values, shapes(400, 32, seed=3).values)
+    assert not torch.equal(found.values, shapes(400, 32, seed=4).values)
+    assert set(found.labels.tolist()) == set(range(len(SHAPES)))
+    strong = ((found.values == 255) | (found.values == 0)).all(1).flatten(1).float().mean(1)
+    assert 0.005 < float(strong.min()) < float(strong.max()) < 0.12, "most of an image says nothing"
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_files_of_any_kind_become_images(channels, tmp_path):
+    found = open_images(str(files(tmp_path)), "train", size=12, channels=channels)
+    assert found.classes == ("cat", "dog")
+    assert found.labels.tolist() == [0, 0, 0, 1, 1, 1]
+    assert found.pixels(range(6)).shape == (6, channels, 12, 12)
+    assert found.part(torch.tensor([4, 1])).labels.tolist() == [1, 0]
+    Image.linear_gradient("L").resize((40, 20)).save(tmp_path / "train" / "cat" / "0.png")
+    middle = open_images(str(tmp_path), "train", size=10, channels=1).pixels([0])[0, 0].float()
+    assert (middle[:, 0] - middle[:, -1]).abs().max() == 0
+    assert (middle[1:] > middle[:-1]).all()
+
+
+def test_damaged_files_are_named(tmp_path):
+    bad = files(tmp_path) / "train" / "dog" / "broken.jpg"
+    bad.write_bytes(b"no image")
+    with pytest.raises(Problem, match=r"broken\.jpg cannot be read as an image"):
+        open_images(str(tmp_path), "train", size=8)
+    assert len(open_images(str(tmp_path), "train", size=8, corrupt="skip").labels) == 6
+    for file in (tmp_path / "train" / "dog").iterdir():
+        file.write_bytes(b"")
+    with pytest.raises(Problem, match="fewer than two classes"):
+        open_images(str(tmp_path), "train", size=8, corrupt="skip")
+    (tmp_path / "one" / "cat").mkdir(parents=True)
+    with pytest.raises(Problem, match="one class of images"):
+        open_images(str(tmp_path / "one"), "test", size=8)
+    with pytest.raises(Problem, match="no classes of images"):
+        open_images(str(tmp_path / "nowhere"), "test", size=8)
+
+
+def test_training_resumes_to_the_bit_and_learns(tmp_path):
+    images = shapes(200, 16, seed=0)
+    train, aside = images.part(torch.arange(160)), images.part(torch.arange(160, 200))
+    config = VimConfig(hidden_size=16, num_hidden_layers=2, image_size=16, patch_size=4, state_size=4, num_labels=10)
+    config.reduction = {"sites": [0], "keep": [0.7]}
+    schedule = Schedule(40, batch=32, at_once=16, every=8)
+    states = []
+    for stops in ((), (8,)):
+        torch.manual_seed(0)
+        network = VimForImageClassification(config)
+
+        def tell(done, loss, stops=stops):
+            if done in stops:
+                raise KeyboardInterrupt
+
+        for again in range(1 + len(stops)):
+            try:
+                history = train_classifier(
+                    Classification(network, train, aside), schedule, 3e-3, folder=tmp_path / str(stops),
+                    tell=tell if not again else lambda done, loss: None,
+                )  # fmt: skip
+            except KeyboardInterrupt:
+                torch.manual_seed(0)
+                network = VimForImageClassification(config)
+        states.append(network.state_dict())
+    assert sum(history.losses[-8:]) < 0.99 * sum(history.losses[:8])
+    assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
+
+
+def test_from_nothing_to_a_report(tmp_path):
+    found = duramen.run(RECIPE, "new", tmp_path / "out")
+    assert [step["method"] for step in found["steps"]] == ["train_images", "patch_pruning", "train_images"]
+    macs = found["steps"][1]["macs"]
+    assert 1 - macs["reduced"] / macs["dense"] == pytest.approx(0.3, abs=0.03)
+    assert found["steps"][2]["training"]["distilled"]
+    measured = found["evaluations"][0]
+    assert measured["images"] == 40
+    assert set(measured["accuracy"]) == set(measured["speed"]) == {"before", "after"}
+    left = [cell for image in measured["shown"] for cell in image["left_after"]]
+    assert {None, *found["steps"][1]["reduction"]["sites"]} == set(left)
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert page.count('<img class="map"') == 8 * (1 + len(found["steps"][1]["reduction"]["sites"]))
+    assert "30% of the multiply-adds" in page
+    network = AutoModelForImageClassification.from_pretrained(tmp_path / "out")
+    assert network(torch.zeros(1, 3, 16, 16)).positions.shape[1] < 17
+    assert duramen.report(tmp_path / "out").read_text() == page
+    assert duramen.run(RECIPE, "new", tmp_path / "out") == found
+    manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
+    again = duramen.run(
+        RECIPE | {"steps": [*RECIPE["steps"][1:2], RECIPE["steps"][3]]}, str(tmp_path / "out"), tmp_path / "next"
+    )
+    assert (
+        manifest["files"]["model.safetensors"]
+        == json.loads((tmp_path / "next" / "manifest.json").read_text())["files"]["model.safetensors"]
+    )
+    assert again["evaluations"][0]["accuracy"]["after"]["samples"] == 40
+
+
+def test_a_run_of_images_goes_on_where_it_stopped(tmp_path, monkeypatch):
+    duramen.run(RECIPE, "new", tmp_path / "whole")
+    from duramen.vision import evaluate_images
+
+    monkeypatch.setattr(evaluate_images, "_speed", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        duramen.run(RECIPE, "new", tmp_path / "out")
+    monkeypatch.undo()
+    events = []
+    duramen.run(RECIPE, "new", tmp_path / "out", progress=lambda event, _: events.append(event))
+    assert "trained" not in events
+    assert (tmp_path / "out" / "model.safetensors").read_bytes() == (tmp_path / "whole" / "model.safetensors").read_bytes()
+
+
+def test_what_cannot_be_run_is_said(tmp_path):
+    out = tmp_path / "out"
+    for recipe, model, words in (
+        (RECIPE, "nothing", "no model of images `nothing`"),
+        (RECIPE | {"steps": RECIPE["steps"][1:]}, "new", "There is no model yet"),
+        (RECIPE | {"steps": [{"method": "rtn"}]}, "new", "`rtn` is no step for images"),
+        (RECIPE | {"images": RECIPE["images"] | {"size": 18}}, "new", "Patches of 4 pixels do not fill an image of 18"),
+        (RECIPE | {"images": RECIPE["images"] | {"train": 4}}, "new", "4 images leave none to set apart"),
+        (RECIPE | {"images": {"data": str(tmp_path / "nowhere")}}, "new", "no classes of images"),
+    ):
+        with pytest.raises(Problem, match=words):
+            duramen.run(recipe, model, out / words[:5])
+    with pytest.raises(Problem, match="are not forecast"):
+        duramen.plan(RECIPE, "new")
+    with pytest.raises(Problem, match="cannot be cut after the layers"):
+        duramen.run(
+            RECIPE | {"steps": [RECIPE["steps"][0], {"method": "patch_pruning", "cut": 0.9, "sites": [1]}]}, "new", out / "cut"
+        )
