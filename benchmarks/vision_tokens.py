@@ -100,7 +100,7 @@ def _task(network: torch.nn.Module, teacher: torch.nn.Module | None = None) -> C
 def reduced(dense: torch.nn.Module, cut: int, settings: dict[str, object], again: bool) -> torch.nn.Module:
     """A copy that saves a share of the multiply-adds."""
     network = copy.deepcopy(dense)
-    keep = solve_keep(patch_costs(network), SITES, cut / 100, tokens=sequence_length(network.config))
+    keep = solve_keep(patch_costs(network), SITES, cut / 100, tokens=sequence_length(network))
     network.config.reduction = {"sites": SITES, "keep": [keep]} | settings
     if again:
         train_classifier(_task(network, dense), AGAIN, RATE_AGAIN)

@@ -16,6 +16,7 @@ from duramen.tokens.schedule import kept_count, token_fraction
 from duramen.vision import PlainMambaConfig, PlainMambaForImageClassification, VimConfig, VimForImageClassification
 from duramen.vision.cost import patch_costs
 from duramen.vision.official import from_official, read_official
+from duramen.vision.opening import tokens_outside
 from duramen.vision.patches import Patches, PatchReduction
 from oracles import vision as oracle
 
@@ -116,7 +117,7 @@ def test_all_kept_is_dense_and_packing_without_gaps_is_a_shorter_sequence(kind):
         network.config.reduction = {"sites": [1], "keep": [0.5], "gap_step": "hold", "aligned": False}
         found = network(batch)
         hidden = network.embed(batch)
-        whole = Patches.all_of(3, network.ranks, network.extra)
+        whole = Patches.all_of(3, network.ranks, tokens_outside(network))
         for layer in network.layers[:2]:
             hidden, _ = layer(hidden, whole, None)
         hidden = hidden.gather(1, found.positions[..., None].expand(-1, -1, 16))
@@ -147,7 +148,7 @@ def test_official_sizes(model, config, count):
 def test_as_many_stay_as_were_asked_for(patches, keep, cls):
     length = patches + cls
     reduction = PatchReduction(sites=(0,), keep=(keep,))
-    state = Patches.all_of(2, torch.arange(length), length // 2 if cls else None)
+    state = Patches.all_of(2, torch.arange(length), [length // 2] * cls)
     scores = torch.randn(2, length).round(decimals=1)
     slots, valid = reduction._staying(scores, state, keep)
     assert valid is None
@@ -161,7 +162,7 @@ def test_as_many_stay_as_were_asked_for(patches, keep, cls):
         gone = [place for place in range(length) if place not in after.positions[row].tolist()]
         if gone:
             assert scores[row][gone].max() <= min(
-                [float(scores[row][place]) for place in after.positions[row] if place != state.extra], default=9
+                [float(scores[row][place]) for place in after.positions[row] if not state.extra[place]], default=9
             )
 
 
@@ -219,7 +220,7 @@ def test_what_a_patch_writes_is_its_own(kind, score):
         middle = taps[..., -1:].clone() if kind == "vim" else taps[..., 1:2, 1:2].clone()
         taps.zero_()
         (taps[..., -1:] if kind == "vim" else taps[..., 1:2, 1:2]).copy_(middle)
-    patches, reduction, found = Patches.all_of(4, network.ranks, network.extra), PatchReduction(score=score), []
+    patches, reduction, found = Patches.all_of(4, network.ranks, tokens_outside(network)), PatchReduction(score=score), []
     for strength in (0.0, 3.0):
         for row, cell in enumerate((1, 7, 18, 23)):
             top, left = 2 * (cell // 5), 2 * (cell % 5)

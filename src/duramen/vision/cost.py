@@ -1,33 +1,54 @@
-"""What an image costs a state-space model, in multiply-adds, layer by layer; as the published counts have it (method sheet, 2.5), a scan takes 4.5 per channel and state."""
+"""What an image costs, in multiply-adds, layer by layer; as published counts have it, a scan takes 4.5 per channel and state."""
 
 from __future__ import annotations
 
 from functools import partial
 from typing import Any
 
+from torch import nn
+
 from duramen.tokens.schedule import Costs
-from duramen.vision.plainmamba import PlainMambaConfig, PlainMambaForImageClassification
+from duramen.vision.opening import side, tokens_outside
+from duramen.vision.plainmamba import PlainMambaConfig
 from duramen.vision.stream import VisionConfig
 from duramen.vision.vim import VimConfig, VimForImageClassification
+from duramen.vision.vit import transformer_layers
 
 SCAN = 4.5
 """Multiply-adds of one step of a scan, per channel and state."""
 
 
-def patch_costs(model: VimForImageClassification | PlainMambaForImageClassification) -> Costs:
+def patch_costs(network: Any) -> Costs:
     """Of every layer by its tokens, and of all that runs whatever leaves.
 
     Args:
-        model: Its config says what counts.
+        network: A Vim, a PlainMamba, or a transformer of ``duramen.vision.vit``.
     """
-    config = model.config
-    layers = [partial(_vim if isinstance(config, VimConfig) else _plainmamba, config)] * config.num_hidden_layers
-    return Costs(layers, outside=_outside(model), unit="multiply-adds")
+    config = network.config
+    if isinstance(config, VimConfig | PlainMambaConfig):
+        of_layer = partial(_vim if isinstance(config, VimConfig) else _plainmamba, config)
+        return Costs([of_layer] * config.num_hidden_layers, outside=_outside(network), unit="multiply-adds")
+    layers, _ = transformer_layers(network)
+    inside = {id(each) for layer in layers for each in layer.modules()}
+    rest = [each for each in network.modules() if id(each) not in inside]
+    once = sum(each.weight.numel() for each in rest if isinstance(each, nn.Linear))
+    patches = sum(each.weight.numel() for each in rest if isinstance(each, nn.Conv2d))
+    each_layer = [partial(_transformer, _weights(layer), config.hidden_size) for layer in layers]
+    return Costs(each_layer, outside=once + side(network) ** 2 * patches, unit="multiply-adds")
 
 
-def sequence_length(config: VisionConfig) -> int:
+def sequence_length(network: Any) -> int:
     """Tokens of an image."""
-    return config.side**2 + isinstance(config, VimConfig)
+    return side(network) ** 2 + len(tokens_outside(network))
+
+
+def _weights(layer: nn.Module) -> int:
+    return sum(each.weight.numel() for each in layer.modules() if isinstance(each, nn.Linear))
+
+
+def _transformer(weights: int, width: int, tokens: float) -> float:
+    """Every weight once per token, and attention's two products."""
+    return tokens * weights + 2 * tokens**2 * width
 
 
 def _inner(config: VisionConfig) -> tuple[int, int, int]:

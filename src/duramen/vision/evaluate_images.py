@@ -15,6 +15,7 @@ from duramen.hardware.clock import repeated
 from duramen.registry import Settings as MethodSettings
 from duramen.registry import method
 from duramen.vision.images import Images, normalised
+from duramen.vision.opening import positions_left, set_reduction, side, tokens_outside
 from duramen.vision.studio import Studio
 from duramen.vision.train import right
 
@@ -75,23 +76,24 @@ def _speed(network: nn.Module, images: Images, batches: tuple[int, ...]) -> list
 def _shown(network: Any, images: Images) -> list[dict[str, Any]]:
     """Of the first images: pixels, class and answer, and after which layer every patch left; None for those that stayed."""
     chosen = list(range(min(SHOWN, len(images.labels))))
-    pixels, reduction = images.pixels(chosen), network.config.reduction
-    answers = network(pixel_values=normalised(pixels).to(network.device)).logits.argmax(-1).tolist()
-    cells = network.config.side**2
-    left: list[list[int | None]] = [[None] * cells for _ in chosen]
+    pixels, outside = images.pixels(chosen), tokens_outside(network)
+    reduction: dict[str, Any] | None = getattr(network.config, "reduction", None)
+    seen = normalised(pixels).to(network.device)
+    answers, names = network(pixel_values=seen).logits.argmax(-1).tolist(), images.classes
+    length = side(network) ** 2 + len(outside)
+    left: list[dict[int, int]] = [{} for _ in chosen]
     for count in range(len(reduction["sites"]) if reduction else 0, 0, -1):
-        network.config.reduction = reduction | {
-            "sites": reduction["sites"][:count],
-            "keep": reduction["keep"][:count] if len(reduction["keep"]) > 1 else reduction["keep"],
-        }
-        positions = network(pixel_values=normalised(pixels).to(network.device)).positions
-        for row, there in enumerate(positions.tolist()):
-            stays = {place - (network.extra is not None and place > network.extra) for place in there if place != network.extra}
-            for cell in set(range(cells)) - stays:
-                left[row][cell] = reduction["sites"][count - 1]
-    network.config.reduction = reduction
-    names = images.classes
+        assert reduction is not None
+        keep = reduction["keep"] if len(reduction["keep"]) == 1 else reduction["keep"][:count]
+        set_reduction(network, reduction | {"sites": reduction["sites"][:count], "keep": keep})
+        for row, there in enumerate(positions_left(network, seen).tolist()):
+            left[row] |= dict.fromkeys(set(range(length)) - set(there), reduction["sites"][count - 1])
+    set_reduction(network, reduction)
+    patches = [place for place in range(length) if place not in outside]
     return [
-        {"pixels": each.tolist(), "class": names[int(images.labels[row])], "answer": names[answers[row]], "left_after": left[row]}
+        {
+            "pixels": each.tolist(), "class": names[int(images.labels[row])], "answer": names[answers[row]],
+            "left_after": [left[row].get(place) for place in patches],
+        }
         for row, each in enumerate(pixels)
     ]  # fmt: skip

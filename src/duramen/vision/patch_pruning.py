@@ -9,6 +9,7 @@ from pydantic import Field
 from duramen.registry import method
 from duramen.tokens.schedule import solve_keep, vision_sites
 from duramen.vision.cost import patch_costs, sequence_length
+from duramen.vision.opening import set_reduction
 from duramen.vision.patches import PatchReduction
 from duramen.vision.studio import Studio
 
@@ -29,14 +30,14 @@ def apply(studio: Studio, settings: Settings) -> dict[str, Any]:
     Raises:
         Problem: If there is no model yet, or so much cannot be saved.
     """
-    network: Any = studio.model
+    network = studio.model
     layers = network.config.num_hidden_layers
     sites = settings.sites or tuple(vision_sites(layers))
-    prompt, length = patch_costs(network), sequence_length(network.config)
+    prompt, length = patch_costs(network), sequence_length(network)
     keep = settings.keep or (solve_keep(prompt, sites, settings.cut, tokens=length),)
     reduction = PatchReduction.model_validate(settings.model_dump(exclude={"cut"}) | {"sites": sites, "keep": keep})
     shares = reduction.by_layer(layers)
-    network.config.reduction = reduction.model_dump(mode="json")
+    set_reduction(network, reduction.model_dump(mode="json"))
     dense = prompt.total(length, {})
     return {
         "reduction": network.config.reduction, "tokens": length, "macs": {"dense": dense, "reduced": prompt.total(length, shares)},

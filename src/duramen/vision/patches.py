@@ -38,7 +38,7 @@ class Patches:
         sizes: How many tokens each stands for, [B, K].
         representative: For every token of the first sequence, the slot that stands for it, [B, T].
         ranks: The step of every place on the way by which nearness is meant, [T].
-        extra: The place of the class token, if there is one.
+        extra: Which places hold no patch, as that of a class token, bool [T].
     """
 
     positions: Int[Tensor, "B K"]
@@ -46,13 +46,15 @@ class Patches:
     sizes: Float[Tensor, "B K"]
     representative: Int[Tensor, "B T"]
     ranks: Int[Tensor, "T"]
-    extra: int | None = None
+    extra: Bool[Tensor, "T"]
 
     @classmethod
-    def all_of(cls, batch: int, ranks: Int[Tensor, "T"], extra: int | None = None) -> Patches:
-        """Sequences of which nothing has left."""
+    def all_of(cls, batch: int, ranks: Int[Tensor, "T"], extra: Sequence[int] = ()) -> Patches:
+        """Sequences of which nothing has left, with no patch at the places ``extra``."""
         places = torch.arange(len(ranks), device=ranks.device).expand(batch, -1)
-        return cls(places, None, torch.ones(places.shape, device=ranks.device), places, ranks, extra)
+        outside = torch.zeros_like(ranks, dtype=torch.bool)
+        outside[list(extra)] = True
+        return cls(places, None, torch.ones(places.shape, device=ranks.device), places, ranks, outside)
 
     @property
     def whole(self) -> bool:
@@ -62,9 +64,13 @@ class Patches:
     @property
     def of_grid(self) -> Int[Tensor, "B P"]:
         """The slots that stand for the patches of the grid, without the class token."""
-        if self.extra is None:
-            return self.representative
-        return torch.cat([self.representative[:, : self.extra], self.representative[:, self.extra + 1 :]], 1)
+        return self.representative[:, ~self.extra]
+
+    @property
+    def is_extra(self) -> Bool[Tensor, "B K"]:
+        """Which tokens are no patches."""
+        inside = self.positions < len(self.ranks)
+        return inside & self.extra[torch.where(inside, self.positions, 0)]
 
     def after(self, slots: Int[Tensor, "B K"], valid: Bool[Tensor, "B K"] | None) -> Patches:
         """What is left if only these slots stay, rising; those that are not ``valid`` are padding."""
@@ -75,17 +81,13 @@ class Patches:
         return replace(self, positions=positions, valid=valid, sizes=sizes, representative=self._nearest(positions, valid))
 
     def _nearest(self, positions: Tensor, valid: Tensor | None) -> Int[Tensor, "B T"]:
-        """For every place the slot that is nearest on the way; the class token stands for itself alone."""
-        steps = self.ranks[positions.clamp_max(len(self.ranks) - 1)]
-        apart = (self.ranks[None, :, None] - steps[:, None]).abs()
-        other = torch.zeros_like(positions, dtype=torch.bool) if valid is None else ~valid
-        far = torch.iinfo(apart.dtype).max
-        if self.extra is not None:
-            cls = positions == self.extra
-            found = apart.masked_fill((other | cls)[:, None], far).argmin(-1)
-            found[:, self.extra] = cls.to(torch.int8).argmax(-1)
-            return found
-        return apart.masked_fill(other[:, None], far).argmin(-1)
+        """For every place the slot that is nearest on the way; what is no patch stands for itself alone."""
+        there = positions.clamp_max(len(self.ranks) - 1)
+        apart = (self.ranks[None, :, None] - self.ranks[there][:, None]).abs()
+        other = self.extra[None, :, None] != self.extra[there][:, None]
+        if valid is not None:
+            other = other | ~valid[:, None]
+        return apart.masked_fill(other, torch.iinfo(apart.dtype).max).argmin(-1)
 
 
 class PatchReduction(MethodSettings):
@@ -93,8 +95,8 @@ class PatchReduction(MethodSettings):
 
     kind: Literal["top", "random", "merge"] = "top"
     """`top` drops the least important patches, `random` any; `merge` joins every second patch to the one of the others that it is most like (ToMe's way, in order)."""
-    score: Score = "write"
-    """How important a patch is: by what it writes into the scans (`write`), its steps alone (`delta`), or what comes out (`clip`, the published one, `l1`, `l2`, `sum`)."""
+    score: Score | Literal["attention"] = "write"
+    """How important a patch is: by what it writes into the scans, or in a transformer into the class token (`write`); by its steps alone (`delta`) or what comes out of the scans (`clip`, the published one, `l1`, `l2`, `sum`); in a transformer by how much the class token looks at it (`attention`)."""
     sites: tuple[Annotated[int, Field(ge=0)], ...] = ()
     """Layers after which patches leave, from 0."""
     keep: tuple[Annotated[float, Field(gt=0, le=1)], ...] = (0.8,)
@@ -145,30 +147,32 @@ class PatchReduction(MethodSettings):
         """Importance of every token, from what each path's scan made of it, in the order of tokens.
 
         Raises:
-            Problem: If one is not finite.
+            Problem: If the score is one of transformers, or not finite.
         """
+        if self.score == "attention":
+            raise Problem("A scan has no attention.", why="`score: attention` is for transformers.", fix="`score: write`.")
         if self.score in ("delta", "write") or self.kind == "random":
             kind: Score = "random" if self.kind == "random" else self.score
             found = torch.stack([importance(kind, **each._asdict(), seed=seed) for each in seen]).sum(0)
         else:
             outputs = torch.stack([each.outputs.float() for each in seen]).sum(0)
             found = importance(self.score, **seen[0]._replace(outputs=outputs)._asdict())
-        if not bool(found.isfinite().all()):
-            raise Problem(
-                f"A patch's importance after layer {seed} is not finite.",
-                why="the scan of that layer overflowed, or the model's weights are damaged.",
-                fix="run in float32, and look for damaged weights.",
-                code=Exit.CHECK_FAILED,
-            )
+        check_scores(found, seed)
         return found
 
     def leave(
         self, hidden: Float[Tensor, "B K D"], patches: Patches, seen: Sequence[Seen], keep: float, layer: int
     ) -> tuple[Float[Tensor, "B k D"], Patches]:
-        """What is left after a site."""
+        """What is left of a state-space model's stream after a site."""
         if self.kind == "merge":
-            return self._merged(hidden, patches, keep)
-        slots, valid = self._staying(self.scores(seen, layer), patches, keep)
+            return self.merged(hidden, hidden, patches, keep)
+        return self.staying(hidden, self.scores(seen, layer), patches, keep)
+
+    def staying(
+        self, hidden: Float[Tensor, "B K D"], scores: Float[Tensor, "B K"], patches: Patches, keep: float
+    ) -> tuple[Float[Tensor, "B k D"], Patches]:
+        """The patches of the largest scores, and what is no patch."""
+        slots, valid = self._staying(scores, patches, keep)
         kept = hidden.gather(1, slots[..., None].expand(-1, -1, hidden.shape[2]))
         return kept if valid is None else kept * valid[..., None], patches.after(slots, valid)
 
@@ -179,8 +183,7 @@ class PatchReduction(MethodSettings):
         ranked = scores.clone()
         if patches.valid is not None:
             ranked[~patches.valid] = -torch.inf
-        if patches.extra is not None:
-            ranked[patches.positions == patches.extra] = torch.inf
+        ranked[patches.is_extra] = torch.inf
         order = ranked.argsort(dim=1, descending=True, stable=True)
         counts = self._counts(ranked, order, keep)
         most = int(counts.max())
@@ -201,16 +204,17 @@ class PatchReduction(MethodSettings):
         below = (parts < self.mass * parts[:, -1:]) & sorted_scores.isfinite()
         return torch.minimum(below.sum(1) + 1, patches) + extra
 
-    def _merged(self, hidden: Tensor, patches: Patches, keep: float) -> tuple[Tensor, Patches]:
-        """Every second patch looks for the one of the others that it is most like, and the pairs that are nearest become one; the mean is weighted by sizes."""
+    def merged(
+        self, hidden: Float[Tensor, "B K D"], features: Float[Tensor, "B K d"], patches: Patches, keep: float
+    ) -> tuple[Float[Tensor, "B k D"], Patches]:
+        """Every second patch looks for the one of the others that it is most like by its features, and the pairs that are nearest become one; the mean is weighted by sizes."""
         rows, kept = [], []
         for row, places in enumerate(patches.positions):
-            extra = places == patches.extra if patches.extra is not None else torch.zeros_like(places, dtype=torch.bool)
+            extra = patches.is_extra[row]
             count = int((~extra).sum())
             alternate = (torch.arange(len(places), device=places.device) % 2).float()
-            pairs = match(
-                alternate, hidden[row].detach(), count - kept_count(count, keep), protected=extra, into_protected=False
-            )
+            leaving = count - kept_count(count, keep)
+            pairs = match(alternate, features[row].detach(), leaving, protected=extra, into_protected=False)
             before = Kept(places, patches.sizes[row], patches.representative[row])
             rows.append(reduce(hidden[row], pairs, sizes=before.sizes))
             kept.append(before.without(pairs))
@@ -219,4 +223,15 @@ class PatchReduction(MethodSettings):
             positions=torch.stack([each.positions for each in kept]),
             sizes=torch.stack([each.sizes for each in kept]),
             representative=torch.stack([each.representative for each in kept]),
+        )
+
+
+def check_scores(scores: Tensor, layer: int) -> None:
+    """Stops on importance that is not finite."""
+    if not bool(scores.isfinite().all()):
+        raise Problem(
+            f"A patch's importance after layer {layer} is not finite.",
+            why="that layer overflowed, or the model's weights are damaged.",
+            fix="run in float32, and look for damaged weights.",
+            code=Exit.CHECK_FAILED,
         )

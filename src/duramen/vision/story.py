@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import shutil
@@ -13,7 +14,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from duramen.assets import cache_folder
 from duramen.hardware.machine import describe, fastest_device, peak_memory
 from duramen.problem import Exit, Problem
 from duramen.recipe import ImageData, Recipe, Step, dump_yaml
@@ -22,6 +22,7 @@ from duramen.report.images import write_image_card, write_image_report
 from duramen.rundir import RunDirectory, hash_file, visible_files, write_json, write_text
 from duramen.vision.images import Images, normalised, open_images
 from duramen.vision.official import read_official
+from duramen.vision.opening import load_classifier, set_reduction
 from duramen.vision.studio import Studio
 
 NEW = "new"
@@ -86,7 +87,8 @@ def run_images(
         "schema": "duramen-results/1", "command": command, "recipe": recipe.name, "model": model, "machine": describe(),
         "versions": versions, "images": recipe.images.model_dump(mode="json"), "steps": [], "evaluations": [], "exports": [],
     }  # fmt: skip
-    studio = Studio(network, None, *_sets(run, network, steps), memo=lambda name, compute: compute(), folder=out)
+    dense = _dense(network) if network is not None and getattr(network.config, "reduction", None) else None
+    studio = Studio(network, dense, *_sets(run, network, steps), memo=lambda name, compute: compute(), folder=out)
     for number, step in enumerate(steps):
         run.tell("step", method=step.method, number=number, of=len(steps))
         _carry_out(run, studio, step, f"step-{number:02d}-{step.id}", results)
@@ -112,7 +114,8 @@ def _carry_out(run: _Run, studio: Studio, step: Step, place: str, results: dict[
             fix="`train_images`, `patch_pruning` and `evaluate_images`; or a recipe without `images`.",
         )  # fmt: skip
     measures = step.method == "evaluate_images"
-    before = None if studio.network is None else _copy(studio.network)
+    if step.method == "patch_pruning" and studio.dense is None and studio.network is not None:
+        studio.dense = _dense(studio.network)
     if measures or not run.directory.remembers(place, "record"):
         found = method.apply(studio, step.settings)
         if not measures:
@@ -122,19 +125,20 @@ def _carry_out(run: _Run, studio: Studio, step: Step, place: str, results: dict[
             remember("record", lambda: found)
     else:
         found = remember("record", dict)
-        studio.network = _load(kept)
+        studio.network = load_classifier(kept)
     if measures:
         results["evaluations"].append(found)
         return
     results["steps"].append({"id": step.id, "method": step.method, "settings": step.lock(), "layers": []} | found)
-    if step.method == "patch_pruning" and studio.dense is None:
-        studio.dense = before
 
 
-def _copy(network: nn.Module) -> nn.Module:
-    import copy
-
-    return copy.deepcopy(network)
+def _dense(network: Any) -> nn.Module:
+    """A copy of which no patch leaves."""
+    reduction = getattr(network.config, "reduction", None)
+    set_reduction(network, None)
+    found: nn.Module = copy.deepcopy(network)
+    set_reduction(network, reduction)
+    return found
 
 
 def _opened(model: str) -> nn.Module | None:
@@ -146,31 +150,16 @@ def _opened(model: str) -> nn.Module | None:
     if model == NEW:
         return None
     place = Path(model)
-    trained = cache_folder() / "trained" / model
     if place.suffix in (".pth", ".pt") and place.is_file():
         official: nn.Module = read_official(place)
         return official.to(fastest_device())
-    if place.is_dir() or trained.is_dir():
-        return _load(place if place.is_dir() else trained)
+    if place.is_dir():
+        opened: nn.Module = load_classifier(place)
+        return opened
     raise Problem(
         f"There is no model of images `{model}`.", why="it is no folder, no file of official weights (`.pth`), and not `new`.",
         fix="`new`, with a step `train_images`; or a folder that an earlier run wrote.",
     )  # fmt: skip
-
-
-def _load(folder: Path) -> nn.Module:
-    from transformers import AutoConfig, AutoModelForImageClassification
-
-    config = AutoConfig.from_pretrained(folder)
-    if not str(config.model_type).startswith("duramen_"):
-        raise Problem(
-            f"{folder} is a {config.model_type}, whose patches cannot leave here.",
-            why="the places of patches on a path are known for Vim and PlainMamba only.",
-            fix="one of these; hierarchical models keep no sequence that could be shortened.",
-            code=Exit.INCOMPATIBLE,
-        )
-    network: nn.Module = AutoModelForImageClassification.from_pretrained(folder).eval()
-    return network.to(fastest_device())
 
 
 def _save(network: Any, folder: Path) -> None:
@@ -193,7 +182,7 @@ def _reopened(studio: Studio, folder: Path) -> dict[str, Any]:
         Problem: If they differ.
     """
     pixels = normalised(studio.test.pixels(range(min(4, len(studio.test.labels))))).to(fastest_device())
-    expected, found = (network(pixel_values=pixels).logits for network in (studio.network, _load(folder)))  # type: ignore[misc]
+    expected, found = (network(pixel_values=pixels).logits for network in (studio.network, load_classifier(folder)))  # type: ignore[misc]
     difference = float((found - expected).abs().max())
     if difference > 1e-4 * float(expected.abs().max()):
         raise Problem(
@@ -214,6 +203,12 @@ def _sets(run: _Run, network: nn.Module | None, steps: list[Step]) -> tuple[Imag
     size, channels = (images.size, images.channels) if config is None else (config.image_size, config.num_channels)
     options: dict[str, Any] = {"size": size, "channels": channels, "corrupt": images.corrupt}
     test = open_images(images.data, "test", count=images.test, **options)
+    if config is not None and config.num_labels != len(test.classes):
+        raise Problem(
+            f"The model tells {config.num_labels} classes apart, and the images have {len(test.classes)}.",
+            why="its answers would be counted against other classes.",
+            fix="the images that it was trained on, or `new`.",
+        )
     if not any(step.method == "train_images" for step in steps):
         return test, test, test
     whole = open_images(images.data, "train", count=images.train, **options)
@@ -233,9 +228,7 @@ def _hashes(model: str) -> dict[str, str]:
     place = Path(model)
     if place.is_file():
         return {place.name: hash_file(place)}
-    trained = cache_folder() / "trained" / model
-    folder = place if place.is_dir() else trained
-    return {file.name: hash_file(file) for file in sorted(folder.glob("*")) if file.suffix in (".json", ".safetensors")}
+    return {file.name: hash_file(file) for file in sorted(place.glob("*")) if file.suffix in (".json", ".safetensors")}
 
 
 def _finish(run: _Run, network: nn.Module, model: str, results: dict[str, Any]) -> None:

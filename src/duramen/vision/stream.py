@@ -129,7 +129,7 @@ class VisionModel(PreTrainedModel):  # type: ignore[misc]
         reduction = None if config.reduction is None else PatchReduction.model_validate(config.reduction)
         keep = {} if reduction is None else reduction.by_layer(len(self.layers))
         hidden = self.embed(pixel_values)
-        patches = Patches.all_of(len(hidden), self.ranks.to(hidden.device), self.extra)
+        patches = Patches.all_of(len(hidden), self.ranks.to(hidden.device), () if self.extra is None else (self.extra,))
         for index, layer in enumerate(self.layers):
             hidden, seen = layer(hidden, patches, reduction, watch=index in keep)
             if reduction is not None and index in keep:

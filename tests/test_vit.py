@@ -1,0 +1,120 @@
+"""Vision transformers: the same interface, against attention written out, and ToMe's counting against copies of a token."""
+
+import pytest
+import torch
+from transformers import (
+    AutoModelForImageClassification,
+    DeiTConfig,
+    DeiTForImageClassification,
+    Dinov2Config,
+    Dinov2ForImageClassification,
+    ResNetConfig,
+    ResNetForImageClassification,
+    ViTConfig,
+    ViTForImageClassification,
+)  # fmt: skip
+
+import duramen
+from duramen.problem import Problem
+from duramen.vision.cost import patch_costs, sequence_length
+from duramen.vision.opening import load_classifier, positions_left, set_reduction
+from duramen.vision.patches import PatchReduction
+from duramen.vision.vit import FAMILIES, ReducedViT
+
+SHAPE = {
+    "hidden_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 32, "image_size": 16, "patch_size": 4, "num_labels": 3,
+}  # fmt: skip
+KINDS = {
+    "vit": (ViTConfig, ViTForImageClassification),
+    "deit": (DeiTConfig, DeiTForImageClassification),
+    "dinov2": (Dinov2Config, Dinov2ForImageClassification),
+}
+
+
+def made(kind):
+    config, model = KINDS[kind]
+    torch.manual_seed(0)
+    network = model(config(**SHAPE)).eval()
+    with torch.no_grad():
+        for parameter in network.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    return network
+
+
+def images(count=3):
+    return torch.randn(count, 3, 16, 16, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@torch.no_grad()
+def test_what_the_class_token_takes_most_of_stays(kind):
+    network, batch, first = made(kind), images(), FAMILIES[kind]
+    dense = network(pixel_values=batch).logits
+    for score in ("write", "attention"):
+        set_reduction(network, {"sites": [0], "keep": [0.5], "score": score})
+        found = positions_left(network, batch)
+        assert found.shape == (3, first + 8)
+        assert found[:, :first].tolist() == [list(range(first))] * 3
+        layer = network.get_submodule(network.__dict__["_duramen_reduced"].network.base_model_prefix)
+        layer = (layer.encoder.layer if kind == "dinov2" else layer.layers)[0]
+        hidden = network.base_model.embeddings(batch)
+        normed = (layer.norm1 if kind == "dinov2" else layer.layernorm_before)(hidden)
+        q, k, v = (getattr(layer.attention, f"{name}_proj")(normed).view(3, -1, 2, 8).transpose(1, 2) for name in "qkv")
+        looks = ((q[:, :, :1] @ k.transpose(2, 3)) / 8**0.5).softmax(-1)[:, :, 0]
+        expected = (looks * (v.norm(dim=-1) if score == "write" else 1)).sum(1)[:, first:]
+        stays = expected.topk(8).indices.sort().values + first
+        assert torch.equal(found[:, first:], stays)
+    assert not torch.equal(network(pixel_values=batch).logits, dense)
+    set_reduction(network, {"sites": [0, 1], "keep": [1.0]})
+    torch.testing.assert_close(network(pixel_values=batch).logits, dense, rtol=1e-5, atol=1e-5)
+    set_reduction(network, None)
+    assert torch.equal(network(pixel_values=batch).logits, dense)
+
+
+@torch.no_grad()
+def test_merged_tokens_count_as_often_as_they_stand_for_one():
+    """Patches that come in equal pairs merge without any change, since attention sees log(size)."""
+    network = made("vit")
+    network.vit.embeddings.position_embeddings.data.zero_()
+    batch = images()
+    for row in range(4):
+        batch[:, :, 4 * row : 4 * row + 4, 4:8] = batch[:, :, 4 * row : 4 * row + 4, 0:4]
+        batch[:, :, 4 * row : 4 * row + 4, 12:16] = batch[:, :, 4 * row : 4 * row + 4, 8:12]
+    dense = network(pixel_values=batch).logits
+    set_reduction(network, {"kind": "merge", "sites": [0], "keep": [0.5]})
+    assert positions_left(network, batch).shape == (3, 9)
+    torch.testing.assert_close(network(pixel_values=batch).logits, dense, rtol=1e-5, atol=1e-5)
+
+
+def test_one_command_serves_both(tmp_path):
+    made("vit").save_pretrained(tmp_path / "three")
+    torch.manual_seed(0)
+    network = ViTForImageClassification(ViTConfig(**SHAPE | {"num_labels": 10})).eval()
+    network.save_pretrained(tmp_path / "vit")
+    recipe = {
+        "name": "vit", "images": {"data": "shapes", "test": 12},
+        "steps": [{"method": "patch_pruning", "cut": 0.25, "sites": [0, 1]}, {"method": "evaluate_images", "batches": [2]}],
+    }  # fmt: skip
+    with pytest.raises(Problem, match="tells 3 classes apart, and the images have 10"):
+        duramen.run(recipe, str(tmp_path / "three"), tmp_path / "no")
+    found = duramen.run(recipe, str(tmp_path / "vit"), tmp_path / "out")
+    macs = found["steps"][0]["macs"]
+    assert 1 - macs["reduced"] / macs["dense"] == pytest.approx(0.25, abs=0.06)
+    assert macs["dense"] == pytest.approx(patch_costs(network).total(sequence_length(network), {}))
+    assert set(found["evaluations"][0]["accuracy"]) == {"before", "after"}
+    opened = load_classifier(tmp_path / "out")
+    assert positions_left(opened, images()).shape[1] < 17
+    plain = AutoModelForImageClassification.from_pretrained(tmp_path / "out")
+    torch.testing.assert_close(plain(images()).logits, network(images()).logits)
+
+
+def test_what_a_transformer_cannot_is_said(tmp_path):
+    network = made("vit")
+    for wrong, words in (({"mass": 0.5}, "as many patches in every image"), ({"score": "clip"}, "no score `clip`")):
+        with pytest.raises(Problem, match=words):
+            ReducedViT(network, PatchReduction(sites=(0,), **wrong))
+    ResNetForImageClassification(
+        ResNetConfig(depths=[1, 1, 1, 1], hidden_sizes=[8, 8, 8, 8], embedding_size=8)
+    ).save_pretrained(tmp_path)
+    with pytest.raises(Problem, match="Patches cannot leave a resnet"):
+        load_classifier(tmp_path)
