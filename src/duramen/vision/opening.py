@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,10 @@ def load_classifier(folder: Path) -> Any:
     network = AutoModelForImageClassification.from_pretrained(folder).eval().to(fastest_device())
     if not isinstance(network, VisionModel):
         transformer_layers(network)
+    processor = folder / "preprocessor_config.json"
+    if processor.is_file():
+        said = json.loads(processor.read_text(encoding="utf-8"))
+        network.config.image_mean, network.config.image_std = said.get("image_mean"), said.get("image_std")
     reduction = getattr(network.config, "reduction", None)
     if reduction is not None:
         set_reduction(network, reduction)

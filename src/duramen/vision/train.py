@@ -52,7 +52,7 @@ class Classification:
     def loss(self, indices: Sequence[int]) -> Tensor:
         """Sum over some images."""
         count = len(self.images.labels)
-        pixels = normalised(self.images.pixels([index % count for index in indices])).to(self._device)
+        pixels = normalised(self.images.pixels([index % count for index in indices]), self.network.config).to(self._device)
         mirrored = torch.tensor([index >= count for index in indices], device=pixels.device)
         pixels = torch.where(mirrored[:, None, None, None], pixels.flip(-1), pixels)
         return self._terms(pixels, self.images.labels[[index % count for index in indices]])["loss"]
@@ -63,7 +63,9 @@ class Classification:
         count = len(self.aside.labels)
         for start in range(0, count, self.at_once):
             chosen = list(range(start, min(start + self.at_once, count)))
-            terms = self._terms(normalised(self.aside.pixels(chosen)).to(self._device), self.aside.labels[chosen])
+            terms = self._terms(
+                normalised(self.aside.pixels(chosen), self.network.config).to(self._device), self.aside.labels[chosen]
+            )
             for name, term in terms.items():
                 found[name] += float(term)  # type: ignore[assignment]
         return {name: term / count for name, term in found.items()}
@@ -115,6 +117,6 @@ def right(network: nn.Module, images: Images, *, at_once: int = 64) -> Tensor:
     device, found = next(network.parameters()).device, []
     for start in range(0, len(images.labels), at_once):
         chosen = list(range(start, min(start + at_once, len(images.labels))))
-        logits = network(pixel_values=normalised(images.pixels(chosen)).to(device)).logits
+        logits = network(pixel_values=normalised(images.pixels(chosen), network.config).to(device)).logits
         found.append(logits.argmax(-1).cpu() == images.labels[chosen])
     return torch.cat(found)
