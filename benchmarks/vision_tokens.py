@@ -40,8 +40,8 @@ MODELS = {
     ),
 }  # fmt: skip
 RATE, AGAIN, RATE_AGAIN = 3e-3, Schedule(60, batch=128, at_once=128, every=30), 5e-4
-SITES = (1, 3)
-CUTS = (20, 30, 40, 50)
+CUTS = {20: (2, 3, 4), 30: (2, 3, 4), 40: (2, 3, 4), 50: (1, 2, 3, 4)}
+"""Share of the multiply-adds to save, in per cent, and after which layers; the second half has no half to give."""
 PACKED = {"gap_step": "hold", "aligned": False}
 SUBJECTS = {
     "aligned": {},
@@ -49,7 +49,9 @@ SUBJECTS = {
     "aligned, published score": {"score": "clip"},
     "packed, published score": {"score": "clip"} | PACKED,
     "merged, packed": {"kind": "merge"} | PACKED,
+    "aligned, gaps held": {"gap_step": "hold"},
     "random, aligned": {"kind": "random"},
+    "random, packed": {"kind": "random"} | PACKED,
 }
 
 
@@ -100,8 +102,8 @@ def _task(network: torch.nn.Module, teacher: torch.nn.Module | None = None) -> C
 def reduced(dense: torch.nn.Module, cut: int, settings: dict[str, object], again: bool) -> torch.nn.Module:
     """A copy that saves a share of the multiply-adds."""
     network = copy.deepcopy(dense)
-    keep = solve_keep(patch_costs(network), SITES, cut / 100, tokens=sequence_length(network))
-    network.config.reduction = {"sites": SITES, "keep": [keep]} | settings
+    keep = solve_keep(patch_costs(network), CUTS[cut], cut / 100, tokens=sequence_length(network))
+    network.config.reduction = {"sites": CUTS[cut], "keep": [keep]} | settings
     if again:
         train_classifier(_task(network, dense), AGAIN, RATE_AGAIN)
     return network

@@ -11,8 +11,9 @@ import duramen
 from duramen.problem import Problem
 from duramen.train.loop import Schedule
 from duramen.vision import VimConfig, VimForImageClassification
-from duramen.vision.images import SHAPES, open_images, shapes
+from duramen.vision.images import SHAPES, normalised, open_images, shapes, shapes_with_masks
 from duramen.vision.train import Classification, train_classifier
+from duramen.vision.train_images import ARCHITECTURES
 
 RECIPE = {
     "name": "shapes", "images": {"data": "shapes", "size": 16, "channels": 3, "train": 120, "test": 40, "held_out": 0.2},
@@ -173,3 +174,40 @@ def test_what_cannot_be_run_is_said(tmp_path):
         duramen.run(
             RECIPE | {"steps": [RECIPE["steps"][0], {"method": "patch_pruning", "cut": 0.9, "sites": [1]}]}, "new", out / "cut"
         )
+
+
+@pytest.mark.parametrize("kind", ["vim", "plainmamba"])
+@torch.no_grad()
+def test_a_head_for_every_place_works_on_what_is_left(kind):
+    """Segmentation by a linear head, fitted in closed form: what a patch that left would have said is said by the nearest that stayed; better so than at random."""
+    config, model = ARCHITECTURES[kind]
+    torch.manual_seed(0)
+    own = {"stem": None, "kernel_size": 3} if kind == "plainmamba" else {}
+    network = model(
+        config(hidden_size=32, num_hidden_layers=3, image_size=32, patch_size=4, num_labels=10, state_size=4, **own)
+    ).eval()
+    images, masks = shapes_with_masks(160, 32, seed=5)
+    wanted = torch.nn.functional.avg_pool2d(masks[:, None].float(), 4)[:, 0] > 0.25
+    pixels, scores = normalised(images.values, network.config), []
+    for reduction in (None, {"sites": [0, 1], "keep": [0.7]}, {"sites": [0, 1], "keep": [0.7], "kind": "random"}):
+        network.config.reduction = reduction
+        output = network(pixels)
+        features = output.feature_map()
+        assert features.shape == (160, 32, 8, 8)
+        if reduction is None:
+            cells = [place for place in range(output.last_hidden_state.shape[1]) if place != network.extra]
+            assert torch.equal(features.flatten(2).transpose(1, 2), output.last_hidden_state[:, cells])
+        else:
+            assert output.last_hidden_state.shape[1] < 36
+            stayed = [sum(int(place) != network.extra for place in row) for row in output.positions]
+            assert all(len(row.unique()) == count for row, count in zip(output.representative, stayed, strict=True))
+        rows = torch.cat([features, torch.ones_like(features[:, :1])], 1).permute(0, 2, 3, 1).flatten(1, 2).double()
+        learned, unseen = rows[:120].flatten(0, 1), rows[120:].flatten(0, 1)
+        gram = learned.T @ learned + 0.1 * torch.eye(33, dtype=torch.float64)
+        head = torch.linalg.solve(gram, learned.T @ (2.0 * wanted[:120].flatten() - 1).double())
+        said, truth = unseen @ head, wanted[120:].flatten()
+        cut = said.sort().values[-int(truth.sum())]
+        hit = (said >= cut) & truth
+        scores.append(float(hit.sum() / ((said >= cut) | truth).sum()))
+    dense, pruned, random = scores
+    assert dense > pruned > max(random, 0.55 * dense), scores

@@ -32,6 +32,7 @@ def write_image_report(folder: Path, results: dict[str, Any]) -> Path:
         results=results,
         verdict=image_verdict(results),
         rows=_rows(results, measured) if measured else [],
+        tried=[row for step in results["steps"] if len(step.get("tried", [])) > 1 for row in _tried(step)],
         trained=[_trained(step) for step in results["steps"] if "training" in step],
         shown=[_shown(each, _sites(results)) for each in measured["shown"]] if measured else [],
         sites=_sites(results),
@@ -109,6 +110,17 @@ def _rows(results: dict[str, Any], measured: dict[str, Any]) -> list[dict[str, s
         spread = {name: "{median:,.0f} ({low:,.0f} to {high:,.0f})".format(**measured["speed"][name][number]) for name in names}
         rows.append({"what": "images per second", "on": f"{speed['batch']} at once"} | spread)
     return [{"before": "", "after": ""} | row for row in rows]
+
+
+def _tried(step: dict[str, Any]) -> list[dict[str, Any]]:
+    """What was tried on held-out images, the best first."""
+    return [
+        {
+            "sites": ", ".join(map(str, each["reduction"]["sites"])), "score": each["reduction"]["score"], "gap": each["reduction"]["gap_step"],
+            "loss": f"{each['loss']:.3f}", "chosen": each["reduction"] == step["reduction"],
+        }
+        for each in sorted(step["tried"], key=lambda each: each["loss"])
+    ]  # fmt: skip
 
 
 def _sites(results: dict[str, Any]) -> list[int]:

@@ -10,7 +10,7 @@ from typing import Any, Literal, Protocol
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int, UInt8
+from jaxtyping import Bool, Float, Int, UInt8
 from torch import Tensor
 from torch.nn.functional import interpolate
 
@@ -139,6 +139,11 @@ def _idx(file: Path, header: int, count: int | None) -> UInt8[Tensor, "N"]:
 
 
 def shapes(count: int, size: int, *, channels: int = 3, seed: int = 0) -> Arrays:
+    """Images of shapes; see ``shapes_with_masks``."""
+    return shapes_with_masks(count, size, channels=channels, seed=seed)[0]
+
+
+def shapes_with_masks(count: int, size: int, *, channels: int = 3, seed: int = 0) -> tuple[Arrays, Bool[Tensor, "N H W"]]:
     """One of ten shapes, about a quarter as wide as the image, anywhere on noise, in any colour: most patches say nothing, and where the others are matters.
 
     Args:
@@ -146,6 +151,9 @@ def shapes(count: int, size: int, *, channels: int = 3, seed: int = 0) -> Arrays
         size: Height and width.
         channels: 3, or 1 for grey.
         seed: Of everything that is drawn.
+
+    Returns:
+        The images, and which of their pixels are of the shape.
     """
     draw = torch.Generator().manual_seed(seed)
     labels = torch.randint(0, len(SHAPES), (count,), generator=draw)
@@ -163,7 +171,7 @@ def shapes(count: int, size: int, *, channels: int = 3, seed: int = 0) -> Arrays
     )
     colour = 255 * torch.randint(0, 2, (count, channels, 1, 1), generator=draw).float()
     colour = torch.where(colour.amax(1, keepdim=True) == 0, 255.0, colour)
-    return Arrays(torch.where(mask, colour, ground).clamp(0, 255).byte(), labels, SHAPES)
+    return Arrays(torch.where(mask, colour, ground).clamp(0, 255).byte(), labels, SHAPES), mask[:, 0]
 
 
 def _drawn(down: Tensor, right: Tensor) -> Tensor:

@@ -1,29 +1,45 @@
-"""Patch pruning: the patches of an image that matter least leave a state-space model on the way, and the others keep their places on every path."""
+"""Patch pruning: the patches of an image that matter least leave a model on the way, and the others keep their places on every path.
+
+The step settles what the recipe leaves open, where patches leave, by what they are ranked and how a scan treats the gaps, by the loss on held-out images; how many leave follows
+from the multiply-adds that are to be saved. What came out stands in the model's config.
+"""
 
 from __future__ import annotations
 
+from itertools import product
 from typing import Annotated, Any
 
+import torch
 from pydantic import Field
+from torch.nn.functional import cross_entropy
 
 from duramen.registry import method
-from duramen.tokens.schedule import solve_keep, vision_sites
+from duramen.tokens.schedule import Costs, solve_keep, vision_sites
 from duramen.vision.cost import patch_costs, sequence_length
+from duramen.vision.images import Images, normalised
 from duramen.vision.opening import set_reduction
-from duramen.vision.patches import PatchReduction
+from duramen.vision.patches import PatchReduction, PatchScore
+from duramen.vision.stream import VisionModel
 from duramen.vision.studio import Studio
 
 
 class Settings(PatchReduction):
     """Settings of patch pruning."""
 
+    sites: tuple[Annotated[int, Field(ge=0)], ...] = ()
+    """Layers after which patches leave, from 0; empty for the published places (after 5, 10 and 15 of 24), or with `choose` every layer of the second half, whichever is better."""
     keep: tuple[Annotated[float, Field(gt=0, le=1)], ...] = ()
     """What share of the patches that are there stays at each site, one number for all or one for each; empty for what saves `cut`."""
     cut: Annotated[float, Field(ge=0, lt=1)] = 0.4
     """Share of the multiply-adds of an image to save, where `keep` does not say."""
+    choose: bool = True
+    """Whether `sites` (where none are given), `score` and `gap_step` are chosen on held-out images; otherwise they are as given. Only for `kind: top` without `mass`."""
+    images: Annotated[int, Field(ge=1)] = 512
+    """Held-out images by which that is chosen."""
 
 
 @method("patch_pruning", title="Patch pruning", paper="arXiv 2409.18962", kind="images", settings=Settings)
+@torch.no_grad()
 def apply(studio: Studio, settings: Settings) -> dict[str, Any]:
     """Settles which patches leave and where; the weights stay as they are.
 
@@ -31,14 +47,62 @@ def apply(studio: Studio, settings: Settings) -> dict[str, Any]:
         Problem: If there is no model yet, or so much cannot be saved.
     """
     network = studio.model
-    layers = network.config.num_hidden_layers
-    sites = settings.sites or tuple(vision_sites(layers))
-    prompt, length = patch_costs(network), sequence_length(network)
-    keep = settings.keep or (solve_keep(prompt, sites, settings.cut, tokens=length),)
-    reduction = PatchReduction.model_validate(settings.model_dump(exclude={"cut"}) | {"sites": sites, "keep": keep})
-    shares = reduction.by_layer(layers)
-    set_reduction(network, reduction.model_dump(mode="json"))
-    dense = prompt.total(length, {})
+    costs, length = patch_costs(network), sequence_length(network)
+    tried = []
+    for reduction in candidates(network, costs, length, settings):
+        set_reduction(network, reduction.model_dump(mode="json"))
+        chooses = settings.choose and settings.kind == "top" and settings.mass is None
+        tried.append(
+            {"reduction": network.config.reduction, "loss": _loss(network, studio.aside, settings.images) if chooses else None}
+        )
+    best = min(tried, key=lambda each: each["loss"] or 0.0)
+    set_reduction(network, best["reduction"])
+    shares = PatchReduction.model_validate(best["reduction"]).by_layer(network.config.num_hidden_layers)
     return {
-        "reduction": network.config.reduction, "tokens": length, "macs": {"dense": dense, "reduced": prompt.total(length, shares)},
+        "reduction": best["reduction"], "tried": tried, "tokens": length,
+        "macs": {"dense": costs.total(length, {}), "reduced": costs.total(length, shares)},
     }  # fmt: skip
+
+
+def candidates(network: Any, costs: Costs, length: int, settings: Settings) -> list[PatchReduction]:
+    """What may be settled; the first is what the settings say.
+
+    Raises:
+        Problem: If so much cannot be saved at the places that were asked for.
+    """
+    layers, scans = network.config.num_hidden_layers, isinstance(network, VisionModel)
+    own = {key: getattr(settings, key) for key in PatchReduction.model_fields}
+    ladders = [tuple(settings.sites or vision_sites(layers))]
+    variants = [(settings.score, settings.gap_step)]
+    if settings.choose and settings.kind == "top" and settings.mass is None:
+        later = tuple(range(layers // 2 - 1, layers - 1))
+        if not settings.sites and later and later not in ladders:
+            ladders.append(later)
+        scores: tuple[PatchScore, ...] = ("write", "clip", "delta") if scans else ("write", "attention")
+        variants += [
+            each for each in product(scores, ("bias", "hold") if scans else (settings.gap_step,)) if each not in variants
+        ]
+    found = []
+    for number, sites in enumerate(ladders):
+        if number and not settings.keep and not _possible(costs, sites, settings.cut, length):
+            continue
+        keep = settings.keep or (1.0 if settings.mass is not None else solve_keep(costs, sites, settings.cut, tokens=length),)
+        found += [
+            PatchReduction(**own | {"sites": sites, "keep": keep, "score": score, "gap_step": gap}) for score, gap in variants
+        ]
+    return found
+
+
+def _possible(costs: Costs, sites: tuple[int, ...], cut: float, length: int) -> bool:
+    """Whether so much can be saved at these sites, with patches left at the last."""
+    return 1 - costs.total(length, dict.fromkeys(sites, 0.25)) / costs.total(length, {}) > cut
+
+
+def _loss(network: Any, images: Images, count: int) -> float:
+    """Mean cross-entropy of some images."""
+    total, count = 0.0, min(count, len(images.labels))
+    for start in range(0, count, 64):
+        chosen = list(range(start, min(start + 64, count)))
+        logits = network(pixel_values=normalised(images.pixels(chosen), network.config).to(network.device)).logits.float()
+        total += float(cross_entropy(logits, images.labels[chosen].to(logits.device), reduction="sum"))
+    return total / count

@@ -24,6 +24,7 @@ from duramen.tokens.match import match
 from duramen.tokens.schedule import kept_count
 from duramen.tokens.score import Score, importance
 
+PatchScore = Score | Literal["attention"]
 APART = 64
 """How far from each other, and from the end of a sequence, the places of padding are: further than any filter reaches."""
 
@@ -95,7 +96,7 @@ class PatchReduction(MethodSettings):
 
     kind: Literal["top", "random", "merge"] = "top"
     """`top` drops the least important patches, `random` any; `merge` joins every second patch to the one of the others that it is most like (ToMe's way, in order)."""
-    score: Score | Literal["attention"] = "write"
+    score: PatchScore = "write"
     """How important a patch is: by what it writes into the scans, or in a transformer into the class token (`write`); by its steps alone (`delta`) or what comes out of the scans (`clip`, the published one, `l1`, `l2`, `sum`); in a transformer by how much the class token looks at it (`attention`)."""
     sites: tuple[Annotated[int, Field(ge=0)], ...] = ()
     """Layers after which patches leave, from 0."""

@@ -217,8 +217,13 @@ def _sets(run: _Run, network: nn.Module | None, steps: list[Step]) -> tuple[Imag
             why="its answers would be counted against other classes.",
             fix="the images that it was trained on, or `new`.",
         )
-    if not any(step.method == "train_images" for step in steps):
+    if not any(step.method == "train_images" or getattr(step.settings, "choose", False) for step in steps):
         return test, test, test
+    if Path(images.data).is_dir() and not (Path(images.data) / "train").is_dir():
+        raise Problem(
+            f"{images.data} has no training images.", why="some are learned, or decide what is chosen, and those of the test must not.",
+            fix="folders `train` and `test` in it; to take patches out without choosing, `choose: false`.",
+        )  # fmt: skip
     whole = open_images(images.data, "train", count=images.train, **options)
     count = len(whole.labels)
     every = max(2, round(1 / images.held_out))

@@ -80,6 +80,15 @@ class ImageOutput(ModelOutput):  # type: ignore[misc]
     positions: Int[Tensor, "B K"] | None = None
     representative: Int[Tensor, "B P"] | None = None
 
+    def feature_map(self) -> Float[Tensor, "B D h w"]:
+        """What stands for every patch, on the grid: where patches have left, the nearest that stayed; for a head that predicts every place."""
+        assert self.last_hidden_state is not None
+        assert self.representative is not None
+        slots = self.representative[..., None].expand(-1, -1, self.last_hidden_state.shape[2])
+        side = round(slots.shape[1] ** 0.5)
+        found: Tensor = self.last_hidden_state.gather(1, slots).transpose(1, 2).reshape(len(slots), -1, side, side)
+        return found
+
 
 class VisionModel(PreTrainedModel):  # type: ignore[misc]
     """Embeds, runs the layers, lets patches leave, reads out; subclasses say how.
