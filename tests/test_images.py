@@ -5,12 +5,12 @@ import json
 import pytest
 import torch
 from PIL import Image
-from transformers import AutoModelForImageClassification
+from transformers import AutoModelForImageClassification, ViTConfig, ViTForImageClassification
 
 import duramen
 from duramen.problem import Problem
 from duramen.train.loop import Schedule
-from duramen.vision import VimConfig, VimForImageClassification
+from duramen.vision import VimConfig, VimForImageClassification, evaluate_images
 from duramen.vision.images import SHAPES, normalised, open_images, shapes, shapes_with_masks
 from duramen.vision.train import Classification, train_classifier
 from duramen.vision.train_images import ARCHITECTURES
@@ -144,8 +144,6 @@ def test_from_nothing_to_a_report(tmp_path):
 
 def test_a_run_of_images_goes_on_where_it_stopped(tmp_path, monkeypatch):
     duramen.run(RECIPE, "new", tmp_path / "whole")
-    from duramen.vision import evaluate_images
-
     monkeypatch.setattr(evaluate_images, "_speed", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
         duramen.run(RECIPE, "new", tmp_path / "out")
@@ -154,6 +152,55 @@ def test_a_run_of_images_goes_on_where_it_stopped(tmp_path, monkeypatch):
     duramen.run(RECIPE, "new", tmp_path / "out", progress=lambda event, _: events.append(event))
     assert "trained" not in events
     assert (tmp_path / "out" / "model.safetensors").read_bytes() == (tmp_path / "whole" / "model.safetensors").read_bytes()
+
+
+def test_images_keep_what_they_need_under_a_mean_budget(tmp_path):
+    steps = [RECIPE["steps"][0], {"method": "patch_pruning", "cut": 0.3, "adaptive": True, "sites": [0, 1], "choose": False}]
+    found = duramen.run(RECIPE | {"steps": steps}, "new", tmp_path / "out")["steps"][1]
+    assert 0 < found["reduction"]["mass"] < 1
+    assert 1 - found["macs"]["reduced"] / found["macs"]["dense"] == pytest.approx(0.3, abs=0.05)
+    network = AutoModelForImageClassification.from_pretrained(tmp_path / "out")
+    output = network(normalised(shapes(24, 16, seed=9).values, network.config))
+    assert len(set(output.counts[:, -1].tolist())) > 1
+    assert (output.counts[:, 1] <= output.counts[:, 0]).all()
+    for wrong in ({"keep": [0.5]}, {"mass": 0.5}, {"kind": "merge", "keep": []}):
+        with pytest.raises(Problem, match="adaptive"):
+            duramen.run(RECIPE | {"steps": [steps[0], steps[1] | wrong]}, "new", tmp_path / "no")
+
+
+def test_a_teacher_of_another_kind_and_size(tmp_path):
+    torch.manual_seed(0)
+    ViTForImageClassification(
+        ViTConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16, image_size=24, patch_size=8, num_labels=10, num_channels=1)
+    ).save_pretrained(tmp_path / "vit")  # fmt: skip
+    step = RECIPE["steps"][0] | {"parent": str(tmp_path / "vit"), "distill_weight": 1.0}
+    found = duramen.run(RECIPE | {"steps": [step]}, "new", tmp_path / "out")["steps"][0]["training"]
+    assert found["distilled"]
+    assert found["terms"][-1]["divergence"] < found["terms"][0]["divergence"]
+    for wrong, words in ((tmp_path, "no classifier"), (tmp_path / "three", "tells 3 classes apart")):
+        ViTForImageClassification(
+            ViTConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8, num_labels=3)
+        ).save_pretrained(tmp_path / "three")
+        with pytest.raises(Problem, match=words):
+            duramen.run(RECIPE | {"steps": [step | {"parent": str(wrong)}]}, "new", tmp_path / f"no {words}")
+
+
+def test_other_images_are_another_run(tmp_path, monkeypatch):
+    folder = files(tmp_path / "photos")
+    recipe = {
+        "images": {"data": str(folder), "size": 8, "channels": 3, "held_out": 0.4},
+        "steps": [
+            RECIPE["steps"][0] | {"patch": 4, "steps": 1, "every": 1, "batch": 2},
+            {"method": "evaluate_images", "batches": [1]},
+        ],
+    }
+    monkeypatch.setattr(evaluate_images, "_speed", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        duramen.run(recipe, "new", tmp_path / "out")
+    monkeypatch.undo()
+    Image.linear_gradient("L").save(folder / "train" / "cat" / "0.png")
+    with pytest.raises(Problem, match=r"holds another run; it differs in:\n    images\[0\]"):
+        duramen.run(recipe, "new", tmp_path / "out")
 
 
 def test_what_cannot_be_run_is_said(tmp_path):

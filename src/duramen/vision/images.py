@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -117,8 +118,20 @@ def normalised(pixels: UInt8[Tensor, "B c H W"], config: Any) -> Float[Tensor, "
     return (pixels.float() / 255 - mean) / deviation
 
 
+def hash_images(images: Images) -> str:
+    """sha256 of the labels, and of all pixels or of the names and sizes of files."""
+    digest = hashlib.sha256(images.labels.numpy().tobytes())
+    if isinstance(images, Arrays):
+        digest.update(images.values.numpy().tobytes())
+    elif isinstance(images, Folder):
+        digest.update(str([(file.parent.name, file.name, file.stat().st_size) for file in images.files]).encode())
+    return digest.hexdigest()
+
+
 def resized(pixels: UInt8[Tensor, "B c H W"], size: int, channels: int) -> UInt8[Tensor, "B c H W"]:
-    """Square images at another size, and grey ones in as many channels."""
+    """Square images at another size, in another number of channels: grey is the mean of colours, and all colours of grey are alike."""
+    if pixels.shape[1] > channels:
+        pixels = pixels.float().mean(1, keepdim=True).round().byte()
     if pixels.shape[-1] != size:
         pixels = interpolate(pixels.float(), size=(size, size), mode="bilinear", antialias=True).round().clamp(0, 255).byte()
     return pixels.expand(-1, channels, -1, -1).contiguous()

@@ -6,13 +6,15 @@ from the multiply-adds that are to be saved. What came out stands in the model's
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from itertools import product
 from typing import Annotated, Any
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch.nn.functional import cross_entropy
 
+from duramen.problem import Problem
 from duramen.registry import method
 from duramen.tokens.schedule import Costs, solve_keep, vision_sites
 from duramen.vision.cost import patch_costs, sequence_length
@@ -21,6 +23,10 @@ from duramen.vision.opening import set_reduction
 from duramen.vision.patches import PatchReduction, PatchScore
 from duramen.vision.stream import VisionModel
 from duramen.vision.studio import Studio
+from duramen.vision.train import logits_of
+
+AT_ONCE = 64
+"""Images that run together."""
 
 
 class Settings(PatchReduction):
@@ -32,10 +38,20 @@ class Settings(PatchReduction):
     """What share of the patches that are there stays at each site, one number for all or one for each; empty for what saves `cut`."""
     cut: Annotated[float, Field(ge=0, lt=1)] = 0.4
     """Share of the multiply-adds of an image to save, where `keep` does not say."""
+    adaptive: bool = False
+    """Whether every image keeps as many patches as have a share of its importance, the same for all and such that `cut` is saved in the mean over held-out images; not for transformers."""
     choose: bool = True
-    """Whether `sites` (where none are given), `score` and `gap_step` are chosen on held-out images; otherwise they are as given. Only for `kind: top` without `mass`."""
+    """Whether `sites` (where none are given), `score` and `gap_step` are chosen on held-out images; otherwise they are as given. Only for `kind: top`."""
     images: Annotated[int, Field(ge=1)] = 512
-    """Held-out images by which that is chosen."""
+    """Held-out images by which these are chosen."""
+
+    @model_validator(mode="after")
+    def _mass_is_found_or_given(self) -> Settings:
+        if self.adaptive and (self.mass is not None or self.keep or self.kind != "top"):
+            raise ValueError(
+                "`adaptive` finds the `mass` that saves `cut`, for `kind: top`; give neither `mass` nor `keep` beside it"
+            )
+        return self
 
 
 @method("patch_pruning", title="Patch pruning", paper="arXiv 2409.18962", kind="images", settings=Settings)
@@ -49,19 +65,58 @@ def apply(studio: Studio, settings: Settings) -> dict[str, Any]:
     network = studio.model
     costs, length = patch_costs(network), sequence_length(network)
     tried = []
+    chooses = settings.choose and settings.kind == "top"
     for reduction in candidates(network, costs, length, settings):
+        if settings.adaptive:
+            reduction = _adaptive(studio, reduction, costs, settings)
         set_reduction(network, reduction.model_dump(mode="json"))
-        chooses = settings.choose and settings.kind == "top" and settings.mass is None
         tried.append(
             {"reduction": network.config.reduction, "loss": _loss(network, studio.aside, settings.images) if chooses else None}
         )
     best = min(tried, key=lambda each: each["loss"] or 0.0)
     set_reduction(network, best["reduction"])
-    shares = PatchReduction.model_validate(best["reduction"]).by_layer(network.config.num_hidden_layers)
+    final = PatchReduction.model_validate(best["reduction"])
+    if final.mass is None:
+        reduced = costs.total(length, final.by_layer(network.config.num_hidden_layers))
+    else:
+        reduced = mean_cost(network, studio.aside, costs, settings.images)
     return {
-        "reduction": best["reduction"], "tried": tried, "tokens": length,
-        "macs": {"dense": costs.total(length, {}), "reduced": costs.total(length, shares)},
+        "reduction": best["reduction"], "tried": tried, "tokens": length, "macs": {"dense": costs.total(length, {}), "reduced": reduced},
     }  # fmt: skip
+
+
+def _adaptive(studio: Studio, reduction: PatchReduction, costs: Costs, settings: Settings) -> PatchReduction:
+    """The same with the share of importance that saves enough in the mean; the saving falls as it grows, so by bisection.
+
+    Raises:
+        Problem: If the model is a transformer.
+    """
+    network = studio.model
+    if not isinstance(network, VisionModel):
+        raise Problem(
+            "A transformer keeps as many patches in every image.",
+            why="some read out the mean of all tokens, and padding would count.",
+            fix="`adaptive: false`.",
+        )
+    wanted, low, high = (1 - settings.cut) * costs.total(sequence_length(network), {}), 0.01, 0.999
+    for _ in range(8):
+        middle = (low + high) / 2
+        set_reduction(network, reduction.model_copy(update={"mass": middle}).model_dump(mode="json"))
+        low, high = (middle, high) if mean_cost(network, studio.aside, costs, settings.images) < wanted else (low, middle)
+    return reduction.model_copy(update={"mass": low})
+
+
+def mean_cost(network: VisionModel, images: Images, costs: Costs, count: int) -> float:
+    """Multiply-adds of an image, the mean over some, by what is left in each."""
+    sites, length, total = network.config.reduction["sites"], sequence_length(network), 0.0  # type: ignore[index]
+    count = min(count, len(images.labels))
+    for start in range(0, count, AT_ONCE):
+        chosen = list(range(start, min(start + AT_ONCE, count)))
+        pixels = normalised(images.pixels(chosen), network.config).to(network.device)
+        for left in network(pixel_values=pixels).counts.tolist():
+            tokens = [length, *left]
+            total += sum(of_layer(tokens[bisect_left(sites, layer)]) for layer, of_layer in enumerate(costs.layers))
+    return costs.outside + total / count
 
 
 def candidates(network: Any, costs: Costs, length: int, settings: Settings) -> list[PatchReduction]:
@@ -74,7 +129,7 @@ def candidates(network: Any, costs: Costs, length: int, settings: Settings) -> l
     own = {key: getattr(settings, key) for key in PatchReduction.model_fields}
     ladders = [tuple(settings.sites or vision_sites(layers))]
     variants = [(settings.score, settings.gap_step)]
-    if settings.choose and settings.kind == "top" and settings.mass is None:
+    if settings.choose and settings.kind == "top":
         later = tuple(range(layers // 2 - 1, layers - 1))
         if not settings.sites and later and later not in ladders:
             ladders.append(later)
@@ -84,9 +139,11 @@ def candidates(network: Any, costs: Costs, length: int, settings: Settings) -> l
         ]
     found = []
     for number, sites in enumerate(ladders):
-        if number and not settings.keep and not _possible(costs, sites, settings.cut, length):
+        if number and not (settings.keep or settings.mass) and not _possible(costs, sites, settings.cut, length):
             continue
-        keep = settings.keep or (1.0 if settings.mass is not None else solve_keep(costs, sites, settings.cut, tokens=length),)
+        keep = settings.keep or (
+            1.0 if settings.mass is not None or settings.adaptive else solve_keep(costs, sites, settings.cut, tokens=length),
+        )
         found += [
             PatchReduction(**own | {"sites": sites, "keep": keep, "score": score, "gap_step": gap}) for score, gap in variants
         ]
@@ -101,8 +158,8 @@ def _possible(costs: Costs, sites: tuple[int, ...], cut: float, length: int) -> 
 def _loss(network: Any, images: Images, count: int) -> float:
     """Mean cross-entropy of some images."""
     total, count = 0.0, min(count, len(images.labels))
-    for start in range(0, count, 64):
-        chosen = list(range(start, min(start + 64, count)))
-        logits = network(pixel_values=normalised(images.pixels(chosen), network.config).to(network.device)).logits.float()
+    for start in range(0, count, AT_ONCE):
+        chosen = list(range(start, min(start + AT_ONCE, count)))
+        logits = logits_of(network, images.pixels(chosen))
         total += float(cross_entropy(logits, images.labels[chosen].to(logits.device), reduction="sum"))
     return total / count

@@ -63,6 +63,12 @@ class Patches:
         return self.positions.shape[1] == len(self.ranks)
 
     @property
+    def counts(self) -> Int[Tensor, "B"]:
+        """How many tokens there are in each."""
+        there = torch.ones_like(self.positions) if self.valid is None else self.valid
+        return there.sum(1)
+
+    @property
     def of_grid(self) -> Int[Tensor, "B P"]:
         """The slots that stand for the patches of the grid, without the class token."""
         return self.representative[:, ~self.extra]

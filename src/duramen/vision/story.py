@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from duramen.assets import get_asset
+from duramen.calibrate import ranks
 from duramen.hardware.machine import describe, fastest_device, peak_memory
 from duramen.problem import Exit, Problem
 from duramen.recipe import ImageData, Recipe, Step, dump_yaml
@@ -22,7 +23,7 @@ from duramen.registry import get_method
 from duramen.report.images import write_image_card, write_image_report
 from duramen.rundir import RunDirectory, hash_file, visible_files, write_json, write_text
 from duramen.vision.focus import read_focus
-from duramen.vision.images import Images, normalised, open_images
+from duramen.vision.images import Images, hash_images, normalised, open_images
 from duramen.vision.official import read_official
 from duramen.vision.opening import load_classifier, set_reduction
 from duramen.vision.studio import Studio
@@ -75,13 +76,17 @@ def run_images(
         Problem: On a user's mistake; what was finished is kept.
     """
     assert recipe.images is not None
+    _check(recipe)
     run, steps = _Run(recipe, recipe.images, RunDirectory(out), progress), recipe.resolved()
     if (out / "manifest.json").is_file():
         run.tell("done", out=str(out), again=True)
         return _results(out)
     network = _opened(model, recipe.images)
+    sets = _sets(run, network, steps)
     lock = recipe.model_dump(mode="json", exclude={"calibration"}) | {"steps": [step.lock() for step in steps]}
-    run.directory.claim({"model": _hashes(model), "recipe": lock, "versions": versions})
+    run.directory.claim(
+        {"model": _hashes(model), "images": [hash_images(each) for each in sets], "recipe": lock, "versions": versions}
+    )
     for name, content in (("recipe.yaml", recipe.model_dump(mode="json", exclude={"calibration"})), ("recipe.lock.yaml", lock)):
         if not (out / name).is_file():
             write_text(out / name, dump_yaml(content))
@@ -90,7 +95,7 @@ def run_images(
         "versions": versions, "images": recipe.images.model_dump(mode="json"), "steps": [], "evaluations": [], "exports": [],
     }  # fmt: skip
     dense = _dense(network) if network is not None and getattr(network.config, "reduction", None) else None
-    studio = Studio(network, dense, *_sets(run, network, steps), memo=lambda name, compute: compute(), folder=out)
+    studio = Studio(network, dense, *sets, memo=lambda name, compute: compute(), folder=out)
     for number, step in enumerate(steps):
         run.tell("step", method=step.method, number=number, of=len(steps))
         _carry_out(run, studio, step, f"step-{number:02d}-{step.id}", results)
@@ -98,6 +103,25 @@ def run_images(
         raise Problem("The recipe has made no model.", why="it begins with `new`.", fix="a step `train_images`.")
     _finish(run, studio.network, model, results)
     return _results(out)
+
+
+def _check(recipe: Recipe) -> None:
+    """Stops before anything is computed.
+
+    Raises:
+        Problem: On steps for texts, or several processes.
+    """
+    for step in recipe.resolved():
+        if get_method(step.method).kind != "images":
+            raise Problem(
+                f"`{step.method}` is no step for images.", why="the recipe has `images`, and this method reads text.",
+                fix="`train_images`, `patch_pruning` and `evaluate_images`; or a recipe without `images`.",
+            )  # fmt: skip
+    if ranks.count() > 1:
+        raise Problem(
+            f"{ranks.count()} processes cannot share a run on images.", why="its models are small, and trained whole by one.",
+            fix="the same line without torchrun.",
+        )  # fmt: skip
 
 
 def _results(out: Path) -> dict[str, Any]:
@@ -110,11 +134,6 @@ def _carry_out(run: _Run, studio: Studio, step: Step, place: str, results: dict[
     studio.memo, studio.folder = remember, folder
     studio.told = lambda done, loss: run.tell("trained", steps=done, loss=loss)
     method, kept = get_method(step.method), folder / "model"
-    if method.kind != "images":
-        raise Problem(
-            f"`{step.method}` is no step for images.", why="the recipe has `images`, and this method reads text.",
-            fix="`train_images`, `patch_pruning` and `evaluate_images`; or a recipe without `images`.",
-        )  # fmt: skip
     measures = step.method == "evaluate_images"
     if step.method == "patch_pruning" and studio.dense is None and studio.network is not None:
         studio.dense = _dense(studio.network)

@@ -72,6 +72,7 @@ class ImageOutput(ModelOutput):  # type: ignore[misc]
         last_hidden_state: What is left after the last norm, [B, K, D].
         positions: Where each of them was in the sequence, [B, K]; beyond its end for padding.
         representative: For every patch of the grid, the slot that stands for it, [B, patches].
+        counts: How many tokens every image had left after each site, [B, sites].
     """
 
     loss: Float[Tensor, ""] | None = None
@@ -79,6 +80,7 @@ class ImageOutput(ModelOutput):  # type: ignore[misc]
     last_hidden_state: Float[Tensor, "B K D"] | None = None
     positions: Int[Tensor, "B K"] | None = None
     representative: Int[Tensor, "B P"] | None = None
+    counts: Int[Tensor, "B S"] | None = None
 
     def feature_map(self) -> Float[Tensor, "B D h w"]:
         """What stands for every patch, on the grid: where patches have left, the nearest that stayed; for a head that predicts every place."""
@@ -138,14 +140,17 @@ class VisionModel(PreTrainedModel):  # type: ignore[misc]
         reduction = None if config.reduction is None else PatchReduction.model_validate(config.reduction)
         keep = {} if reduction is None else reduction.by_layer(len(self.layers))
         hidden = self.embed(pixel_values)
+        counts = []
         patches = Patches.all_of(len(hidden), self.ranks.to(hidden.device), () if self.extra is None else (self.extra,))
         for index, layer in enumerate(self.layers):
             hidden, seen = layer(hidden, patches, reduction, watch=index in keep)
             if reduction is not None and index in keep:
                 hidden, patches = reduction.leave(hidden, patches, seen, keep[index], index)
+                counts.append(patches.counts)
         hidden, logits = self.read(hidden, patches)
         loss = None if labels is None else nn.functional.cross_entropy(logits.float(), labels)
-        return ImageOutput(loss, logits, hidden, patches.positions, patches.of_grid)
+        left = torch.stack(counts, 1) if counts else None
+        return ImageOutput(loss, logits, hidden, patches.positions, patches.of_grid, left)
 
     def _init_weights(self, module: nn.Module) -> None:
         """As Mamba's layers and vision transformers begin: small normal projections, steps from .001 to .1, decays from 1 to N."""

@@ -9,11 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from jaxtyping import Float, UInt8
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, kl_div, log_softmax
 
 from duramen.train.loop import History, Schedule, train
-from duramen.vision.images import Images, normalised
+from duramen.vision.images import Images, normalised, resized
 
 
 @dataclass
@@ -24,7 +25,7 @@ class Classification:
         network: What learns.
         images: What it sees.
         aside: What decides which checkpoint is best.
-        teacher: What it imitates; None for labels alone.
+        teacher: What it imitates, which sees the images at its own size and in its own colours; None for labels alone.
         share: Of the divergence from the teacher in the loss.
         temperature: By which the logits of both are divided in the divergence, which then counts its square.
         mirror: Whether images are also learned mirrored.
@@ -52,8 +53,8 @@ class Classification:
     def loss(self, indices: Sequence[int]) -> Tensor:
         """Sum over some images."""
         count = len(self.images.labels)
-        pixels = normalised(self.images.pixels([index % count for index in indices]), self.network.config).to(self._device)
-        mirrored = torch.tensor([index >= count for index in indices], device=pixels.device)
+        pixels = self.images.pixels([index % count for index in indices])
+        mirrored = torch.tensor([index >= count for index in indices])
         pixels = torch.where(mirrored[:, None, None, None], pixels.flip(-1), pixels)
         return self._terms(pixels, self.images.labels[[index % count for index in indices]])["loss"]
 
@@ -63,19 +64,12 @@ class Classification:
         count = len(self.aside.labels)
         for start in range(0, count, self.at_once):
             chosen = list(range(start, min(start + self.at_once, count)))
-            terms = self._terms(
-                normalised(self.aside.pixels(chosen), self.network.config).to(self._device), self.aside.labels[chosen]
-            )
-            for name, term in terms.items():
+            for name, term in self._terms(self.aside.pixels(chosen), self.aside.labels[chosen]).items():
                 found[name] += float(term)  # type: ignore[assignment]
         return {name: term / count for name, term in found.items()}
 
-    @property
-    def _device(self) -> torch.device:
-        return next(self.network.parameters()).device
-
-    def _terms(self, pixels: Tensor, labels: Tensor) -> dict[str, Tensor]:
-        logits = self.network(pixel_values=pixels).logits.float()
+    def _terms(self, pixels: UInt8[Tensor, "B c H W"], labels: Tensor) -> dict[str, Tensor]:
+        logits = logits_of(self.network, pixels)
         labels = labels.to(logits.device)
         likelihood = cross_entropy(logits, labels, reduction="sum")
         wrong = (logits.argmax(-1) != labels).sum()
@@ -83,7 +77,7 @@ class Classification:
             return {"loss": likelihood, "wrong": wrong}
         heat = self.temperature
         with torch.no_grad():
-            taught = log_softmax(self.teacher(pixel_values=pixels).logits.float() / heat, -1)
+            taught = log_softmax(logits_of(self.teacher, pixels) / heat, -1)
         apart = heat**2 * kl_div(log_softmax(logits / heat, -1), taught, log_target=True, reduction="sum")
         loss = (1 - self.share) * likelihood + self.share * apart
         return {"loss": loss, "likelihood": likelihood, "divergence": apart, "wrong": wrong}
@@ -111,12 +105,19 @@ def train_classifier(
     return train(groups, task, schedule, folder=folder, tell=tell)
 
 
+def logits_of(network: Any, pixels: UInt8[Tensor, "B c H W"]) -> Float[Tensor, "B C"]:
+    """What a classifier says of images, scaled and coloured as it wants them, in float32."""
+    config = network.config
+    seen = normalised(resized(pixels, config.image_size, config.num_channels), config)
+    found: Tensor = network(pixel_values=seen.to(next(network.parameters()).device)).logits
+    return found.float()
+
+
 @torch.no_grad()
 def right(network: nn.Module, images: Images, *, at_once: int = 64) -> Tensor:
     """Which images of a set get their class, bool [N]."""
-    device, found = next(network.parameters()).device, []
+    found = []
     for start in range(0, len(images.labels), at_once):
         chosen = list(range(start, min(start + at_once, len(images.labels))))
-        logits = network(pixel_values=normalised(images.pixels(chosen), network.config).to(device)).logits
-        found.append(logits.argmax(-1).cpu() == images.labels[chosen])
+        found.append(logits_of(network, images.pixels(chosen)).argmax(-1).cpu() == images.labels[chosen])
     return torch.cat(found)

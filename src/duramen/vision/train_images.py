@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import Field
+from torch import nn
 
+from duramen.problem import Problem
 from duramen.registry import Settings as MethodSettings
 from duramen.registry import method
 from duramen.train.loop import Schedule
+from duramen.vision.opening import load_classifier
 from duramen.vision.plainmamba import PlainMambaConfig, PlainMambaForImageClassification
 from duramen.vision.studio import Studio
 from duramen.vision.train import Classification, train_classifier
@@ -50,8 +54,10 @@ class Settings(MethodSettings):
     """Steps between checkpoints, at which the held-out loss is taken; the model is what it was at the best of them."""
     mirror: bool = True
     """Whether images are also learned mirrored."""
+    parent: str = ""
+    """Folder of a classifier of the same classes to imitate, which may be of another kind and size; empty for the dense model once patches leave, and for none before."""
     distill_weight: Annotated[float, Field(ge=0, le=1)] = 0.5
-    """Share of the divergence from the dense model in the loss, once patches leave."""
+    """Share of the divergence from that model in the loss."""
     temperature: Annotated[float, Field(gt=0)] = 2.0
     """By which both models' logits are divided in the divergence, which then counts its square."""
     seed: int = 0
@@ -75,14 +81,38 @@ def apply(studio: Studio, settings: Settings) -> dict[str, Any]:
     schedule = Schedule(
         settings.steps, settings.batch, settings.at_once, settings.warmup, settings.clip, settings.every, settings.seed
     )
+    teacher = _parent(settings.parent, len(studio.train.classes)) if settings.parent else studio.dense
     task = Classification(
-        studio.network, studio.train, studio.aside, studio.dense, settings.distill_weight, settings.temperature, settings.mirror
+        studio.network, studio.train, studio.aside, teacher, settings.distill_weight, settings.temperature, settings.mirror
     )
     history = train_classifier(task, schedule, settings.learning_rate, folder=studio.folder, tell=studio.told)
     return {
         "training": {
             "trained_parameters": sum(each.numel() for each in studio.network.parameters()), "learning_rate": settings.learning_rate,
-            "distilled": studio.dense is not None, "losses": history.losses, "held_out": history.held_out, "terms": history.terms,
+            "distilled": teacher is not None, "losses": history.losses, "held_out": history.held_out, "terms": history.terms,
             "best": history.best,
         }
     }  # fmt: skip
+
+
+def _parent(name: str, classes: int) -> nn.Module:
+    """The classifier to imitate.
+
+    Raises:
+        Problem: If it is not there, or tells other classes apart.
+    """
+    folder = Path(name)
+    if not (folder / "config.json").is_file():
+        raise Problem(
+            f"There is no classifier `{name}`.", why="`parent` is the folder of one.", fix="the OUT folder of an earlier run."
+        )
+    network = load_classifier(folder)
+    found = network.config.num_labels
+    if found != classes:
+        raise Problem(
+            f"`{name}` tells {found} classes apart, and the images have {classes}.",
+            why="each would be taught as another.",
+            fix="a model of the same images.",
+        )
+    teacher: nn.Module = network
+    return teacher
