@@ -75,17 +75,25 @@ def test_dense_models_are_what_the_papers_say(kind, size):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("mass", [None, 0.6])
-def test_alignment_is_the_full_scan_with_zeros(kind, mass):
-    """Forward and gradient; with ``mass`` images keep different numbers, so that padding takes part."""
+@pytest.mark.parametrize("mass", [None, 0.6, "one keeps all"])
+def test_alignment_is_the_full_scan_with_zeros(kind, mass, monkeypatch):
+    """Forward and gradient; with ``mass`` images keep different numbers, so that padding takes part, also as long as the whole."""
     network, batch = made(kind), images(4)
+    if mass == "one keeps all":
+
+        def counts(self, ranked, *_):
+            return torch.tensor([ranked.shape[1], 20, 9, 7] if (ranked > -torch.inf).all() else [ranked.shape[1], 11, 5, 7])
+
+        monkeypatch.setattr(PatchReduction, "_counts", counts)
+        mass = None
     reduction = {"sites": [0], "keep": [0.6], "mass": mass}
     with torch.no_grad():
         network.config.reduction = reduction
         first = network(batch).positions
         network.config.reduction = reduction | {"sites": [0, 2]}
         found = network(batch)
-    assert found.positions.shape[1] < first.shape[1] < len(network.ranks)
+    assert found.positions.shape[1] <= first.shape[1] <= len(network.ranks)
+    assert found.counts[:, 1].sum() < found.counts[:, 0].sum() < len(network.ranks) * len(batch)
     batch.requires_grad_(True)
     logits = network(batch).logits
     gradient = torch.autograd.grad(logits.square().sum(), [batch, *network.layers[3].parameters()])

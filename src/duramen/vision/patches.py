@@ -60,7 +60,7 @@ class Patches:
     @property
     def whole(self) -> bool:
         """Whether nothing has left."""
-        return self.positions.shape[1] == len(self.ranks)
+        return self.valid is None and self.positions.shape[1] == len(self.ranks)
 
     @property
     def counts(self) -> Int[Tensor, "B"]:
