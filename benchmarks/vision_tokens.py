@@ -72,7 +72,7 @@ def main() -> None:
             _add(table, f"{case}, dense", "dense", right(dense, test))
         for again in (False, True)[: 1 + options.trained]:
             for cut in options.cuts:
-                here = f"{case}, {cut}% cut{', trained' if again else ''}"
+                here = f"{case}, {cut}% cut{' and trained' if again else ''}"
                 for subject in options.subjects:
                     if any((row["case"], row["subject"]) == (here, subject) for row in table):
                         continue

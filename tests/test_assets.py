@@ -7,6 +7,7 @@ import pytest
 
 from duramen import assets
 from duramen.problem import Exit, Problem
+from duramen.tables import list_assets
 
 
 @pytest.fixture
@@ -48,6 +49,28 @@ def test_an_unknown_name_lists_the_known_ones():
     with pytest.raises(Problem, match="no embedded asset nothing") as caught:
         assets.install(["nothing"])
     assert "smollm2-135m" in caught.value.why
+
+
+def test_a_debian_package_is_found_unpacked_and_listed(tmp_path, monkeypatch):
+    """apt-get and dpkg-deb are stood in for: the first leaves a file, the second unpacks it."""
+    monkeypatch.setenv("DURAMEN_CACHE", str(tmp_path / "cache"))
+    asset = assets.DebianAsset("set", "dataset-set", "usr/share/no-such-set", "MIT")
+    monkeypatch.setitem(assets.DEBIAN, "set", asset)
+    with pytest.raises(Problem, match="`set` are not installed") as caught:
+        asset.path()
+    assert "duramen assets install set" in caught.value.fix
+    tools = tmp_path / "bin"
+    tools.mkdir()
+    for name, line in (("apt-get", "touch $2_1.0_all.deb"), ("dpkg-deb", "mkdir -p $3/usr/share/no-such-set")):
+        (tools / name).write_text(f"#!/bin/sh\n{line}\n")
+        (tools / name).chmod(0o755)
+    monkeypatch.setenv("PATH", str(tools), prepend=":")
+    assets.install(["set"])
+    assert asset.path() == tmp_path / "cache" / "debian" / "usr" / "share" / "no-such-set"
+    assert {"name": "set", "installed": True, "package": "Debian: dataset-set"}.items() <= {**list_assets()[-1]}.items()
+    (tools / "apt-get").write_text("#!/bin/sh\nexit 1\n")
+    with pytest.raises(Problem, match="could not be fetched"):
+        assets.install(["set"])
 
 
 def test_hashes_are_memoised_until_the_file_changes(fake):

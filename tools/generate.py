@@ -78,11 +78,12 @@ def table(file: str, *words: str) -> str:
     A colon and the start of a case may follow, to take only those cases.
     """
     metric, _, start = " ".join(words).partition(" : ")
-    results = ROOT / "benchmarks" / "results" / f"{file}.csv"
-    if not results.is_file():
+    results, rows = ROOT / "benchmarks" / "results" / f"{file}.csv", []
+    if results.is_file():
+        with results.open(encoding="utf-8") as stream:
+            rows = [row for row in csv.DictReader(stream) if row["metric"] == metric and row["case"].startswith(start)]
+    if not rows:
         return f"*Not measured yet; `benchmarks/{file}.py` does it.*"
-    with results.open(encoding="utf-8") as stream:
-        rows = [row for row in csv.DictReader(stream) if row["metric"] == metric and row["case"].startswith(start)]
     cases = list(dict.fromkeys(row["case"].rpartition(", ")[2] for row in rows))
     cells = {(row["subject"], row["case"].rpartition(", ")[2]): _cell(row) for row in rows}
     subjects = list(dict.fromkeys(row["subject"] for row in rows))

@@ -204,14 +204,21 @@ def method_tables(found: Any) -> list[Printable]:
 
 def list_assets() -> list[dict[str, Any]]:
     """Every embedded asset: whether it is here, its licence, its package."""
-    from duramen.assets import ASSETS
+    from duramen.assets import ASSETS, DEBIAN
 
-    return [
+    found: list[dict[str, Any]] = [
         {
             "name": item.name, "kind": item.kind, "installed": item.locate() is not None, "licence": item.licence,
             "package": item.requirement, "sha256": item.sha256,
         }
         for item in ASSETS.values()
+    ]  # fmt: skip
+    return found + [
+        {
+            "name": each.name, "kind": each.kind, "installed": each.locate() is not None, "licence": each.licence,
+            "package": f"Debian: {each.package}", "sha256": "",
+        }
+        for each in DEBIAN.values()
     ]  # fmt: skip
 
 
