@@ -8,6 +8,7 @@ from typing import Any
 import yaml
 
 from duramen.report.charts import line_chart, photograph
+from duramen.report.page import render
 from duramen.rundir import write_text
 
 
@@ -18,17 +19,9 @@ def write_image_report(folder: Path, results: dict[str, Any]) -> Path:
         folder: The run directory.
         results: Content of ``results.json``.
     """
-    from jinja2 import Environment, PackageLoader, StrictUndefined
-
-    environment = Environment(
-        loader=PackageLoader("duramen.report", "."),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
     measured = results["evaluations"][-1] if results["evaluations"] else None
-    page = environment.get_template("images.html.jinja").render(
+    page = render(
+        "images.html.jinja",
         results=results,
         verdict=image_verdict(results),
         rows=_rows(results, measured) if measured else [],

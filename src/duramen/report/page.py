@@ -23,17 +23,9 @@ def write_report(folder: Path, results: dict[str, Any]) -> Path:
         folder: The run directory.
         results: Content of ``results.json``.
     """
-    from jinja2 import Environment, PackageLoader, StrictUndefined
-
-    environment = Environment(
-        loader=PackageLoader("duramen.report", "."),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
     evaluation = results["evaluations"][-1] if results["evaluations"] else None
-    page = environment.get_template("page.html.jinja").render(
+    page = render(
+        "page.html.jinja",
         results=results,
         verdict=verdict(results),
         rows=measured_rows(evaluation) if evaluation else [],
@@ -45,6 +37,20 @@ def write_report(folder: Path, results: dict[str, Any]) -> Path:
     file = folder / "report.html"
     write_text(file, page)
     return file
+
+
+def render(template: str, **values: Any) -> str:
+    """A page from a template of this package; what it names must be there."""
+    from jinja2 import Environment, PackageLoader, StrictUndefined
+
+    environment = Environment(
+        loader=PackageLoader("duramen.report", "."),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    return environment.get_template(template).render(**values)
 
 
 def verdict(results: dict[str, Any]) -> str:
