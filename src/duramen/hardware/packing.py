@@ -38,7 +38,7 @@ class Packing:
 
 def signed_range(bits: int) -> tuple[int, int]:
     """Least and greatest value of a signed number."""
-    return -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
+    return -(1 << (bits - 1)), (1 << (bits - 1)) - 1
 
 
 def product_range(one: tuple[int, int], other: tuple[int, int]) -> tuple[int, int]:
@@ -50,7 +50,8 @@ def product_range(one: tuple[int, int], other: tuple[int, int]) -> tuple[int, in
 def summable(spacing: int, products: tuple[int, int]) -> int:
     """How many products stay inside a signed field of so many bits."""
     low, high = products
-    most, least = 2 ** (spacing - 1) - 1, 2 ** (spacing - 1)
+    least = 1 << (spacing - 1)
+    most = least - 1
     return min(least // -low if low < 0 else least, most // high if high > 0 else most)
 
 
