@@ -1,4 +1,4 @@
-"""Claim: rotation takes two thirds of the damage out of rounding inputs by token, and a third by groups of 32 at four bits.
+"""Claim: rotation takes two thirds of the damage out of rounding inputs by token, smoothing where it does not reach a fifth to a half of the rest; by groups of 32 smoothing alone does more at four bits.
 
     python benchmarks/rounding_inputs.py --text wiki.test.raw
 
