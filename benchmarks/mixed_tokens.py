@@ -101,7 +101,7 @@ def main() -> None:
     rotated = AutoModelForCausalLM.from_pretrained(bench.folder, dtype="float32").to(fastest_device())
     get_method("rotate").apply(rotated, bench.tokens)
     for share in options.targets:
-        case, peer = f"{options.model}, {Path(options.text).name} {options.windows}x{options.window}, steps by {share}", {}
+        case = f"{options.model}, {Path(options.text).name} {options.windows}x{options.window}, steps by {share}"
         for subject in options.subjects:
             if any((row["case"], row["subject"]) == (case, subject) for row in table):
                 continue
@@ -116,9 +116,7 @@ def main() -> None:
             figures = {"perplexity": perplexity(found.loss), "KL from dense": mean_interval(found.kl)}
             print(share, subject, {name: round(figure.value, 4) for name, figure in figures.items()}, flush=True)
             for metric, figure in figures.items():
-                against = (SUBJECTS[0], peer[metric]) if peer else None
-                table.append(bench.row(case, metric, subject, figure, against))
-            peer = peer or {metric: figure.value for metric, figure in figures.items()}
+                table.append(bench.row(case, metric, subject, figure, rows.peer_of(table, case, metric, SUBJECTS[0])))
             rows.write("mixed_tokens", table)
 
 

@@ -36,7 +36,7 @@ def main() -> None:
     options = parser.parse_args()
     table, bench = rows.read("quantization_training"), Bench.open(options)
     for label in options.targets:
-        case, peer = f"{options.model}, {Path(options.text).name} {options.windows}x{options.window}, {label}", {}
+        case = f"{options.model}, {Path(options.text).name} {options.windows}x{options.window}, {label}"
         for subject in options.subjects:
             if any((row["case"], row["subject"]) == (case, subject) for row in table):
                 continue
@@ -52,9 +52,8 @@ def main() -> None:
             }
             print(label, subject, {name: round(figure.value, 4) for name, figure in figures.items()}, flush=True)
             for metric, figure in figures.items():
-                against = ("gptq", peer[metric]) if peer and metric != "processor seconds" else None
+                against = rows.peer_of(table, case, metric, "gptq") if metric != "processor seconds" else None
                 table.append(bench.row(case, metric, subject, figure, against))
-            peer = peer or {metric: figure.value for metric, figure in figures.items()}
             rows.write("quantization_training", table)
 
 

@@ -46,7 +46,7 @@ def main() -> None:
         for method, settings in SUBJECTS[subject]:
             get_method(method).apply(network, bench.tokens, **settings)
     for label in options.targets:
-        here, peer = f"{case}, {label}", {}
+        here = f"{case}, {label}"
         for subject in options.subjects:
             if any((row["case"], row["subject"]) == (here, subject) for row in table):
                 continue
@@ -56,8 +56,7 @@ def main() -> None:
             figures = {"perplexity": perplexity(found.loss), "KL from dense": mean_interval(found.kl)}
             print(label, subject, {name: round(figure.value, 4) for name, figure in figures.items()}, flush=True)
             for metric, figure in figures.items():
-                table.append(bench.row(here, metric, subject, figure, ("as it is", peer[metric]) if peer else None))
-            peer = peer or {metric: figure.value for metric, figure in figures.items()}
+                table.append(bench.row(here, metric, subject, figure, rows.peer_of(table, here, metric, "as it is")))
             rows.write("rounding_inputs", table)
 
 

@@ -71,6 +71,18 @@ def keep_windows(name: str, case: str, subject: str, kl: list[float]) -> dict[st
     return found[case]
 
 
+def peer_of(table: list[dict[str, object]], case: str, metric: str, subject: str) -> tuple[str, float] | None:
+    """The subject that others of a case are held against, and its value; None before it was measured."""
+    return next(
+        (
+            (subject, float(str(row["value"])))
+            for row in table
+            if (row["case"], row["metric"], row["subject"]) == (case, metric, subject)
+        ),
+        None,
+    )
+
+
 def read(name: str) -> list[dict[str, object]]:
     """The rows of results/NAME.csv; none if there is no such file."""
     path = RESULTS / f"{name}.csv"

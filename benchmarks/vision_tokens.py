@@ -112,8 +112,8 @@ def reduced(dense: torch.nn.Module, cut: int, settings: dict[str, object], again
 def _add(table: list[dict[str, object]], case: str, subject: str, correct: torch.Tensor) -> None:
     found = wilson_interval(correct.numpy())
     print(case, subject, round(found.value, 4), flush=True)
-    peer = next((row for row in table if row["case"] == case and row["subject"] == "aligned"), None)
-    against = {"peer": "aligned", "peer_value": peer["value"]} if peer else {}
+    peer = rows.peer_of(table, case, "accuracy", "aligned")
+    against = {"peer": peer[0], "peer_value": peer[1]} if peer else {}
     table.append(
         rows.row(case, "accuracy", "1", subject, found.value, low=found.low, high=found.high, samples=found.samples, **against)
     )
