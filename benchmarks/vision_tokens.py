@@ -1,4 +1,4 @@
-"""Claim: patches that leave a vision state-space model cost least where every path is kept aligned and they go by what they write; after a short training it is not measured yet.
+"""Claim: patches that leave a vision state-space model cost least where every path is kept aligned and they go by what they write, before and after a short training; of PlainMamba it is not measured yet.
 
     python benchmarks/vision_tokens.py
 
