@@ -11,7 +11,7 @@ import duramen
 from duramen.problem import Problem
 from duramen.train.loop import Schedule
 from duramen.vision import VimConfig, VimForImageClassification, evaluate_images
-from duramen.vision.images import SHAPES, normalised, open_images, shapes, shapes_with_masks
+from duramen.vision.images import SHAPES, open_images, seen_by, shapes, shapes_with_masks
 from duramen.vision.train import Classification, train_classifier
 from duramen.vision.train_images import ARCHITECTURES
 
@@ -160,7 +160,7 @@ def test_images_keep_what_they_need_under_a_mean_budget(tmp_path):
     assert 0 < found["reduction"]["mass"] < 1
     assert 1 - found["macs"]["reduced"] / found["macs"]["dense"] == pytest.approx(0.3, abs=0.05)
     network = AutoModelForImageClassification.from_pretrained(tmp_path / "out")
-    output = network(normalised(shapes(24, 16, seed=9).values, network.config))
+    output = network(seen_by(network, shapes(24, 16, seed=9).values))
     assert len(set(output.counts[:, -1].tolist())) > 1
     assert (output.counts[:, 1] <= output.counts[:, 0]).all()
     for wrong in ({"keep": [0.5]}, {"mass": 0.5}, {"kind": "merge", "keep": []}):
@@ -235,7 +235,7 @@ def test_a_head_for_every_place_works_on_what_is_left(kind):
     ).eval()
     images, masks = shapes_with_masks(160, 32, seed=5)
     wanted = torch.nn.functional.avg_pool2d(masks[:, None].float(), 4)[:, 0] > 0.25
-    pixels, scores = normalised(images.values, network.config), []
+    pixels, scores = seen_by(network, images.values), []
     for reduction in (None, {"sites": [0, 1], "keep": [0.7]}, {"sites": [0, 1], "keep": [0.7], "kind": "random"}):
         network.config.reduction = reduction
         output = network(pixels)

@@ -34,11 +34,11 @@ from duramen.forecast import forecast
 from duramen.hardware.machine import describe, fastest_device, forward_dtype, free_memory, gigaflops, peak_memory
 from duramen.opening import load
 from duramen.problem import Problem
-from duramen.recipe import Recipe, Step, dump_yaml, load_recipe, parse_settings
+from duramen.recipe import Recipe, Step, load_recipe, parse_settings, write_recipe
 from duramen.registry import get_method
 from duramen.report.images import write_image_report
 from duramen.report.page import write_report
-from duramen.rundir import BlockStore, RunDirectory, hash_file, hash_tokens, read_formats, write_json, write_text
+from duramen.rundir import BlockStore, RunDirectory, hash_model, hash_tokens, read_formats, write_json
 from duramen.shrink.groups import find_units, known_kinds
 from duramen.tokens.folder import no_likelihood
 
@@ -108,7 +108,8 @@ def run(
             from duramen.vision.story import run_images
 
             command = _command(recipe, model, out, overrides)
-            return run_images(loaded, model, Path(out), command=command, versions=versions(), progress=progress)
+            run_images(loaded, model, Path(out), command=command, versions=versions(), progress=progress)
+            return load_results(Path(out))
         _check_workers(loaded, workers, address)
         context, steps = _prepare(loaded, model, Path(out), allow_generic, progress)
         context.workers, context.address = workers, address
@@ -187,16 +188,14 @@ def _claim(context: Context, lock: dict[str, Any]) -> None:
     """Takes the run directory for this run and writes down what it is."""
     directory, source = context.directory, context.source
     directory.claim({
-        "model": {file.name: hash_file(file) for file in sorted(source.iterdir()) if file.suffix in (".json", ".safetensors")},
+        "model": hash_model(source, ".json", ".safetensors"),
         "calibration tokens": hash_tokens(context.tokens),
         "recipe": lock,
         "versions": versions(),
     })  # fmt: skip
     for left_over in directory.state.glob(f"{SCRATCH}*"):
         shutil.rmtree(left_over)
-    for name, content in (("recipe.yaml", context.recipe.model_dump(mode="json")), ("recipe.lock.yaml", lock)):
-        if not (directory.out / name).is_file():
-            write_text(directory.out / name, dump_yaml(content))
+    write_recipe(directory.out, context.recipe.model_dump(mode="json"), lock)
 
 
 def _tokenizer(folder: Path) -> Any:
@@ -376,7 +375,7 @@ def _finish(context: Context, folder: Path, model: str, results: dict[str, Any])
     write_json(directory.out / "results.json", results)
     write_card(directory.out, results)
     write_report(directory.out, results)
-    source = {file.name: hash_file(file) for file in sorted(context.source.glob("*.safetensors"))}
+    source = hash_model(context.source, ".safetensors")
     directory.write_manifest(parent={"model": model, "files": source}, versions=versions(), seed=context.recipe.seed)
     context.tell("done", out=str(directory.out), again=False)
 

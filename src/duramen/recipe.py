@@ -14,6 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from duramen.problem import Problem
 from duramen.registry import Settings, get_method, suggestion
+from duramen.rundir import write_text
 
 
 class Calibration(BaseModel):
@@ -259,3 +260,10 @@ def explain(error: ValidationError, where: str, model: type[BaseModel]) -> Probl
 def dump_yaml(value: dict[str, Any]) -> str:
     """YAML with keys in the given order."""
     return str(yaml.safe_dump(value, sort_keys=False, allow_unicode=True, width=110))
+
+
+def write_recipe(folder: Path, whole: dict[str, Any], lock: dict[str, Any]) -> None:
+    """Puts the recipe of a run down, and its lock, unless they are there."""
+    for name, content in (("recipe.yaml", whole), ("recipe.lock.yaml", lock)):
+        if not (folder / name).is_file():
+            write_text(folder / name, dump_yaml(content))

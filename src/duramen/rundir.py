@@ -97,6 +97,12 @@ def hash_file(path: Path) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
+def hash_model(place: Path, *suffixes: str) -> dict[str, str]:
+    """sha256 of a file, or of the files of a model folder that end so, by name."""
+    files = [place] if place.is_file() else [file for file in sorted(place.glob("*")) if file.suffix in suffixes]
+    return {file.name: hash_file(file) for file in files}
+
+
 def hash_tokens(tokens: Tensor) -> str:
     """sha256 of token ids and their shape."""
     return hashlib.sha256(str(tuple(tokens.shape)).encode() + tokens.to(torch.int64).numpy().tobytes()).hexdigest()

@@ -294,7 +294,7 @@ def resources(shapes: Sequence[Shape], engine: Engine) -> Resources:
     passes = max(ceil(shape.tokens / engine.tokens) for shape in linear)
     columns = max(ceil(shape.features / engine.inputs) for shape in linear)
     longest = max(shape.features for shape in linear)
-    sum_bits = 8 + engine.activation_bits + ceil(longest - 1).bit_length()
+    sum_bits = 8 + engine.activation_bits + (longest - 1).bit_length()
     activations = memory_blocks(
         engine.activation_bits * engine.tokens * engine.inputs, passes * (1 if engine.streams else columns)
     )

@@ -10,8 +10,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from duramen.calibrate import ranks
+from duramen.calibrate.walker import Records, Walk
 from duramen.families.model import BlockModel, Layer, OpenBlock
 from duramen.problem import Exit, Problem
+from duramen.rundir import Finished
 
 SAME = 1e-3
 """Largest difference of a block's outputs after folding, relative to the largest; 2⁻⁴ where a half type runs or is stored."""
@@ -62,6 +65,14 @@ def norms_read(block: OpenBlock, layers: Mapping[str, Layer]) -> Iterator[dict[s
     finally:
         for handle in handles:
             handle.remove()
+
+
+def keep_block(walk: Walk, block: OpenBlock, records: Records) -> None:
+    """Keeps an open block as it is now, where finished blocks are kept; all ranks have done the same."""
+    if walk.store and ranks.leads():
+        edited = {name: tensor for layer in block.layers.values() for name, tensor in layer.edited.items()}
+        walk.store.save(block.index, Finished(block.tensors | edited, records))
+    ranks.wait()
 
 
 def check_outputs(model: BlockModel, block: int, found: Tensor, expected: Tensor, done: str) -> None:

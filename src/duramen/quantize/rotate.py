@@ -15,16 +15,14 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from duramen.calibrate import ranks
 from duramen.calibrate.walker import Records, Walk
 from duramen.families.model import BlockModel, Call, Model, OpenBlock, run_block
 from duramen.families.table import Group
 from duramen.problem import Problem
 from duramen.prune.pattern import lasting_zeros
-from duramen.quantize.folding import cannot, check_outputs, gain_of, is_norm, norms_read
+from duramen.quantize.folding import cannot, check_outputs, gain_of, is_norm, keep_block, norms_read
 from duramen.registry import Settings as MethodSettings
 from duramen.registry import method
-from duramen.rundir import Finished
 
 SAMPLE = 256
 """Tokens by which that is checked."""
@@ -116,11 +114,7 @@ def apply(model: Model, tokens: Tensor, *, walk: Walk | None = None, **settings:
             turned = run_block(block.module, turned, calls[index])
             if kept is None:
                 check_outputs(blocks, index, turned, hidden.double() @ rotation, "rotated")
-                edited = {name: tensor for layer in block.layers.values() for name, tensor in layer.edited.items()}
-                records = [{"layer": layer.name} for layer in block.layers.values() if layer.edited]
-                if walk.store and ranks.leads():
-                    walk.store.save(index, Finished(block.tensors | edited, records))
-                ranks.wait()
+                keep_block(walk, block, [{"layer": layer.name} for layer in block.layers.values() if layer.edited])
             else:
                 hidden = (turned.double() @ rotation.T).to(hidden.dtype)
     walk.final_hidden, walk.first_batch = turned, batch

@@ -54,8 +54,7 @@ def row_gain(weight: Float[Tensor, "O I"], gram: Float[Tensor, "I I"], *, step: 
         gram: XXᵀ over tokens, [I, I].
         step: How steps are chosen.
     """
-    errors = [_error(weight, _rounded(weight, gram, grid, step), gram) for grid in (FOUR, EIGHT)]
-    return errors[0] - errors[1]
+    return _gain(weight, gram, _both_widths(weight, gram, step))
 
 
 def choose_rows(gain: Float[Tensor, "O"], share: float) -> Bool[Tensor, "O"]:
@@ -87,11 +86,8 @@ def mix_rows(weight: Float[Tensor, "O I"], gram: Float[Tensor, "I I"], share: fl
         Problem: On shapes or a share that do not fit.
     """
     check_shapes(weight, gram)
-    eight = choose_rows(row_gain(weight, gram, step=step), share)
-    parts = []
-    for grid in (FOUR, EIGHT):
-        steps, _ = choose_steps(weight, grid, step, gram.diagonal())
-        parts.append((encode(weight, steps, None, grid), steps[:, 0]))
+    parts = _both_widths(weight, gram, step)
+    eight = choose_rows(_gain(weight, gram, parts), share)
     codes, steps = (
         torch.where(eight if each[0].ndim == 1 else eight[:, None], each[1], each[0]) for each in zip(*parts, strict=True)
     )
@@ -129,9 +125,18 @@ def _rescaled(sums: Tensor, mixed: MixedRows, input_step: float, bias: Tensor | 
     return found if bias is None else found + bias.float()
 
 
-def _rounded(weight: Tensor, gram: Tensor, grid: Grid, step: Step) -> Tensor:
-    steps, _ = choose_steps(weight, grid, step, gram.diagonal())
-    return encode(weight, steps, None, grid) * steps
+def _both_widths(weight: Tensor, gram: Tensor, step: Step) -> list[tuple[Tensor, Tensor]]:
+    """Codes [O, I] and steps [O] of the matrix with all rows of four bits, and of eight."""
+    found = []
+    for grid in (FOUR, EIGHT):
+        steps, _ = choose_steps(weight, grid, step, gram.diagonal())
+        found.append((encode(weight, steps, None, grid), steps[:, 0]))
+    return found
+
+
+def _gain(weight: Tensor, gram: Tensor, parts: list[tuple[Tensor, Tensor]]) -> Float[Tensor, "O"]:
+    four, eight = (_error(weight, codes * steps[:, None], gram) for codes, steps in parts)
+    return four - eight
 
 
 def _error(weight: Tensor, rounded: Tensor, gram: Tensor) -> Float[Tensor, "O"]:

@@ -18,16 +18,14 @@ from jaxtyping import Float
 from pydantic import Field
 from torch import Tensor, nn
 
-from duramen.calibrate import ranks
 from duramen.calibrate.activations import Activations, Budget
 from duramen.calibrate.passes import Passes
 from duramen.calibrate.walker import SCRATCH, Records, Walk
 from duramen.families.model import BlockModel, Call, Layer, Model, OpenBlock, run_block
 from duramen.families.select import filter_layers
-from duramen.quantize.folding import cannot, check_outputs, gain_of, norms_read
+from duramen.quantize.folding import cannot, check_outputs, gain_of, keep_block, norms_read
 from duramen.registry import Settings as MethodSettings
 from duramen.registry import method
-from duramen.rundir import Finished
 
 
 class Settings(MethodSettings):
@@ -103,10 +101,7 @@ def apply(model: Model, tokens: Tensor, *, walk: Walk | None = None, **settings:
                 passes = Passes(block.module, [each[index] for each in calls], hidden)
                 if kept is None:
                     found = _smooth_block(blocks, block, passes, names, chosen.strength)
-                    if walk.store and ranks.leads():
-                        edited = {name: tensor for layer in block.layers.values() for name, tensor in layer.edited.items()}
-                        walk.store.save(index, Finished(block.tensors | edited, found))
-                    ranks.wait()
+                    keep_block(walk, block, found)
                 records += kept[1] if kept else found
                 passes.advance(f"{blocks.family.blocks}.{index}")
         walk.final_hidden, walk.first_batch = hidden[0], batches[0]

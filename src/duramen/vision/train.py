@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from jaxtyping import Float, UInt8
+from jaxtyping import Bool, Float, UInt8
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, kl_div, log_softmax
 
 from duramen.train.loop import History, Schedule, train
-from duramen.vision.images import Images, normalised, resized
+from duramen.vision.images import Images, in_parts, seen_by
 
 
 @dataclass
@@ -29,7 +29,6 @@ class Classification:
         share: Of the divergence from the teacher in the loss.
         temperature: By which the logits of both are divided in the divergence, which then counts its square.
         mirror: Whether images are also learned mirrored.
-        at_once: Images that run together where nothing is learned.
     """
 
     network: nn.Module
@@ -39,7 +38,6 @@ class Classification:
     share: float = 0.5
     temperature: float = 2.0
     mirror: bool = True
-    at_once: int = 64
 
     @property
     def sequences(self) -> int:
@@ -61,12 +59,10 @@ class Classification:
     def held_out(self) -> dict[str, float]:
         """Means over the held-out images: of the loss and its terms, and the share of wrong classes."""
         found: Counter[str] = Counter()
-        count = len(self.aside.labels)
-        for start in range(0, count, self.at_once):
-            chosen = list(range(start, min(start + self.at_once, count)))
-            for name, term in self._terms(self.aside.pixels(chosen), self.aside.labels[chosen]).items():
+        for pixels, labels in in_parts(self.aside):
+            for name, term in self._terms(pixels, labels).items():
                 found[name] += float(term)  # type: ignore[assignment]
-        return {name: term / count for name, term in found.items()}
+        return {name: term / len(self.aside.labels) for name, term in found.items()}
 
     def _terms(self, pixels: UInt8[Tensor, "B c H W"], labels: Tensor) -> dict[str, Tensor]:
         logits = logits_of(self.network, pixels)
@@ -105,19 +101,13 @@ def train_classifier(
     return train(groups, task, schedule, folder=folder, tell=tell)
 
 
-def logits_of(network: Any, pixels: UInt8[Tensor, "B c H W"]) -> Float[Tensor, "B C"]:
-    """What a classifier says of images, scaled and coloured as it wants them, in float32."""
-    config = network.config
-    seen = normalised(resized(pixels, config.image_size, config.num_channels), config)
-    found: Tensor = network(pixel_values=seen.to(next(network.parameters()).device)).logits
+def logits_of(network: nn.Module, pixels: UInt8[Tensor, "B c H W"]) -> Float[Tensor, "B C"]:
+    """What a classifier says of images, in float32."""
+    found: Tensor = network(pixel_values=seen_by(network, pixels)).logits
     return found.float()
 
 
 @torch.no_grad()
-def right(network: nn.Module, images: Images, *, at_once: int = 64) -> Tensor:
-    """Which images of a set get their class, bool [N]."""
-    found = []
-    for start in range(0, len(images.labels), at_once):
-        chosen = list(range(start, min(start + at_once, len(images.labels))))
-        found.append(logits_of(network, images.pixels(chosen)).argmax(-1).cpu() == images.labels[chosen])
-    return torch.cat(found)
+def right(network: nn.Module, images: Images) -> Bool[Tensor, "N"]:
+    """Which images of a set get their class."""
+    return torch.cat([logits_of(network, pixels).argmax(-1).cpu() == labels for pixels, labels in in_parts(images)])

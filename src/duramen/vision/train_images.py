@@ -10,9 +10,8 @@ from pydantic import Field
 from torch import nn
 
 from duramen.problem import Problem
-from duramen.registry import Settings as MethodSettings
 from duramen.registry import method
-from duramen.train.loop import Schedule
+from duramen.train.settings import ScheduleSettings
 from duramen.vision.opening import load_classifier
 from duramen.vision.plainmamba import PlainMambaConfig, PlainMambaForImageClassification
 from duramen.vision.studio import Studio
@@ -25,7 +24,7 @@ ARCHITECTURES: dict[str, tuple[Any, Any]] = {
 }
 
 
-class Settings(MethodSettings):
+class Settings(ScheduleSettings):
     """Settings of training."""
 
     architecture: Literal["vim", "plainmamba"] = "vim"
@@ -46,10 +45,6 @@ class Settings(MethodSettings):
     """Images that run together; fewer take less memory and give the same."""
     learning_rate: Annotated[float, Field(gt=0)] = 3e-3
     """Of AdamW at its height; about 5e-4 for a model that is trained already."""
-    warmup: Annotated[float, Field(ge=0, lt=1)] = 0.1
-    """Share of the steps in which the rate rises; then it falls to zero."""
-    clip: Annotated[float, Field(gt=0)] = 1.0
-    """Largest norm of a step's gradient."""
     every: Annotated[int, Field(ge=1)] = 50
     """Steps between checkpoints, at which the held-out loss is taken; the model is what it was at the best of them."""
     mirror: bool = True
@@ -60,8 +55,6 @@ class Settings(MethodSettings):
     """Share of the divergence from that model in the loss."""
     temperature: Annotated[float, Field(gt=0)] = 2.0
     """By which both models' logits are divided in the divergence, which then counts its square."""
-    seed: int = 0
-    """Of the first weights, and of the order of images."""
 
 
 @method("train_images", title="Training on images", paper="arXiv 2401.09417, 2403.17695", kind="images", settings=Settings)
@@ -78,14 +71,11 @@ def apply(studio: Studio, settings: Settings) -> dict[str, Any]:
                 num_channels=channels, state_size=settings.state_size, num_labels=len(studio.train.classes), **own,
             )
         )  # fmt: skip
-    schedule = Schedule(
-        settings.steps, settings.batch, settings.at_once, settings.warmup, settings.clip, settings.every, settings.seed
-    )
     teacher = _parent(settings.parent, len(studio.train.classes)) if settings.parent else studio.dense
     task = Classification(
         studio.network, studio.train, studio.aside, teacher, settings.distill_weight, settings.temperature, settings.mirror
     )
-    history = train_classifier(task, schedule, settings.learning_rate, folder=studio.folder, tell=studio.told)
+    history = train_classifier(task, settings.schedule, settings.learning_rate, folder=studio.folder, tell=studio.told)
     return {
         "training": {
             "trained_parameters": sum(each.numel() for each in studio.network.parameters()), "learning_rate": settings.learning_rate,

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from duramen.attention import Seen, attention_paths, watch
 from duramen.override import override
 from duramen.problem import Exit, Problem
-from duramen.vision.patches import Patches, PatchReduction, check_scores
+from duramen.vision.patches import Patches, PatchReduction, check_scores, random_scores
 
 FAMILIES = {"vit": 1, "deit": 2, "dinov2": 1}
 """Tokens that are no patches, the first of each sequence, by the type of the model."""
@@ -41,7 +41,7 @@ class ReducedViT:
         if reduction.mass is not None:
             raise Problem(
                 "A transformer keeps as many patches in every image.", why="some read out the mean of all tokens, and padding would count.",
-                fix="`keep` or `cut` instead of `mass`.",
+                fix="`keep` or `cut`, without `mass` or `adaptive`.",
             )  # fmt: skip
         if reduction.kind == "top" and reduction.score not in ("write", "attention"):
             raise Problem(
@@ -89,16 +89,14 @@ class ReducedViT:
             features = seen.key.transpose(1, 2).mean(2)
             hidden, self.patches = self.reduction.merged(hidden, features, patches, self.keep[index])
         else:
-            scores = self._scores(seen, index)
+            drawn = self.reduction.kind == "random"
+            scores = random_scores(hidden, index) if drawn else self._scores(seen, index)
             hidden, self.patches = self.reduction.staying(hidden, scores, patches, self.keep[index])
         return hidden
 
     @torch.no_grad()
     def _scores(self, seen: Seen, layer: int) -> Tensor:
         """What the class token takes from every token, [B, K]."""
-        if self.reduction.kind == "random":
-            drawn = torch.rand(seen.key.shape[0], seen.key.shape[2], generator=torch.Generator().manual_seed(layer))
-            return drawn.to(seen.key.device)
         looks = seen.logits(slice(0, 1)).float().softmax(-1)[:, :, 0]
         sizes = 1.0 if self.reduction.score == "attention" else seen.value.float().norm(dim=-1)
         found: Tensor = (looks * sizes).sum(1)
