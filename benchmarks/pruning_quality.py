@@ -80,7 +80,13 @@ def main() -> None:
             rows.write(options.name, table)
 
 
-UNITS = {"perplexity": "1", "KL from dense": "nats", "summed relative layer error": "1", "processor seconds": "s"}
+UNITS = {
+    "held-out loss": "nats",
+    "perplexity": "1",
+    "KL from dense": "nats",
+    "summed relative layer error": "1",
+    "processor seconds": "s",
+}
 
 
 @dataclass

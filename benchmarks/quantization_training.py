@@ -8,6 +8,7 @@ perplexity, KL from the dense model and processor seconds. Adds to benchmarks/re
 
 from __future__ import annotations
 
+import json
 import tempfile
 import time
 from pathlib import Path
@@ -54,7 +55,16 @@ def main() -> None:
             for metric, figure in figures.items():
                 against = rows.peer_of(table, case, metric, "gptq") if metric != "processor seconds" else None
                 table.append(bench.row(case, metric, subject, figure, against))
+            table += [
+                bench.row(f"{case}, {done} steps", "held-out loss", subject, exactly(loss)) for done, loss in held_out(folder)
+            ]
             rows.write("quantization_training", table)
+
+
+def held_out(folder: Path) -> list[tuple[int, float]]:
+    """(steps done, held-out loss) of the training that made a folder; none where nothing was trained."""
+    results = json.loads((folder / "results.json").read_text(encoding="utf-8"))
+    return [tuple(each) for step in results["steps"] if step.get("training") for each in step["training"]["held_out"]]
 
 
 def made(work: Path, label: str, subject: str) -> Path:

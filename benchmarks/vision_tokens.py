@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+from typing import Any
 
 import torch
 from pydantic import ValidationError
@@ -54,6 +55,7 @@ SUBJECTS = {
     "aligned, gaps held": {"gap_step": "hold"},
     "random, aligned": {"kind": "random"},
     "random, packed": {"kind": "random"} | PACKED,
+    "aligned, after layers 1 and 3": {"sites": (1, 3)},
 }
 
 
@@ -106,11 +108,12 @@ def _task(network: torch.nn.Module, teacher: torch.nn.Module | None = None) -> C
     return Classification(network, images.part(torch.arange(58000)), images.part(torch.arange(58000, 60000)), teacher)
 
 
-def reduced(dense: torch.nn.Module, cut: int, settings: dict[str, object], again: bool) -> torch.nn.Module:
+def reduced(dense: torch.nn.Module, cut: int, settings: dict[str, Any], again: bool) -> torch.nn.Module:
     """A copy that saves a share of the multiply-adds."""
     network = copy.deepcopy(dense)
-    keep = solve_keep(patch_costs(network), CUTS[cut], cut / 100, tokens=sequence_length(network))
-    network.config.reduction = {"sites": CUTS[cut], "keep": [keep]} | settings
+    sites = settings.get("sites", CUTS[cut])
+    keep = solve_keep(patch_costs(network), sites, cut / 100, tokens=sequence_length(network))
+    network.config.reduction = settings | {"sites": sites, "keep": [keep]}
     PatchReduction.model_validate(network.config.reduction)
     if again:
         train_classifier(_task(network, dense), AGAIN, RATE_AGAIN)
