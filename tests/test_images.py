@@ -8,6 +8,7 @@ from PIL import Image
 from transformers import AutoModelForImageClassification, ViTConfig, ViTForImageClassification
 
 import duramen
+import tiny
 from duramen.problem import Problem
 from duramen.train.loop import Schedule
 from duramen.vision import VimConfig, VimForImageClassification, evaluate_images
@@ -207,6 +208,7 @@ def test_what_cannot_be_run_is_said(tmp_path):
     out = tmp_path / "out"
     for recipe, model, words in (
         (RECIPE, "nothing", "no model of images `nothing`"),
+        (RECIPE, str(tiny.save("llama", tmp_path / "llama")), "cannot be opened as a classifier"),
         (RECIPE | {"steps": RECIPE["steps"][1:]}, "new", "There is no model yet"),
         (RECIPE | {"steps": [{"method": "rtn"}]}, "new", "`rtn` is no step for images"),
         (RECIPE | {"images": RECIPE["images"] | {"size": 18}}, "new", "Patches of 4 pixels do not fill an image of 18"),

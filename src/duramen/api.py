@@ -33,7 +33,7 @@ from duramen.families.model import BlockModel
 from duramen.forecast import forecast
 from duramen.hardware.machine import describe, fastest_device, forward_dtype, free_memory, gigaflops, peak_memory
 from duramen.opening import load
-from duramen.problem import Problem
+from duramen.problem import Exit, Problem
 from duramen.recipe import Recipe, Step, load_recipe, parse_settings, write_recipe
 from duramen.registry import get_method
 from duramen.report.images import write_image_report
@@ -201,7 +201,14 @@ def _claim(context: Context, lock: dict[str, Any]) -> None:
 def _tokenizer(folder: Path) -> Any:
     from transformers import AutoTokenizer
 
-    return AutoTokenizer.from_pretrained(folder)
+    try:
+        return AutoTokenizer.from_pretrained(folder)
+    except (OSError, ValueError) as error:
+        raise Problem(
+            f"{folder} has no tokenizer that opens.", why="recipes of texts read them by the model's own.",
+            fix="the folder with its `tokenizer.json`; a model of images needs a recipe with `images`.",
+            code=Exit.INCOMPATIBLE,
+        ) from error  # fmt: skip
 
 
 def _tokens(recipe: Recipe, source: Path) -> Tensor:

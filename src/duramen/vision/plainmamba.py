@@ -39,7 +39,7 @@ class PlainMambaConfig(VisionConfig):
         double_dt_bias: Whether the bias of Δ counts twice.
     """
 
-    model_type = "duramen_plainmamba"
+    model_type = "plainmamba"
 
     stem: int | None = 1
     local: bool = False

@@ -30,7 +30,7 @@ class VimConfig(VisionConfig):
         kernel_size: Taps of the causal convolutions.
     """
 
-    model_type = "duramen_vim"
+    model_type = "vim"
 
     kernel_size: int = 4
 
