@@ -119,7 +119,7 @@ def test_from_nothing_to_a_report(tmp_path):
     assert [step["method"] for step in found["steps"]] == ["train_images", "patch_pruning", "train_images"]
     macs = found["steps"][1]["macs"]
     assert 1 - macs["reduced"] / macs["dense"] == pytest.approx(0.3, abs=0.03)
-    assert found["steps"][2]["training"]["distilled"]
+    assert found["steps"][2]["trainings"][0]["distilled"]
     measured = found["evaluations"][0]
     assert measured["images"] == 40
     assert set(measured["accuracy"]) == set(measured["speed"]) == {"before", "after"}
@@ -175,7 +175,7 @@ def test_a_teacher_of_another_kind_and_size(tmp_path):
         ViTConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16, image_size=24, patch_size=8, num_labels=10, num_channels=1)
     ).save_pretrained(tmp_path / "vit")  # fmt: skip
     step = RECIPE["steps"][0] | {"parent": str(tmp_path / "vit"), "distill_weight": 1.0}
-    found = duramen.run(RECIPE | {"steps": [step]}, "new", tmp_path / "out")["steps"][0]["training"]
+    found = duramen.run(RECIPE | {"steps": [step]}, "new", tmp_path / "out")["steps"][0]["trainings"][0]
     assert found["distilled"]
     assert found["terms"][-1]["divergence"] < found["terms"][0]["divergence"]
     for wrong, words in ((tmp_path, "no classifier"), (tmp_path / "three", "tells 3 classes apart")):

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
+from functools import cache
 from math import ceil
 from pathlib import Path
 from typing import Annotated, Literal
@@ -212,11 +213,14 @@ def simulated_cycles(cut: Tiles, *, prefetch: bool = True) -> int:
 
 def network_cycles(shapes: Sequence[Shape], engine: Engine, bits_per_cycle: int) -> int:
     """Of one image through all products, one after another; heads of attention in rounds."""
-    total = 0
-    for shape in shapes:
-        rounds = ceil(shape.times / engine.heads) if shape.kind == "attention" else shape.times
-        total += rounds * closed_cycles(tiles(shape, engine, bits_per_cycle), prefetch=engine.prefetch)
-    return total
+    return sum(shape_cycles(shape, engine, bits_per_cycle) for shape in shapes)
+
+
+@cache
+def shape_cycles(shape: Shape, engine: Engine, bits_per_cycle: int) -> int:
+    """Of one product, as often as it runs."""
+    rounds = ceil(shape.times / engine.heads) if shape.kind == "attention" else shape.times
+    return rounds * closed_cycles(tiles(shape, engine, bits_per_cycle), prefetch=engine.prefetch)
 
 
 def frames_per_second(shapes: Sequence[Shape], engine: Engine, device: Device) -> float:
@@ -268,11 +272,14 @@ class Resources:
 
     def over(self, device: Device) -> list[str]:
         """What does not fit, in words."""
-        limits = (
-            ("multipliers", self.dsps, int(MOST_DSP * device.dsps)), ("lookup tables", self.luts, int(MOST_LUT * device.luts)),
-            ("flip-flops", self.flip_flops, device.flip_flops), ("blocks of memory", self.ramb36, device.ramb36),
-        )  # fmt: skip
+        names = ("multipliers", "lookup tables", "flip-flops", "blocks of memory")
+        limits = zip(names, astuple(self), astuple(usable(device)), strict=True)
         return [f"{need:,} {name} of {there:,}" for name, need, there in limits if need > there]
+
+
+def usable(device: Device) -> Resources:
+    """What an engine may take of a device."""
+    return Resources(int(MOST_DSP * device.dsps), int(MOST_LUT * device.luts), device.flip_flops, device.ramb36)
 
 
 def memory_blocks(width: int, depth: int) -> int:

@@ -7,6 +7,7 @@ import struct
 import zlib
 from collections.abc import Sequence
 from html import escape
+from math import log
 
 WIDTH, ROW, LEFT, RIGHT = 360, 34, 56, 64
 MAP_COLOUR = bytes.fromhex("3f88c5")
@@ -76,28 +77,95 @@ def line_chart(points: list[tuple[float, float]], across: str, up: str) -> str:
     Returns:
         An ``<svg>`` element.
     """
-    height, left, right, top, bottom = 160, 56, 16, 20, 36
-    (low_x, high_x), (low_y, high_y) = ((min(axis), max(axis)) for axis in zip(*points, strict=True))
-    places = [
-        (
-            left + (x - low_x) / ((high_x - low_x) or 1) * (WIDTH - left - right),
-            top + (high_y - y) / ((high_y - low_y) or 1) * (height - top - bottom),
-        )
-        for x, y in points
-    ]
+    axes = _Axes([x for x, _ in points], [y for _, y in points])
+    places = [axes.place(*point) for point in points]
     path = "L".join(f"{x:.1f} {y:.1f}" for x, y in places)
-    parts = [
-        f'<path d="M{path}" class="line"/>',
-        *(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3" class="dot"/>' for x, y in places),
-        f'<text x="{left - 8}" y="{top + 4}" text-anchor="end" class="small">{high_y:.3g}</text>',
-        f'<text x="{left - 8}" y="{height - bottom + 4}" text-anchor="end" class="small">{low_y:.3g}</text>',
-        f'<text x="{left}" y="{height - bottom + 18}" class="small">{low_x:.3g}</text>',
-        f'<text x="{WIDTH - right}" y="{height - bottom + 18}" text-anchor="end" class="small">{high_x:.3g}</text>',
-        f'<text x="{(left + WIDTH - right) / 2}" y="{height - 6}" text-anchor="middle" class="small">{escape(across)}</text>',
-        f'<text x="{left}" y="12" class="small">{escape(up)}</text>',
-    ]
+    dots = (f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3" class="dot"/>' for x, y in places)
     words = "; ".join(f"{across} {x:.3g}: {up} {y:.3g}" for x, y in points)
-    return _svg(height, words, parts)
+    return _svg(axes.height, words, [f'<path d="M{path}" class="line"/>', *dots, *axes.texts(across, up)])
+
+
+def scatter_chart(points: list[tuple[float, float]], front: list[tuple[float, float]], across: str, up: str) -> str:
+    """All points, and a line through those that are on the front.
+
+    Args:
+        points: (x, y).
+        front: Some of them, in the order of x; the last is the one that was chosen.
+        across: What x is.
+        up: What y is.
+
+    Returns:
+        An ``<svg>`` element.
+    """
+    axes = _Axes([x for x, _ in points], [y for _, y in points])
+    path = "L".join("{:.1f} {:.1f}".format(*axes.place(*point)) for point in front)
+    marks = [('<circle cx="{:.1f}" cy="{:.1f}" r="2" class="bar before"/>').format(*axes.place(*point)) for point in points]
+    marks += [f'<path d="M{path}" class="line"/>']
+    marks += [('<circle cx="{:.1f}" cy="{:.1f}" r="4" class="dot"/>').format(*axes.place(*front[-1]))]
+    words = f"{len(points)} candidates; " + "; ".join(f"{across} {x:.3g}: {up} {y:.3g}" for x, y in front)
+    return _svg(axes.height, words, [*marks, *axes.texts(across, up)])
+
+
+def roofline_chart(points: list[tuple[float, float]], peak: float, slope: float, across: str, up: str) -> str:
+    """Points under the roof that a peak and a bandwidth make, on logarithmic axes.
+
+    Args:
+        points: (work per thing moved, work per time), above zero.
+        peak: The most work per time.
+        slope: Things moved per time.
+        across: What x is.
+        up: What y is.
+
+    Returns:
+        An ``<svg>`` element.
+    """
+    ridge = peak / slope
+    low, high = min(ridge / 4, *(x for x, _ in points)), max(ridge * 4, *(x for x, _ in points))
+    axes = _Axes([low, high], [min(low * slope, *(y for _, y in points)), peak], logarithmic=True)
+    roof = [(low, low * slope), (ridge, peak), (high, peak)]
+    path = "L".join("{:.1f} {:.1f}".format(*axes.place(*point)) for point in roof)
+    marks = [f'<path d="M{path}" class="whisker"/>']
+    marks += [('<circle cx="{:.1f}" cy="{:.1f}" r="3" class="dot"/>').format(*axes.place(*point)) for point in points]
+    words = f"roof {peak:,.0f} {up} from {ridge:.3g} {across}; " + "; ".join(f"{x:.3g}: {y:.3g}" for x, y in points)
+    return _svg(axes.height, words, [*marks, *axes.texts(across, up)])
+
+
+class _Axes:
+    """Where points of a chart are, and what stands at its edges."""
+
+    height, left, right, top, bottom = 160, 56, 16, 20, 36
+
+    def __init__(self, xs: list[float], ys: list[float], *, logarithmic: bool = False) -> None:
+        self.logarithmic = logarithmic
+        self.x, self.y = (min(xs), max(xs)), (min(ys), max(ys))
+
+    def place(self, x: float, y: float) -> tuple[float, float]:
+        """In the drawing."""
+        across, up = self._share(x, *self.x), self._share(y, *self.y)
+        return self.left + across * (WIDTH - self.left - self.right), self.top + (1 - up) * (
+            self.height - self.top - self.bottom
+        )
+
+    def _share(self, value: float, low: float, high: float) -> float:
+        if self.logarithmic:
+            value, low, high = log(value), log(low), log(high)
+        return (value - low) / ((high - low) or 1)
+
+    def texts(self, across: str, up: str) -> list[str]:
+        """The least and the greatest value on either axis, and what they are of."""
+        end, low = WIDTH - self.right, self.height - self.bottom
+        return [
+            f'<text x="{self.left - 8}" y="{self.top + 4}" text-anchor="end" class="small">{_short(self.y[1])}</text>',
+            f'<text x="{self.left - 8}" y="{low + 4}" text-anchor="end" class="small">{_short(self.y[0])}</text>',
+            f'<text x="{self.left}" y="{low + 18}" class="small">{_short(self.x[0])}</text>',
+            f'<text x="{end}" y="{low + 18}" text-anchor="end" class="small">{_short(self.x[1])}</text>',
+            f'<text x="{(self.left + end) / 2}" y="{self.height - 6}" text-anchor="middle" class="small">{escape(across)}</text>',
+            f'<text x="{self.left}" y="12" class="small">{escape(up)}</text>',
+        ]
+
+
+def _short(value: float) -> str:
+    return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
 
 
 def heat_map(values: list[list[float]], words: str) -> str:

@@ -8,6 +8,7 @@ from typing import Any
 import yaml
 
 from duramen.report.charts import line_chart, photograph
+from duramen.report.network import network_section, search_words
 from duramen.report.page import render
 from duramen.rundir import write_text
 
@@ -26,7 +27,8 @@ def write_image_report(folder: Path, results: dict[str, Any]) -> Path:
         verdict=image_verdict(results),
         rows=_rows(results, measured) if measured else [],
         tried=[row for step in results["steps"] if len(step.get("tried", [])) > 1 for row in _tried(step)],
-        trained=[_trained(step) for step in results["steps"] if "training" in step],
+        networks=[network_section(step["search"]) for step in results["steps"] if "search" in step],
+        trained=[_trained(step["id"], each) for step in results["steps"] for each in step.get("trainings", [])],
         shown=[_shown(each, _sites(results)) for each in measured["shown"]] if measured else [],
         sites=_sites(results),
     )
@@ -60,6 +62,7 @@ def image_verdict(results: dict[str, Any]) -> str:
     if pruned:
         macs = pruned[-1]["macs"]
         parts.append(f"{1 - macs['reduced'] / macs['dense']:.0%} of the multiply-adds of an image are gone.")
+    parts += [search_words(step["search"]) for step in results["steps"] if "search" in step]
     if results["evaluations"]:
         found = results["evaluations"][-1]
         parts.append(f"{_percent(found['accuracy']['after'])} of {found['images']:,} test images are told right.")
@@ -133,15 +136,14 @@ def _shown(found: dict[str, Any], sites: list[int]) -> dict[str, Any]:
     return {"words": words, "right": found["class"] == found["answer"], "cells": cells}
 
 
-def _trained(step: dict[str, Any]) -> dict[str, Any]:
-    found = step["training"]
+def _trained(step: str, found: dict[str, Any]) -> dict[str, Any]:
     steps = [done for done, _ in found["held_out"]]
     curves = {
         "Held-out loss": [loss for _, loss in found["held_out"]],
         "Share told wrong": [terms["wrong"] for terms in found["terms"]],
     }
     return {
-        "name": step["id"],
+        "name": f"{step}, {found['name']}" if found["name"] else step,
         "words": f"{found['trained_parameters']:,} parameters in {len(found['losses'])} steps at a learning rate of {found['learning_rate']:.2g}; "
         f"{'classes and the dense model' if found['distilled'] else 'classes'} learned. Kept is the model after {found['best']} steps.",
         "charts": [{"name": name, "svg": line_chart(list(zip(steps, values, strict=True)), "steps", name.lower())} for name, values in curves.items()],

@@ -2,11 +2,23 @@
 
 from transformers import AutoConfig, AutoModelForImageClassification
 
+from duramen.vision.elastic import ElasticViTConfig, ElasticViTForImageClassification
 from duramen.vision.plainmamba import PlainMambaConfig, PlainMambaForImageClassification
 from duramen.vision.vim import VimConfig, VimForImageClassification
 
-for _config, _model in ((VimConfig, VimForImageClassification), (PlainMambaConfig, PlainMambaForImageClassification)):
+for _config, _model in (
+    (VimConfig, VimForImageClassification),
+    (PlainMambaConfig, PlainMambaForImageClassification),
+    (ElasticViTConfig, ElasticViTForImageClassification),
+):
     AutoConfig.register(_config.model_type, _config, exist_ok=True)
     AutoModelForImageClassification.register(_config, _model, exist_ok=True)
 
-__all__ = ["PlainMambaConfig", "PlainMambaForImageClassification", "VimConfig", "VimForImageClassification"]
+__all__ = [
+    "ElasticViTConfig",
+    "ElasticViTForImageClassification",
+    "PlainMambaConfig",
+    "PlainMambaForImageClassification",
+    "VimConfig",
+    "VimForImageClassification",
+]

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from duramen.hardware.machine import fastest_device
 from duramen.problem import Exit, Problem
+from duramen.vision.elastic import ElasticViTForImageClassification
 from duramen.vision.patches import PatchReduction, patches_across
 from duramen.vision.stream import VisionModel
 from duramen.vision.vit import FAMILIES, ReducedViT, transformer_layers
@@ -35,7 +36,7 @@ def load_classifier(folder: Path) -> Any:
             fix="a folder that a run on images wrote, or one of a ViT, DeiT or DINOv2 with its head.",
             code=Exit.INCOMPATIBLE,
         ) from error  # fmt: skip
-    if not isinstance(network, VisionModel):
+    if not isinstance(network, VisionModel | ElasticViTForImageClassification):
         transformer_layers(network)
     processor = folder / "preprocessor_config.json"
     if processor.is_file():
@@ -61,6 +62,8 @@ def tokens_outside(network: Any) -> tuple[int, ...]:
     """Places of the sequence that hold no patch."""
     if isinstance(network, VisionModel):
         return () if network.extra is None else (network.extra,)
+    if isinstance(network, ElasticViTForImageClassification):
+        return (0,)
     return tuple(range(FAMILIES[network.config.model_type]))
 
 

@@ -130,7 +130,7 @@ def _carry_out(run: _Run, studio: Studio, step: Step, place: str, results: dict[
     if step.method == "evaluate_images":
         results["evaluations"].append(method.apply(studio, step.settings))
         return None
-    if step.method == "patch_pruning" and studio.dense is None and studio.network is not None:
+    if step.method in ("patch_pruning", "vit_search") and studio.dense is None and studio.network is not None:
         studio.dense = _dense(studio.network)
     if run.directory.remembers(place, "record"):
         found = remember("record", dict)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float, UInt8
+from jaxtyping import Bool, Float, Int, UInt8
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, kl_div, log_softmax
 
@@ -50,22 +50,29 @@ class Classification:
 
     def loss(self, indices: Sequence[int]) -> Tensor:
         """Sum over some images."""
+        pixels, labels = self.batch(indices)
+        return self.terms(logits_of(self.network, pixels), pixels, labels)["loss"]
+
+    def batch(self, indices: Sequence[int]) -> tuple[UInt8[Tensor, "B c H W"], Int[Tensor, "B"]]:
+        """Some images, mirrored or not, and their classes."""
         count = len(self.images.labels)
         pixels = self.images.pixels([index % count for index in indices])
         mirrored = torch.tensor([index >= count for index in indices])
         pixels = torch.where(mirrored[:, None, None, None], pixels.flip(-1), pixels)
-        return self._terms(pixels, self.images.labels[[index % count for index in indices]])["loss"]
+        return pixels, self.images.labels[[index % count for index in indices]]
 
     def held_out(self) -> dict[str, float]:
         """Means over the held-out images: of the loss and its terms, and the share of wrong classes."""
         found: Counter[str] = Counter()
         for pixels, labels in in_parts(self.aside):
-            for name, term in self._terms(pixels, labels).items():
+            for name, term in self.terms(logits_of(self.network, pixels), pixels, labels).items():
                 found[name] += float(term)  # type: ignore[assignment]
         return {name: term / len(self.aside.labels) for name, term in found.items()}
 
-    def _terms(self, pixels: UInt8[Tensor, "B c H W"], labels: Tensor) -> dict[str, Tensor]:
-        logits = logits_of(self.network, pixels)
+    def terms(
+        self, logits: Float[Tensor, "B C"], pixels: UInt8[Tensor, "B c H W"], labels: Int[Tensor, "B"]
+    ) -> dict[str, Tensor]:
+        """The loss of some images, what it is made of, and how many are told wrong; sums."""
         labels = labels.to(logits.device)
         likelihood = cross_entropy(logits, labels, reduction="sum")
         wrong = (logits.argmax(-1) != labels).sum()
@@ -99,6 +106,14 @@ def train_classifier(
     task.network.eval()
     groups: list[dict[str, Any]] = [{"params": list(task.network.parameters()), "lr": rate}]
     return train(groups, task, schedule, folder=folder, tell=tell)
+
+
+def record_of(history: History, network: nn.Module, rate: float, *, distilled: bool, name: str = "") -> dict[str, Any]:
+    """What ``results.json`` says of a training."""
+    return {
+        "name": name, "trained_parameters": sum(each.numel() for each in network.parameters()), "learning_rate": rate, "distilled": distilled,
+        "losses": history.losses, "held_out": history.held_out, "terms": history.terms, "best": history.best,
+    }  # fmt: skip
 
 
 def logits_of(network: nn.Module, pixels: UInt8[Tensor, "B c H W"]) -> Float[Tensor, "B C"]:

@@ -15,7 +15,7 @@ from duramen.train.settings import ScheduleSettings
 from duramen.vision.opening import load_classifier
 from duramen.vision.plainmamba import PlainMambaConfig, PlainMambaForImageClassification
 from duramen.vision.studio import Studio
-from duramen.vision.train import Classification, train_classifier
+from duramen.vision.train import Classification, record_of, train_classifier
 from duramen.vision.vim import VimConfig, VimForImageClassification
 
 ARCHITECTURES: dict[str, tuple[Any, Any]] = {
@@ -76,13 +76,7 @@ def apply(studio: Studio, settings: Settings) -> dict[str, Any]:
         studio.network, studio.train, studio.aside, teacher, settings.distill_weight, settings.temperature, settings.mirror
     )
     history = train_classifier(task, settings.schedule, settings.learning_rate, folder=studio.folder, tell=studio.told)
-    return {
-        "training": {
-            "trained_parameters": sum(each.numel() for each in studio.network.parameters()), "learning_rate": settings.learning_rate,
-            "distilled": teacher is not None, "losses": history.losses, "held_out": history.held_out, "terms": history.terms,
-            "best": history.best,
-        }
-    }  # fmt: skip
+    return {"trainings": [record_of(history, studio.network, settings.learning_rate, distilled=teacher is not None)]}
 
 
 def _parent(name: str, classes: int) -> nn.Module:
