@@ -7,6 +7,7 @@ from functools import partial
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch.nn.functional import cross_entropy
 
 import duramen
@@ -224,7 +225,7 @@ def test_what_puts_out_most_comes_first():
 
 def studio(folder, network=None, told=lambda step, loss: None):
     parts = IMAGES.part(torch.arange(64)), IMAGES.part(torch.arange(64, 96))
-    return Studio(network, None, *parts, parts[1], memo=lambda name, compute: compute(), folder=folder, told=told)
+    return Studio(network, None, *parts, parts[1], memo=lambda name, compute: compute(), folder=folder, out=folder, told=told)
 
 
 def test_training_goes_on_to_the_same_bits(tmp_path):
@@ -444,6 +445,7 @@ RECIPE = {
         {"method": "vit_search", "target": 300000, "population": 4, "generations": 1, "mutants": 2, "children": 2, "parents": 2, "images": 8},
         {"method": "train_images", "steps": 1, "every": 1, "batch": 8, "at_once": 8},
         {"method": "evaluate_images", "batches": [1]},
+        {"method": "export_images"},
     ],
 }  # fmt: skip
 
@@ -458,13 +460,23 @@ def test_from_nothing_to_a_network_on_a_target(tmp_path):
     assert "The network that was found" in page
     assert "lookup tables" in page
     network = load_classifier(tmp_path / "out")
+    network = load_classifier(tmp_path / "out")
+    plain, proved = found["exports"]
+    assert plain["same_answers"] == 1
+    assert proved["equal_matrices"] == 2 + 4 * network.config.architecture.depth
+    codes = load_file(tmp_path / "out" / "exports" / "codes.safetensors")
+    assert torch.equal(
+        codes["layers.0.fc1.codes"].float() * codes["layers.0.fc1.steps"][:, None],
+        network.layers[0].fc1.integers(network.config.eight[0][2])[0].weight(),
+    )
+    assert "all 6 matrices" in page or "all 10 matrices" in page
     assert network.config.architecture == Architecture.read(searched["chosen"]["architecture"])
     assert "change" in found["evaluations"][0]
     with pytest.raises(Problem, match="no step"):
         duramen.run(RECIPE | {"steps": [{"method": "vit_search", "target": 1}, {"method": "rtn"}]}, "new", tmp_path / "no")
-    with pytest.raises(Problem, match="no supernet"):
-        duramen.run(
-            RECIPE | {"steps": [{"method": "train_images", "steps": 1}, {"method": "vit_search", "target": 1}]},
-            "new",
-            tmp_path / "other",
-        )
+    begun = {"method": "train_images", "steps": 1, "batch": 8, "at_once": 8}
+    for number, (step, said) in enumerate(
+        (({"method": "vit_search", "target": 1}, "no supernet"), ({"method": "export_images"}, "no whole numbers"))
+    ):
+        with pytest.raises(Problem, match=said):
+            duramen.run(RECIPE | {"steps": [begun, step]}, "new", tmp_path / f"other{number}")

@@ -89,7 +89,8 @@ class Engine:
         factor: Products of one multiplier.
         dsp_share: Share of the products on multipliers; the others are built of lookup tables.
         heads: Of attention at once.
-        activation_bits: Of inputs and outputs.
+        activation_bits: Of inputs.
+        output_bits: Of outputs that go to the memory outside; 0 for as many as inputs have, more where sums leave before they are rounded.
         clock: Hertz.
         efficiency: Share of the memory's speed that is reached.
         streams: Whether activations come from and go to the memory outside, tile by tile; otherwise they stay on the chip.
@@ -103,6 +104,7 @@ class Engine:
     dsp_share: float = 1.0
     heads: int = 1
     activation_bits: int = 6
+    output_bits: int = 0
     clock: float = 150e6
     efficiency: float = 0.8
     streams: bool = False
@@ -172,9 +174,10 @@ def tiles(shape: Shape, engine: Engine, bits_per_cycle: int) -> Tiles:
     columns, compute = ceil(shape.features / engine.inputs), ceil(shape.tokens / at_once)
     if shape.kind == "attention":
         return Tiles(ceil(shape.pairs / (engine.lanes // 2)), columns, 0, compute, 0)
-    moved = shape.tokens * engine.activation_bits if engine.streams else 0
-    load = ceil((4 * engine.lanes * engine.inputs + moved * engine.inputs) / bits_per_cycle)
-    return Tiles(ceil(shape.pairs / (engine.lanes // 2)), columns, load, compute, ceil(moved * engine.lanes / bits_per_cycle))
+    moved = shape.tokens if engine.streams else 0
+    load = ceil((4 * engine.lanes + moved * engine.activation_bits) * engine.inputs / bits_per_cycle)
+    store = ceil(moved * (engine.output_bits or engine.activation_bits) * engine.lanes / bits_per_cycle)
+    return Tiles(ceil(shape.pairs / (engine.lanes // 2)), columns, load, compute, store)
 
 
 def closed_cycles(cut: Tiles, *, prefetch: bool = True) -> int:

@@ -8,7 +8,7 @@ from typing import Any
 import yaml
 
 from duramen.report.charts import line_chart, photograph
-from duramen.report.network import network_section, search_words
+from duramen.report.network import export_words, network_section, search_words
 from duramen.report.page import render
 from duramen.rundir import write_text
 
@@ -27,6 +27,7 @@ def write_image_report(folder: Path, results: dict[str, Any]) -> Path:
         verdict=image_verdict(results),
         rows=_rows(results, measured) if measured else [],
         tried=[row for step in results["steps"] if len(step.get("tried", [])) > 1 for row in _tried(step)],
+        exports=export_words(results["exports"]),
         networks=[network_section(step["search"]) for step in results["steps"] if "search" in step],
         trained=[_trained(step["id"], each) for step in results["steps"] for each in step.get("trainings", [])],
         shown=[_shown(each, _sites(results)) for each in measured["shown"]] if measured else [],

