@@ -1,7 +1,7 @@
 """A supernet of vision transformers: one training for all sub-networks, first in floats and then rounded, after which any of them can be taken out.
 
-Every step trains the largest sub-network on labels and teacher, and the smallest and a few random ones on what the largest says (the sandwich rule and in-place distillation of BigNAS, arXiv 2003.11142).
-Between the two phases the best steps are chosen, and the order of rows by what eight bits save (``duramen.quantize.rows``), which then stays. A pretrained transformer can be the beginning: its heads, neurons and
+At first the largest sub-network learns alone; from then on every step trains it on labels and teacher, and the smallest and a few random ones on labels and on what the largest says (the sandwich rule and in-place
+distillation of BigNAS, arXiv 2003.11142). Before anything is rounded the best steps are chosen, and the order of rows by what eight bits save (``duramen.quantize.rows``), which then stays. A pretrained transformer can be the beginning: its heads, neurons and
 channels are sorted by what they put out, so that first ones are the important ones, and its function stays.
 """
 
@@ -12,7 +12,6 @@ import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Annotated, Any
 
 import torch
@@ -101,7 +100,7 @@ def running(network: Any, architecture: Architecture) -> Iterator[None]:
 
 @dataclass
 class Sandwich(Classification):
-    """The task: the largest learns from labels and teacher, the smallest and random ones from what the largest says.
+    """The task: the largest learns from labels and teacher, the smallest and random ones from labels and what the largest says.
 
     Attributes:
         sampled: Random sub-networks of every step; which they are follows from its images.
@@ -347,16 +346,20 @@ class Settings(ScheduleSettings):
     """Of the inputs of every matrix, with one step each; six is the most of which four products fit a multiplier."""
     sampled: Annotated[int, Field(ge=0)] = 2
     """Random sub-networks of every step, beside the largest and the smallest."""
-    steps: Annotated[int, Field(ge=0)] = 600
-    """In floats; 0 for a model that is trained already."""
-    rounding_steps: Annotated[int, Field(ge=1)] = 300
-    """Rounded."""
+    alone_steps: Annotated[int, Field(ge=0)] = 300
+    """Of the largest sub-network alone, in floats; 0 for a model that is trained already. Without them the others have nothing to imitate, and learn a third as fast."""
+    steps: Annotated[int, Field(ge=0)] = 250
+    """Of all sub-networks, in floats."""
+    rounding_steps: Annotated[int, Field(ge=1)] = 120
+    """Of all sub-networks, rounded."""
     batch: Annotated[int, Field(ge=1)] = 128
     """Images of a step."""
     at_once: Annotated[int, Field(ge=1)] = 128
     """Images that run together, with the same sub-networks."""
-    learning_rate: Annotated[float, Field(gt=0)] = 2e-3
-    """Of AdamW at its height, in floats."""
+    alone_rate: Annotated[float, Field(gt=0)] = 2e-3
+    """The learning rate of AdamW at its height, of the largest alone."""
+    learning_rate: Annotated[float, Field(gt=0)] = 1e-3
+    """The same, of all in floats."""
     rounding_rate: Annotated[float, Field(gt=0)] = 5e-4
     """The same, rounded."""
     every: Annotated[int, Field(ge=1)] = 50
@@ -364,7 +367,7 @@ class Settings(ScheduleSettings):
     mirror: bool = True
     """Whether images are also learned mirrored."""
     distill_weight: Annotated[float, Field(ge=0, le=1)] = 0.5
-    """Share of the divergence from the model that it begins with in the loss of the largest; a new one learns classes alone."""
+    """Share of the divergence in the losses: of the largest from the model that it begins with, if there is one, and of the others from the largest."""
     temperature: Annotated[float, Field(gt=0)] = 2.0
     """By which both models' logits are divided in that divergence, which then counts its square."""
 
@@ -387,28 +390,32 @@ def apply(studio: Studio, settings: Settings) -> dict[str, Any]:
         teacher = None
     else:
         network = supernet_of(network, settings.space, studio.train, bits=settings.activation_bits)
-    task = Sandwich(
-        network, studio.train, studio.aside, teacher, settings.distill_weight, settings.temperature, settings.mirror, settings.sampled
-    )  # fmt: skip
-    rates, phases = {"in floats": settings.learning_rate, "rounded": settings.rounding_rate}, {}
-    if settings.steps and not network.config.rounding:
-        phases["in floats"] = train_classifier(
-            task, settings.schedule, settings.learning_rate, folder=_folder(studio, "floats"), tell=studio.told
-        )
-    if not network.config.rounding:
-        begin_rounding(network, studio.train)
-    schedule = dataclasses.replace(settings.schedule, steps=settings.rounding_steps)
-    phases["rounded"] = train_classifier(
-        task, schedule, settings.rounding_rate, folder=_folder(studio, "rounded"), tell=studio.told
-    )
+    learnt = (teacher, settings.distill_weight, settings.temperature, settings.mirror)
+    alone = Classification(network, studio.train, studio.aside, *learnt)
+    together = Sandwich(network, studio.train, studio.aside, *learnt, settings.sampled)
+    phases = {
+        "the largest": (alone, settings.alone_steps, settings.alone_rate),
+        "all in floats": (together, settings.steps, settings.learning_rate),
+        "all rounded": (together, settings.rounding_steps, settings.rounding_rate),
+    }
+    begun, trainings = network.config.rounding, []
+    for name, (task, steps, rate) in phases.items():
+        rounded = name == "all rounded"
+        if not steps or (begun and not rounded):
+            continue
+        if rounded and not begun:
+            begin_rounding(network, studio.train)
+        folder = studio.folder / name.replace(" ", "-")
+        folder.mkdir(parents=True, exist_ok=True)
+        schedule = dataclasses.replace(settings.schedule, steps=steps)
+        history = train_classifier(task, schedule, rate, folder=folder, tell=studio.told)
+        trainings.append(record_of(history, network, rate, distilled=teacher is not None, name=name))
     studio.network, space = network, space_of(network)
     return {
         "space": space.model_dump(mode="json"),
         "multiply_adds": {name: getattr(space, name).products(network.config) for name in ("largest", "smallest")},
-        "trainings": [
-            record_of(history, network, rates[name], distilled=teacher is not None, name=name) for name, history in phases.items()
-        ],
-    }  # fmt: skip
+        "trainings": trainings,
+    }
 
 
 def new_config(settings: Settings, images: Images) -> ElasticViTConfig:
@@ -420,10 +427,3 @@ def new_config(settings: Settings, images: Images) -> ElasticViTConfig:
         head_size=settings.head_size, image_size=size, patch_size=settings.patch, num_channels=channels, num_labels=len(images.classes),
         activation_bits=settings.activation_bits, layer_scale=settings.layer_scale, space=settings.space.model_dump(mode="json"),
     )  # fmt: skip
-
-
-def _folder(studio: Studio, phase: str) -> Path:
-    """Of the checkpoints of a phase."""
-    folder = studio.folder / phase
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder
