@@ -93,17 +93,17 @@ class Fpga:
 
 @dataclass
 class Measured:
-    """A table of parts; each kind is timed when it is first asked for.
+    """A table of parts; each kind is timed when it is first asked for, those that are asked for together in turns.
 
     Attributes:
         name: Of what was measured.
-        time: Gives the seconds of a part of which only the sizes count.
+        time: Gives the seconds of parts of which only the sizes count.
         rest: Seconds that every network takes beside its parts.
         table: What was timed so far.
     """
 
     name: str
-    time: Callable[[Part], float]
+    time: Callable[[Sequence[Part]], Sequence[float]]
     rest: float = 0.0
     table: dict[Part, float] = field(default_factory=dict)
     source: Literal["modelled", "measured"] = "measured"
@@ -111,9 +111,9 @@ class Measured:
     def seconds(self, parts: Sequence[Part]) -> float:
         """Of one image: the sum of its parts."""
         keys = [tuple(dataclasses.replace(shape, eight=0.0) for shape in part) for part in parts]
-        for key in keys:
-            if key not in self.table:
-                self.table[key] = self.time(key)
+        missing = [key for key in dict.fromkeys(keys) if key not in self.table]
+        if missing:
+            self.table |= dict(zip(missing, self.time(missing), strict=True))
         return self.rest + sum(self.table[key] for key in keys)
 
     def excess(self, parts: Sequence[Part]) -> list[str]:

@@ -1,7 +1,8 @@
-"""This machine as a target: parts of networks timed in ONNX Runtime, where they run in whole numbers, and added up."""
+"""This machine as a target: parts of networks timed in ONNX Runtime, where they run in whole numbers on one thread, and added up; several threads on cores that others use rank networks less well."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from importlib.util import find_spec
 from typing import Any
 
@@ -18,8 +19,8 @@ from duramen.vision.integers import INPUT, OUTPUT, Graph
 
 STACK = 4
 """Parts of one kind that are timed one behind another, so that what a run takes beside them hardly counts."""
-ROUNDS, TURNS = 5, 40
-"""How often a part is timed, the fastest round counts, and runs of a round, whose median counts: other work on a machine only adds."""
+ROUNDS, TURNS = 8, 30
+"""How often each of several is timed, in turns, of which the fastest round counts, and runs of a round, whose median counts: other work on a machine only adds."""
 
 
 def measured_cpu(config: ElasticViTConfig) -> Measured:
@@ -37,8 +38,21 @@ def measured_cpu(config: ElasticViTConfig) -> Measured:
             why="it is an extra.",
             fix="`python -m pip install onnx onnxruntime`, or an FPGA.",
         )
-    rest = _seconds(Graph("onnx"), [1, 1])
-    return Measured(str(describe()["processor"]), lambda part: _time(part, config, rest), rest)
+    empty = Graph("onnx")
+    empty.op("Identity", INPUT, named=OUTPUT)
+    (rest,) = fastest([_running(empty, [1, 1])])
+
+    def time(parts: Sequence[Part]) -> list[float]:
+        found = fastest([_running(*_graph(part, config)) for part in parts])
+        return [max(seconds - rest, 0.0) / (1 if len(part) == 1 else STACK) for part, seconds in zip(parts, found, strict=True)]
+
+    return Measured(str(describe()["processor"]), time, rest)
+
+
+def fastest(functions: Sequence[Callable[[], Any]]) -> list[float]:
+    """Seconds of each of several, timed in turns."""
+    rounds = [[float(np.median(repeated(function, TURNS))) for function in functions] for _ in range(ROUNDS)]
+    return [min(each) for each in zip(*rounds, strict=True)]
 
 
 def session(model: Any) -> Any:
@@ -50,32 +64,32 @@ def session(model: Any) -> Any:
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = torch.get_num_threads()
+    options.intra_op_num_threads = 1
     options.log_severity_level = 3
     return onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
 
 
 @torch.no_grad()
-def _time(part: Part, config: ElasticViTConfig, rest: float) -> float:
-    """Seconds of one part: a layer's half, which is stacked, or one product alone."""
+def _graph(part: Part, config: ElasticViTConfig) -> tuple[Graph, list[int]]:
+    """One part, and the shape of its input: a product alone, or a layer's half, several times."""
     graph, first = Graph("onnx"), part[0]
     torch.manual_seed(0)
-    shape, x = [1, first.tokens, first.features], INPUT
+    x, width, heads = INPUT, first.features, first.rows // (3 * config.head_size)
     if len(part) == 1:
-        matrix = MixedLinear(first.features, first.rows, config.activation_bits)
-        torch.nn.init.normal_(matrix.weight, std=0.02)
-        graph.op("Identity", graph.linear(x, matrix, 1.0, "only"), named=OUTPUT)
-        return max(_seconds(graph, shape) - rest, 0.0)
-    width, heads = first.features, first.rows // (3 * config.head_size)
-    for number in range(STACK):
-        layer = ElasticLayer(config_of(config, width), heads, first.rows if len(part) == 2 else 1)
+        x = graph.linear(x, _filled(MixedLinear(width, first.rows, config.activation_bits)), 1.0, "only")
+    for number in range(STACK if len(part) > 1 else 0):
+        layer = ElasticLayer(config_of(config, width), max(heads, 1), first.rows)
         for each in layer.modules():
             if isinstance(each, MixedLinear):
-                torch.nn.init.normal_(each.weight, std=0.02)
-        half = graph.mlp if len(part) == 2 else graph.attention
-        x = half(x, layer, [1.0] * 4, str(number))
+                _filled(each)
+        x = (graph.mlp if len(part) == 2 else graph.attention)(x, layer, [1.0] * 4, str(number))
     graph.op("Identity", x, named=OUTPUT)
-    return max(_seconds(graph, shape) - rest, 0.0) / STACK
+    return graph, [1, first.tokens, width]
+
+
+def _filled(matrix: MixedLinear) -> MixedLinear:
+    torch.nn.init.normal_(matrix.weight, std=0.02)
+    return matrix
 
 
 def config_of(config: ElasticViTConfig, width: int) -> ElasticViTConfig:
@@ -85,10 +99,8 @@ def config_of(config: ElasticViTConfig, width: int) -> ElasticViTConfig:
     return found
 
 
-def _seconds(graph: Graph, shape: list[int]) -> float:
-    """Of a run; an empty graph only gives back what it is given."""
-    if not graph.nodes:
-        graph.op("Identity", INPUT, named=OUTPUT)
+def _running(graph: Graph, shape: list[int]) -> Callable[[], Any]:
+    """What runs a graph once, on an input of that shape."""
     running = session(graph.model(INPUT, OUTPUT, (shape, [None] * len(shape))))
     x = np.random.default_rng(0).standard_normal(shape).astype(np.float32)
-    return min(float(np.median(repeated(lambda: running.run(None, {INPUT: x}), TURNS))) for _ in range(ROUNDS))
+    return lambda: running.run(None, {INPUT: x})

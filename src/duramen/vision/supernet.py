@@ -12,6 +12,7 @@ import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import zip_longest
 from typing import Annotated, Any
 
 import torch
@@ -73,6 +74,16 @@ class Space(BaseModel):
     def smallest(self) -> Architecture:
         """The smallest of everything."""
         return self.same(min(self.widths), min(self.depths), min(self.heads), min(self.ratios), min(self.shares))
+
+    def kinds(self) -> list[Architecture]:
+        """Networks among which all sizes of all parts are."""
+        most = self.largest
+        pairs = list(zip_longest(self.heads, self.ratios))
+        return [
+            self.same(width, 1, heads or most.heads[0], ratio or most.ratios[0], 0.0)
+            for width in self.widths
+            for heads, ratio in pairs
+        ]
 
     def draw(self, generator: torch.Generator, *, deepest: bool = False) -> Architecture:
         """Anything, all choices alike and layer by layer; of all layers if ``deepest``."""

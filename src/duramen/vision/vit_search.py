@@ -46,7 +46,7 @@ class Settings(MethodSettings):
     target: Annotated[float, Field(gt=0)]
     """Images per second, one after another."""
     device: str = "zcu102"
-    """What runs the network: a shipped FPGA, the path of such a data file, or `cpu` for this machine through ONNX Runtime, in whole numbers."""
+    """What runs the network: a shipped FPGA, the path of such a data file, or `cpu` for one thread of this machine through ONNX Runtime, in whole numbers."""
     lanes: Annotated[int, Field(ge=0, multiple_of=2)] = 0
     """Rows of four bits that the engine multiplies at once, T_m; 0 for the engine that is fastest for the largest network."""
     inputs: Annotated[int, Field(ge=0)] = 0
@@ -336,7 +336,9 @@ def target_of(settings: Settings, network: ElasticViTForImageClassification, spa
         Problem: If there is no such device, or its engine cannot hold the products or the largest network.
     """
     if settings.device == CPU:
-        return measured_cpu(network.config)
+        here = measured_cpu(network.config)
+        here.seconds([part for each in space.kinds() for part in each.parts(network.config)])
+        return here
     device, parts = read_device(settings.device), space.largest.parts(network.config)
     bits = network.config.activation_bits
     engine = Engine(clock=settings.clock, efficiency=settings.efficiency, activation_bits=bits)
