@@ -24,7 +24,9 @@ def test_shipped_recipes_resolve_and_say_how_to_run_them(file):
     assert loaded.name == file.stem
     assert loaded.resolved()
     header = [line for line in file.read_text().splitlines() if line.startswith("#")]
-    model = {"token_reduction": "path/to/mamba2", "patch_pruning": "new", "quasar": "new", "quasar-zcu102": "new"}.get(file.stem, "smollm2-135m")
+    model = {"token_reduction": "path/to/mamba2", "patch_pruning": "new", "quasar": "new", "quasar-zcu102": "new"}.get(
+        file.stem, "smollm2-135m"
+    )
     assert f"duramen run recipes/{file.name} {model} out/{file.stem}" in "\n".join(header)
     assert "minutes" in header[-1]
 

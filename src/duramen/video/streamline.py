@@ -1,0 +1,117 @@
+"""Makes a stock pipeline of diffusers run in little memory, and gives it its own way back.
+
+Blocks of its UNet and of its temporal decoder run by ``duramen.video.unet`` as long as the handle is there; weights, class and everything else stay as they are. With gradients, FreeU or image adapters a block runs its own way.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from duramen.override import override
+from duramen.problem import Exit, Problem
+from duramen.video import unet
+from duramen.video.slices import Slices
+
+MARK = "_duramen_streamlined"
+PROGRAMS: dict[str, Callable[..., Any]] = {
+    "DownBlockSpatioTemporal": unet.svd_down_plain, "CrossAttnDownBlockSpatioTemporal": unet.svd_down, "UNetMidBlockSpatioTemporal": unet.svd_mid,
+    "UpBlockSpatioTemporal": unet.svd_up_plain, "CrossAttnUpBlockSpatioTemporal": unet.svd_up,
+    "MidBlockTemporalDecoder": unet.decoder_mid, "UpBlockTemporalDecoder": unet.decoder_up,
+    "DownBlockMotion": unet.motion_down_plain, "CrossAttnDownBlockMotion": unet.motion_down, "UNetMidBlockCrossAttnMotion": unet.motion_mid,
+    "UpBlockMotion": unet.motion_up_plain, "CrossAttnUpBlockMotion": unet.motion_up,
+}  # fmt: skip
+"""By the class of a block."""
+TAILS = ("UNetSpatioTemporalConditionModel", "UNetMotionModel", "TemporalDecoder")
+"""Networks that end in a norm of images, an activation and a convolution, of which the first two can be done in place."""
+
+
+class Streamlined:
+    """A pipeline that runs in slices, until ``remove``.
+
+    Attributes:
+        networks: What was changed.
+        slices: How.
+    """
+
+    def __init__(self, networks: list[nn.Module], slices: Slices) -> None:
+        self.networks, self.slices = networks, slices
+        self._undo: list[Callable[[], None]] = []
+        for network in networks:
+            if MARK in network.__dict__:
+                raise Problem(
+                    f"The {type(network).__name__} is streamlined already.",
+                    why="its blocks would be replaced twice.",
+                    fix="`remove()` of the first handle.",
+                )
+        for network in networks:
+            network.__dict__[MARK] = self
+            for module in network.modules():
+                program = PROGRAMS.get(type(module).__name__)
+                if program is not None:
+                    self._undo.append(override(module, partial(_run, module, module.forward, program, slices)))
+                elif type(module).__name__ in TAILS:
+                    tail: Any = module
+                    for each in (tail.conv_norm_out, tail.conv_act):
+                        self._undo.append(override(each, partial(_run_in_place, each.forward, slices)))
+
+    def remove(self) -> None:
+        """Gives every block its own way back."""
+        while self._undo:
+            self._undo.pop()()
+        for network in self.networks:
+            network.__dict__.pop(MARK, None)
+
+
+def streamline(pipeline: Any, *, frames: int = 8, rows: int = 16, donate: bool = True) -> Streamlined:
+    """Makes a pipeline, or a network of one, run in slices.
+
+    Args:
+        pipeline: Of diffusers, with a UNet of Stable Video Diffusion or AnimateDiff; or such a UNet, or a temporal decoder's autoencoder.
+        frames: Slices over frames, all videos of a batch and both branches of guidance counted.
+        rows: Slices over the rows of an image.
+        donate: Whether features that nobody reads any more are freed although the pipeline still points to them.
+
+    Raises:
+        Problem: If nothing in it is known, or it is streamlined already.
+    """
+    if find_spec("diffusers") is None:
+        raise Problem(
+            "Video needs diffusers, which is not installed.", why="it is an extra.", fix="`python -m pip install diffusers`"
+        )
+    parts = [pipeline] if isinstance(pipeline, nn.Module) else list(getattr(pipeline, "components", {}).values())
+    known = [
+        part
+        for part in parts
+        if isinstance(part, nn.Module) and any(type(each).__name__ in PROGRAMS for each in part.modules())
+    ]
+    if not known:
+        names = ", ".join(type(part).__name__ for part in parts if isinstance(part, nn.Module)) or type(pipeline).__name__
+        raise Problem(
+            f"There is nothing to streamline in a {type(pipeline).__name__}.", why=f"of {names} no block is known.",
+            fix="a pipeline with a UNet of Stable Video Diffusion or of AnimateDiff.", code=Exit.INCOMPATIBLE,
+        )  # fmt: skip
+    image_decoder = getattr(pipeline, "vae", None)
+    if image_decoder is not None and image_decoder not in known and hasattr(image_decoder, "enable_slicing"):
+        image_decoder.enable_slicing()
+    return Streamlined(known, Slices(frames, rows, donate))
+
+
+def _run(
+    block: nn.Module, before: Callable[..., Any], program: Callable[..., Any], slices: Slices, *args: Any, **options: Any
+) -> Any:
+    """A block by its program, or its own way where that does not know what is asked."""
+    free_u = all(getattr(block, name, None) for name in ("s1", "s2", "b1", "b2"))
+    adapted = isinstance(options.get("encoder_hidden_states"), tuple) or options.get("cross_attention_kwargs")
+    if torch.is_grad_enabled() or free_u or adapted:
+        return before(*args, **options)
+    return program(block, slices, *args, **options)
+
+
+def _run_in_place(before: Callable[[Tensor], Tensor], slices: Slices, x: Tensor) -> Tensor:
+    return before(x) if torch.is_grad_enabled() else unet.in_place(before, x, slices)

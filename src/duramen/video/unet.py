@@ -1,0 +1,398 @@
+"""The blocks of video UNets, sliced and grouped: those of Stable Video Diffusion with its temporal decoder, and those of AnimateDiff.
+
+Operators that agree on an axis run one behind another on a slice of it, and their outcome is written into one feature: spatial layers over frames, temporal ones over rows of the image, where places do not meet. Whatever is fresh is changed in place;
+skips are joined to the stream frame by frame; statistics of norms over time are taken in a pass of their own (``group_norm``). It is Streamlined Inference (arXiv 2411.01171), exact where its code is not.
+
+Each function stands in for the ``forward`` of a block of diffusers, with its arguments; what it does not know it leaves to the block.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import reduce
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from duramen.video.group_norm import Moments, affine, moments, normalised
+from duramen.video.slices import Joined, Slices, by_frames, ranges
+
+Block = Any
+"""A module of diffusers."""
+
+
+def res_block(block: Block, parts: Joined, temb: Tensor | None, indicator: Tensor, slices: Slices) -> Tensor:
+    """A spatio-temporal residual block: the spatial one over frames, then the temporal one over rows, in place.
+
+    Args:
+        block: A ``SpatioTemporalResBlock``.
+        parts: What goes in; its memory is given back.
+        temb: Embedding of the time step for every frame; None in a decoder.
+        indicator: [B, T].
+        slices: How many.
+    """
+    spatial = block.spatial_res_block
+    x = by_frames(lambda chosen: spatial(parts.taken(chosen), None if temb is None else temb[chosen]), parts.frames, slices)
+    parts.given_back(slices)
+    _temporal_res_block(block, x, temb, indicator, slices)
+    return x
+
+
+def _temporal_res_block(block: Block, x: Tensor, temb: Tensor | None, indicator: Tensor, slices: Slices) -> None:
+    """[N, C, H, W], changed in place: once over the rows for the statistics of the second norm, and once for the outcome."""
+    inner, frames = block.temporal_res_block, indicator.shape[-1]
+    whole = x.view(-1, frames, *x.shape[1:])
+    first = affine(_moments(whole, inner.norm1, slices), inner.norm1)
+    added: Tensor | float = 0.0
+    if inner.time_emb_proj is not None and temb is not None:
+        added = inner.time_emb_proj(inner.nonlinearity(temb.reshape(len(whole), frames, -1)))[..., None, None].transpose(1, 2)
+
+    def half(rows: slice) -> Tensor:
+        """Up to the second norm, [B, C, T, h, W]."""
+        ready = inner.nonlinearity(normalised(whole[..., rows, :], *first))
+        found: Tensor = inner.conv1(ready.transpose(1, 2))
+        return found + added
+
+    rows = list(ranges(x.shape[-2], slices.rows))
+    found = (moments(half(each).transpose(1, 2), inner.norm2.num_groups) for each in rows)
+    second = affine(reduce(Moments.merged, found), inner.norm2)
+    for each in rows:
+        y = inner.nonlinearity(normalised(half(each).transpose(1, 2), *second).transpose(1, 2))
+        y = inner.conv2(inner.dropout(y))
+        before = whole[..., each, :].transpose(1, 2)
+        y += before if inner.conv_shortcut is None else inner.conv_shortcut(before)
+        blended = block.time_mixer(x_spatial=before, x_temporal=y, image_only_indicator=indicator)
+        whole[..., each, :] = blended.transpose(1, 2)
+
+
+def _moments(whole: Tensor, norm: nn.GroupNorm, slices: Slices) -> Moments:
+    """Of a whole feature, [B, T, C, H, W], row by row, so that no more than a slice is converted."""
+    found = (moments(whole[..., each, :], norm.num_groups) for each in ranges(whole.shape[-2], slices.rows))
+    return reduce(Moments.merged, found)
+
+
+def transformer(block: Block, x: Tensor, encoder: Tensor, indicator: Tensor, slices: Slices) -> None:
+    """A spatio-temporal transformer, [N, C, H, W], changed in place: spatial layers over frames, temporal ones over places.
+
+    Args:
+        block: A ``TransformerSpatioTemporalModel``.
+        x: A fresh feature.
+        encoder: What attention looks at beside it, for every frame, [N, L, E].
+        indicator: [B, T].
+        slices: How many.
+    """
+    frames, places = indicator.shape[-1], x.shape[-2] * x.shape[-1]
+    videos = len(x) // frames
+    context = encoder.reshape(videos, frames, -1, encoder.shape[-1])[:, 0]
+    numbers = torch.arange(frames, device=x.device).repeat(videos)
+    places_in_time = block.time_pos_embed(block.time_proj(numbers).to(x.dtype))[:, None]
+    target = x.reshape(videos, frames, x.shape[1], places)
+    hidden = by_frames(lambda chosen: block.proj_in(block.norm(x[chosen]).flatten(2).transpose(1, 2)), len(x), slices)
+    last = len(block.transformer_blocks) - 1
+    for number, (spatial, temporal) in enumerate(zip(block.transformer_blocks, block.temporal_transformer_blocks, strict=True)):
+        for chosen in ranges(len(hidden), slices.frames):
+            hidden[chosen] = spatial(hidden[chosen], encoder_hidden_states=encoder[chosen])
+        for video in range(videos):
+            mine = slice(video * frames, (video + 1) * frames)
+            for chosen in ranges(places, slices.rows):
+                before = hidden[mine, chosen]
+                looked = context[video].expand(before.shape[1], -1, -1)
+                after = temporal(before + places_in_time[mine], num_frames=frames, encoder_hidden_states=looked)
+                after = block.time_mixer(x_spatial=before, x_temporal=after, image_only_indicator=indicator[video : video + 1])
+                if number == last:
+                    target[video, :, :, chosen] += block.proj_out(after).transpose(1, 2)
+                else:
+                    hidden[mine, chosen] = after
+
+
+def motion(block: Block, x: Tensor, frames: int, slices: Slices) -> None:
+    """A motion module of AnimateDiff, [N, C, H, W], changed in place: attention over time, row by row of the image.
+
+    Args:
+        block: An ``AnimateDiffTransformer3D``.
+        x: A fresh feature.
+        frames: T.
+        slices: How many.
+    """
+    whole = x.view(-1, frames, *x.shape[1:])
+    scale, shift = affine(_moments(whole, block.norm, slices), block.norm)
+    for video in range(len(whole)):
+        mine = whole[video : video + 1]
+        for rows in ranges(x.shape[-2], slices.rows):
+            part = mine[..., rows, :]
+            hidden = normalised(part, scale[video : video + 1], shift[video : video + 1]).permute(0, 3, 4, 1, 2).flatten(0, 2)
+            hidden = block.proj_in(hidden)
+            for each in block.transformer_blocks:
+                hidden = each(hidden_states=hidden)
+            hidden = block.proj_out(hidden)
+            part += hidden.view(1, *part.shape[-2:], frames, -1).permute(0, 3, 4, 1, 2)
+
+
+def sampled(block: Block, x: Tensor, slices: Slices, *, last: bool, size: Any = None) -> Tensor:
+    """Up- or down-sampling over frames.
+
+    Args:
+        block: The sampler.
+        x: What goes in.
+        slices: How many.
+        last: Whether nobody reads ``x`` any more.
+        size: Of the outcome, for up-sampling.
+    """
+    more = () if size is None else (size,)
+    found = by_frames(lambda chosen: block(x[chosen], *more), len(x), slices)
+    Joined((x,), last).given_back(slices)
+    return found
+
+
+def spatial(resnet: Block, attention: Block | None, parts: Joined, temb: Tensor, slices: Slices, **looks: Any) -> Tensor:
+    """A residual block of images and the transformer behind it, over frames.
+
+    Args:
+        resnet: A ``ResnetBlock2D``.
+        attention: A ``Transformer2DModel``, or None.
+        parts: What goes in; its memory is given back.
+        temb: Embedding of the time step for every frame.
+        slices: How many.
+        looks: What attention is given beside it, for every frame or once.
+    """
+    frames = parts.frames
+
+    def run(chosen: slice) -> Tensor:
+        x: Tensor = resnet(input_tensor=parts.taken(chosen), temb=_of(temb, chosen, frames))
+        if attention is None:
+            return x
+        mine = {name: _of(value, chosen, frames) for name, value in looks.items()}
+        found: Tensor = attention(hidden_states=x, return_dict=False, **mine)[0]
+        return found
+
+    x = by_frames(run, frames, slices)
+    parts.given_back(slices)
+    return x
+
+
+def _of(value: Any, chosen: slice, frames: int) -> Any:
+    """What there is for every frame, of some; anything else as it is."""
+    return value[chosen] if isinstance(value, Tensor) and len(value) == frames else value
+
+
+def svd_down(
+    block: Block,
+    slices: Slices,
+    hidden_states: Tensor,
+    temb: Tensor | None = None,
+    encoder_hidden_states: Tensor | None = None,
+    image_only_indicator: Tensor | None = None,
+) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """A down block of Stable Video Diffusion, with attention or without."""
+    assert image_only_indicator is not None
+    skips: tuple[Tensor, ...] = ()
+    x = hidden_states
+    for number, resnet in enumerate(block.resnets):
+        x = res_block(resnet, Joined((x,), last=False), temb, image_only_indicator, slices)
+        if hasattr(block, "attentions"):
+            assert encoder_hidden_states is not None
+            transformer(block.attentions[number], x, encoder_hidden_states, image_only_indicator, slices)
+        skips += (x,)
+    for each in block.downsamplers or ():
+        x = sampled(each, x, slices, last=False)
+        skips += (x,)
+    return x, skips
+
+
+def svd_down_plain(
+    block: Block, slices: Slices, hidden_states: Tensor, temb: Tensor | None = None, image_only_indicator: Tensor | None = None
+) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """A down block without attention, whose arguments come in another order."""
+    return svd_down(block, slices, hidden_states, temb, image_only_indicator=image_only_indicator)
+
+
+def svd_mid(
+    block: Block,
+    slices: Slices,
+    hidden_states: Tensor,
+    temb: Tensor | None = None,
+    encoder_hidden_states: Tensor | None = None,
+    image_only_indicator: Tensor | None = None,
+) -> Tensor:
+    """The block in the middle."""
+    assert image_only_indicator is not None
+    assert encoder_hidden_states is not None
+    x = res_block(block.resnets[0], Joined((hidden_states,), last=False), temb, image_only_indicator, slices)
+    for attention, resnet in zip(block.attentions, block.resnets[1:], strict=True):
+        transformer(attention, x, encoder_hidden_states, image_only_indicator, slices)
+        x = res_block(resnet, Joined((x,)), temb, image_only_indicator, slices)
+    return x
+
+
+def svd_up(
+    block: Block,
+    slices: Slices,
+    hidden_states: Tensor,
+    res_hidden_states_tuple: tuple[Tensor, ...],
+    temb: Tensor | None = None,
+    encoder_hidden_states: Tensor | None = None,
+    image_only_indicator: Tensor | None = None,
+    upsample_size: Any = None,
+) -> Tensor:
+    """An up block, with attention or without; skips and what came in are given back once they were read."""
+    assert image_only_indicator is not None
+    x, skips = hidden_states, list(res_hidden_states_tuple)
+    for number, resnet in enumerate(block.resnets):
+        x = res_block(resnet, Joined((x, skips.pop())), temb, image_only_indicator, slices)
+        if hasattr(block, "attentions"):
+            assert encoder_hidden_states is not None
+            transformer(block.attentions[number], x, encoder_hidden_states, image_only_indicator, slices)
+    for each in block.upsamplers or ():
+        x = sampled(each, x, slices, last=True, size=upsample_size)
+    return x
+
+
+def svd_up_plain(
+    block: Block,
+    slices: Slices,
+    hidden_states: Tensor,
+    res_hidden_states_tuple: tuple[Tensor, ...],
+    temb: Tensor | None = None,
+    image_only_indicator: Tensor | None = None,
+    upsample_size: Any = None,
+) -> Tensor:
+    """An up block without attention."""
+    more = {"image_only_indicator": image_only_indicator, "upsample_size": upsample_size}
+    return svd_up(block, slices, hidden_states, res_hidden_states_tuple, temb, **more)
+
+
+def decoder_mid(block: Block, slices: Slices, hidden_states: Tensor, image_only_indicator: Tensor) -> Tensor:
+    """The block in the middle of the temporal decoder."""
+    x = res_block(block.resnets[0], Joined((hidden_states,)), None, image_only_indicator, slices)
+    for attention, resnet in zip(block.attentions, block.resnets[1:], strict=False):
+        in_place(attention, x, slices)
+        x = res_block(resnet, Joined((x,)), None, image_only_indicator, slices)
+    return x
+
+
+def decoder_up(block: Block, slices: Slices, hidden_states: Tensor, image_only_indicator: Tensor) -> Tensor:
+    """An up block of the temporal decoder."""
+    x = hidden_states
+    for resnet in block.resnets:
+        x = res_block(resnet, Joined((x,)), None, image_only_indicator, slices)
+    for each in block.upsamplers or ():
+        x = sampled(each, x, slices, last=True)
+    return x
+
+
+def in_place(function: Callable[[Tensor], Tensor], x: Tensor, slices: Slices) -> Tensor:
+    """Changes a fresh feature over frames by what keeps its shape."""
+    for chosen in ranges(len(x), slices.frames):
+        x[chosen] = function(x[chosen])
+    return x
+
+
+def motion_down(
+    block: Block,
+    slices: Slices,
+    hidden_states: Tensor,
+    temb: Tensor,
+    encoder_hidden_states: Tensor | None = None,
+    attention_mask: Tensor | None = None,
+    num_frames: int = 1,
+    encoder_attention_mask: Tensor | None = None,
+    cross_attention_kwargs: dict[str, Any] | None = None,
+    additional_residuals: Tensor | None = None,
+) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """A down block of AnimateDiff, with attention or without."""
+    looks = {
+        "encoder_hidden_states": encoder_hidden_states, "attention_mask": attention_mask, "encoder_attention_mask": encoder_attention_mask,
+        "cross_attention_kwargs": cross_attention_kwargs,
+    }  # fmt: skip
+    skips: tuple[Tensor, ...] = ()
+    x = hidden_states
+    for number, resnet in enumerate(block.resnets):
+        x = spatial(resnet, _attention(block, number), Joined((x,), last=False), temb, slices, **looks)
+        motion(block.motion_modules[number], x, num_frames, slices)
+        if additional_residuals is not None and number == len(block.resnets) - 1:
+            x += additional_residuals
+        skips += (x,)
+    for each in block.downsamplers or ():
+        x = sampled(each, x, slices, last=False)
+        skips += (x,)
+    return x, skips
+
+
+def motion_mid(
+    block: Block,
+    slices: Slices,
+    hidden_states: Tensor,
+    temb: Tensor,
+    encoder_hidden_states: Tensor | None = None,
+    attention_mask: Tensor | None = None,
+    cross_attention_kwargs: dict[str, Any] | None = None,
+    encoder_attention_mask: Tensor | None = None,
+    num_frames: int = 1,
+) -> Tensor:
+    """The block in the middle: all of it, where the published code runs its second residual block alone."""
+    looks = {
+        "encoder_hidden_states": encoder_hidden_states, "attention_mask": attention_mask, "encoder_attention_mask": encoder_attention_mask,
+        "cross_attention_kwargs": cross_attention_kwargs,
+    }  # fmt: skip
+    x = hidden_states
+    last = len(block.attentions)
+    for number, resnet in enumerate(block.resnets):
+        attention = _attention(block, number) if number < last else None
+        x = spatial(resnet, attention, Joined((x,), last=number > 0), temb, slices, **looks)
+        if number < last:
+            motion(block.motion_modules[number], x, num_frames, slices)
+    return x
+
+
+def motion_up(
+    block: Block,
+    slices: Slices,
+    hidden_states: Tensor,
+    res_hidden_states_tuple: tuple[Tensor, ...],
+    temb: Tensor,
+    encoder_hidden_states: Tensor | None = None,
+    cross_attention_kwargs: dict[str, Any] | None = None,
+    upsample_size: Any = None,
+    attention_mask: Tensor | None = None,
+    encoder_attention_mask: Tensor | None = None,
+    num_frames: int = 1,
+) -> Tensor:
+    """An up block, with attention or without."""
+    looks = {
+        "encoder_hidden_states": encoder_hidden_states, "attention_mask": attention_mask, "encoder_attention_mask": encoder_attention_mask,
+        "cross_attention_kwargs": cross_attention_kwargs,
+    }  # fmt: skip
+    x, skips = hidden_states, list(res_hidden_states_tuple)
+    for number, resnet in enumerate(block.resnets):
+        x = spatial(resnet, _attention(block, number), Joined((x, skips.pop())), temb, slices, **looks)
+        motion(block.motion_modules[number], x, num_frames, slices)
+    for each in block.upsamplers or ():
+        x = sampled(each, x, slices, last=True, size=upsample_size)
+    return x
+
+
+def motion_up_plain(
+    block: Block,
+    slices: Slices,
+    hidden_states: Tensor,
+    res_hidden_states_tuple: tuple[Tensor, ...],
+    temb: Tensor,
+    upsample_size: Any = None,
+    num_frames: int = 1,
+) -> Tensor:
+    """An up block without attention, whose arguments come in another order."""
+    return motion_up(
+        block, slices, hidden_states, res_hidden_states_tuple, temb, upsample_size=upsample_size, num_frames=num_frames
+    )
+
+
+def motion_down_plain(
+    block: Block, slices: Slices, hidden_states: Tensor, temb: Tensor, num_frames: int = 1
+) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """A down block without attention."""
+    return motion_down(block, slices, hidden_states, temb, num_frames=num_frames)
+
+
+def _attention(block: Block, number: int) -> Block | None:
+    return block.attentions[number] if hasattr(block, "attentions") else None

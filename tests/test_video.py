@@ -1,0 +1,218 @@
+"""Streamlined video diffusion: whole UNets and decoders against themselves, norms against the library's, memory against closed forms."""
+
+import copy
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from duramen.problem import Problem
+from duramen.video.group_norm import Moments, affine, moments, normalised
+from duramen.video.ledger import counted, peak_of, release
+from duramen.video.slices import Joined, Slices, by_frames, ranges
+from duramen.video.streamline import MARK, streamline
+
+diffusers = pytest.importorskip("diffusers")
+DOUBLE = torch.float64
+BLOCKS = {"block_out_channels": (32, 64), "layers_per_block": 2, "sample_size": 16}
+
+
+def shaken(network):
+    """Random everywhere, zero-initialised layers and blends included, which would hide what happens over time."""
+    draw = torch.Generator().manual_seed(0)
+    for name, parameter in network.named_parameters():
+        values = torch.randn(parameter.shape, generator=draw)
+        size = parameter[0].numel() ** -0.5 if parameter.ndim > 1 else 0.3
+        parameter.data.copy_(values * size + (1.0 if "norm" in name and name.endswith("weight") else 0.0))
+        if "mix_factor" in name:
+            parameter.data.fill_(0.3)
+    return network.eval().to(DOUBLE)
+
+
+def svd():
+    types = {
+        "down_block_types": ("CrossAttnDownBlockSpatioTemporal", "DownBlockSpatioTemporal"),
+        "up_block_types": ("UpBlockSpatioTemporal", "CrossAttnUpBlockSpatioTemporal"),
+    }
+    network = diffusers.UNetSpatioTemporalConditionModel(
+        **BLOCKS, **types, cross_attention_dim=16, num_attention_heads=(2, 4), in_channels=8, addition_time_embed_dim=8,
+        projection_class_embeddings_input_dim=24, transformer_layers_per_block=(2, 1),
+    )  # fmt: skip
+    x, looked, numbers = torch.randn(2, 5, 8, 10, 14), torch.randn(2, 1, 16), torch.randn(2, 3)
+    given = [each.to(DOUBLE) for each in (x, torch.tensor(3.0), looked, numbers)]
+    return shaken(network), lambda network, *given: network(*given).sample, given
+
+
+def animatediff():
+    types = {
+        "down_block_types": ("CrossAttnDownBlockMotion", "DownBlockMotion"),
+        "up_block_types": ("UpBlockMotion", "CrossAttnUpBlockMotion"),
+    }
+    network = diffusers.UNetMotionModel(
+        **BLOCKS, **types, cross_attention_dim=16, num_attention_heads=2, motion_num_attention_heads=2, motion_max_seq_length=32
+    )
+    looked = torch.randn(2, 7, 16).repeat_interleave(5, 0)
+    given = [each.to(DOUBLE) for each in (torch.randn(2, 4, 5, 10, 14), torch.tensor(3.0), looked)]
+    return shaken(network), lambda network, *given: network(*given).sample, given
+
+
+def decoder():
+    network = diffusers.AutoencoderKLTemporalDecoder(
+        block_out_channels=(32, 64), latent_channels=4, layers_per_block=1, down_block_types=("DownEncoderBlock2D",) * 2
+    )
+    return shaken(network), lambda network, z: network.decode(z, num_frames=5).sample, [torch.randn(10, 4, 6, 7, dtype=DOUBLE)]
+
+
+KINDS = {"svd": svd, "animatediff": animatediff, "decoder": decoder}
+
+
+def apart(found, expected):
+    return float((found - expected).norm() / expected.norm())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@torch.no_grad()
+def test_slices_change_nothing_but_memory(kind):
+    network, run, given = KINDS[kind]()
+    expected, whole = run(network, *given), peak_of(lambda: run(network, *given))
+    peaks = []
+    for frames, rows in ((1, 1), (2, 3), (3, 7), (10, 16)):
+        for donate in (False, True):
+            handle = streamline(network, frames=frames, rows=rows, donate=donate)
+            assert apart(run(network, *given), expected) < 1e-12
+            peaks.append(peak_of(lambda: run(network, *given)))
+            handle.remove()
+    assert torch.equal(run(network, *given), expected)
+    assert not any("forward" in module.__dict__ for module in network.modules())
+    assert peaks[-1] <= peaks[-2] <= whole
+    assert peaks[-1] < 0.5 * whole
+    single = copy.deepcopy(network).float()
+    narrow = [each.float() for each in given]
+    handle = streamline(single, frames=5, rows=4)
+    assert apart(run(single, *narrow).to(DOUBLE), expected) < 2e-5
+    handle.remove()
+
+
+@torch.no_grad()
+def test_a_norm_of_each_slice_alone_is_another_function(monkeypatch):
+    network, run, given = svd()
+    expected = run(network, *given)
+    monkeypatch.setattr("duramen.video.unet._moments", lambda whole, norm, slices: moments(whole[..., :3, :], norm.num_groups))
+    handle = streamline(network, frames=2, rows=3)
+    assert apart(run(network, *given), expected) > 1e-3
+    handle.remove()
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(1, 3), st.integers(1, 4), st.lists(st.integers(1, 4), min_size=1, max_size=5), st.integers(0, 1000))
+def test_moments_merge_to_those_of_the_whole(batch, frames, heights, seed):
+    draw = torch.Generator().manual_seed(seed)
+    x = 1e3 + torch.randn(batch, frames, 8, sum(heights), 3, generator=draw, dtype=DOUBLE)
+    norm = torch.nn.GroupNorm(4, 8, eps=1e-5).to(DOUBLE)
+    torch.nn.init.normal_(norm.weight)
+    torch.nn.init.normal_(norm.bias)
+    merged = None
+    for part in x.split(heights, 3):
+        found = moments(part, 4)
+        merged = found if merged is None else merged.merged(found)
+    mine = normalised(x, *affine(merged, norm))
+    theirs = norm(x.transpose(1, 2)).transpose(1, 2)
+    assert torch.allclose(mine, theirs, rtol=1e-9, atol=1e-9)
+    naive = (
+        x.view(batch, frames, 4, 2, -1, 3).square().mean((1, 3, 4, 5))
+        - x.view(batch, frames, 4, 2, -1, 3).mean((1, 3, 4, 5)).square()
+    )
+    assert naive.shape == merged.mean.shape
+
+
+def test_half_precision_does_not_overflow():
+    x = (300 * torch.randn(1, 2, 4, 8, 8)).half()
+    assert not torch.isfinite(torch.var(x, correction=0)) or x.var() > 0
+    norm = torch.nn.GroupNorm(2, 4)
+    found = normalised(x, *affine(moments(x, 2), norm))
+    assert torch.isfinite(found).all()
+    assert found.dtype == torch.float16
+    assert abs(float(found.detach().float().std()) - 1) < 0.05
+
+
+@torch.no_grad()
+def test_memory_follows_the_closed_forms():
+    first, second = torch.nn.Conv2d(4, 16, 1), torch.nn.Conv2d(16, 4, 1)
+    x = torch.randn(16, 4, 8, 8)
+    unit = x.numel() * 4
+
+    def grouped(slices):
+        return by_frames(lambda chosen: second(torch.nn.functional.silu(first(x[chosen]))), len(x), slices)
+
+    for count in (2, 4, 8, 16):
+        assert peak_of(lambda count=count: grouped(Slices(count))) == unit * (1 + 8 / count)
+    assert peak_of(lambda: grouped(Slices(1))) == 8 * unit
+    assert torch.allclose(grouped(Slices(5)), second(torch.nn.functional.silu(first(x))), atol=1e-6)
+
+
+@torch.no_grad()
+def test_the_ledger_counts_every_byte_once():
+    x = torch.zeros(1000)
+    with counted() as ledger:
+        y = x + 1
+        view = y.view(10, 100)
+        view.add_(1)
+        z = y.double()
+        del y, view
+        w = torch.zeros(10)
+        release(z)
+    assert ledger.peak == 4000 + 8000
+    assert ledger.curve[-1] == 8000 + 40
+    assert ledger.at_peak[0] == ("_to_copy in the pipeline", 8000)
+    assert len(w) == 10
+    layer = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU())
+    with counted(layer) as ledger:
+        layer(torch.zeros(2, 4))
+    assert any(name.endswith("in 0") for name, _ in ledger.at_peak)
+    assert not layer._forward_hooks
+
+
+@torch.no_grad()
+def test_what_is_released_is_not_read_again():
+    network, run, given = animatediff()
+    handle = streamline(network, frames=4, rows=4)
+    kept = [each.clone() for each in given]
+    found = run(network, *given)
+    assert torch.isfinite(found).all()
+    assert all(torch.equal(one, other) for one, other in zip(given, kept, strict=True))
+    handle.remove()
+    mine = torch.randn(4, 2, 3, 3)
+    Joined((mine[:2],)).given_back(Slices())
+    assert mine.untyped_storage().nbytes() > 0
+
+
+def test_ranges_cover_everything_once():
+    for length in (1, 5, 16):
+        for count in (1, 3, 20):
+            found = [index for each in ranges(length, count) for index in range(length)[each]]
+            assert found == list(range(length))
+
+
+def test_what_is_not_known_runs_its_own_way_or_is_refused():
+    network, run, given = animatediff()
+    with torch.no_grad():
+        expected = run(network, *given)
+    handle = streamline(network)
+    with pytest.raises(Problem, match="streamlined already"):
+        streamline(network)
+    assert torch.equal(run(network, *given).detach(), expected)
+    with torch.no_grad():
+        network.enable_freeu(0.9, 0.2, 1.2, 1.4)
+        freed = run(network, *given)
+        handle.remove()
+        assert apart(freed, run(network, *given)) < 1e-12
+    assert MARK not in network.__dict__
+    with pytest.raises(Problem, match="nothing to streamline"):
+        streamline(torch.nn.Linear(2, 2))
+
+
+def test_equal_parts_of_one_feature():
+    one = Moments(2, torch.zeros(1, 1), torch.ones(1, 1))
+    both = one.merged(one)
+    assert (both.count, float(both.mean), float(both.apart)) == (4, 0.0, 2.0)
