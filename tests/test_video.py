@@ -9,9 +9,10 @@ from hypothesis import strategies as st
 
 from duramen.problem import Problem
 from duramen.video.group_norm import Moments, affine, moments, normalised
-from duramen.video.ledger import counted, peak_of, release
+from duramen.video.ledger import Ledger, counted, peak_of, release
+from duramen.video.plan import LADDER, Clip, plan, predict, streamline_within
 from duramen.video.slices import Joined, Slices, by_frames, ranges
-from duramen.video.streamline import MARK, streamline
+from duramen.video.streamline import MARK, Streamlined, streamline
 
 diffusers = pytest.importorskip("diffusers")
 DOUBLE = torch.float64
@@ -76,13 +77,12 @@ def apart(found, expected):
 def test_slices_change_nothing_but_memory(kind):
     network, run, given = KINDS[kind]()
     expected, whole = run(network, *given), peak_of(lambda: run(network, *given))
-    peaks = []
-    for frames, rows in ((1, 1), (2, 3), (3, 7), (10, 16)):
-        for donate in (False, True):
-            handle = streamline(network, frames=frames, rows=rows, donate=donate)
-            assert apart(run(network, *given), expected) < 1e-12
-            peaks.append(peak_of(lambda: run(network, *given)))
-            handle.remove()
+    peaks, apart_of = [], []
+    for frames, rows, donate in ((1, 1, True), (3, 7, True), (10, 16, False), (10, 16, True)):
+        handle = streamline(network, frames=frames, rows=rows, donate=donate)
+        peaks.append(peak_of(lambda: apart_of.append(apart(run(network, *given), expected))))
+        handle.remove()
+    assert max(apart_of) < 1e-12
     assert torch.equal(run(network, *given), expected)
     assert not any("forward" in module.__dict__ for module in network.modules())
     assert peaks[-1] <= peaks[-2] <= whole
@@ -216,3 +216,43 @@ def test_equal_parts_of_one_feature():
     one = Moments(2, torch.zeros(1, 1), torch.ones(1, 1))
     both = one.merged(one)
     assert (both.count, float(both.mean), float(both.apart)) == (4, 0.0, 2.0)
+
+
+@pytest.mark.parametrize(
+    ("kind", "slices"), [("svd", None), ("animatediff", None), ("animatediff", Slices(2, 2)), ("decoder", Slices(3, 4))]
+)
+def test_a_prediction_is_what_a_run_takes(kind, slices):
+    network, run, given = KINDS[kind]()
+    clip = Clip(48, 56, 10) if kind == "decoder" else Clip(80, 112, 5)
+    if kind == "animatediff":
+        given[2] = torch.randn(10, 77, 16, dtype=DOUBLE)
+    frames = {"num_frames": 10} if kind == "decoder" else {}
+    handle = None if slices is None else Streamlined([network], slices)
+    measured = peak_of(lambda: network.decode(*given, **frames) if frames else run(network, *given))
+    if handle:
+        handle.remove()
+    assert predict(network, clip, slices).peak == measured
+
+
+def test_a_plan_takes_the_fewest_slices_that_fit(monkeypatch):
+    network, _, _ = svd()
+    clip = Clip(80, 112, 5)
+
+    def pretended(network, clip, slices):
+        return Ledger(2**30 if slices is None else 2**30 // slices.frames, [("conv in up", 2**20)])
+
+    monkeypatch.setattr("duramen.video.plan.predict", pretended)
+    for number, (frames, rows) in enumerate(LADDER):
+        found = plan(network, clip, 2**30 // frames)
+        assert (found.slices.frames, found.slices.rows) == (frames, rows)
+        assert found.peak == 2**30 // LADDER[number][0]
+        assert found.plain == 2**30
+    with pytest.raises(Problem, match="too few for the activations") as caught:
+        plan(network, clip, 1000)
+    assert "conv in up 1 MiB" in caught.value.why
+    handle, (mine,) = streamline_within(network, clip, 2**28)
+    assert mine.slices == Slices(4, 8)
+    handle.remove()
+    monkeypatch.undo()
+    with pytest.raises(Problem, match="nothing to streamline"):
+        streamline_within(torch.nn.Linear(2, 2), clip, 1000)

@@ -5,7 +5,7 @@ Blocks of its UNet and of its temporal decoder run by ``duramen.video.unet`` as 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from importlib.util import find_spec
 from typing import Any
@@ -34,13 +34,13 @@ TAILS = ("UNetSpatioTemporalConditionModel", "UNetMotionModel", "TemporalDecoder
 class Streamlined:
     """A pipeline that runs in slices, until ``remove``.
 
-    Attributes:
-        networks: What was changed.
-        slices: How.
+    Args:
+        networks: What is to be changed.
+        slices: How, each or all.
     """
 
-    def __init__(self, networks: list[nn.Module], slices: Slices) -> None:
-        self.networks, self.slices = networks, slices
+    def __init__(self, networks: list[nn.Module], slices: Slices | Sequence[Slices]) -> None:
+        self.networks = networks
         self._undo: list[Callable[[], None]] = []
         for network in networks:
             if MARK in network.__dict__:
@@ -49,16 +49,17 @@ class Streamlined:
                     why="its blocks would be replaced twice.",
                     fix="`remove()` of the first handle.",
                 )
-        for network in networks:
+        every = [slices] * len(networks) if isinstance(slices, Slices) else slices
+        for network, mine in zip(networks, every, strict=True):
             network.__dict__[MARK] = self
             for module in network.modules():
                 program = PROGRAMS.get(type(module).__name__)
                 if program is not None:
-                    self._undo.append(override(module, partial(_run, module, module.forward, program, slices)))
+                    self._undo.append(override(module, partial(_run, module, module.forward, program, mine)))
                 elif type(module).__name__ in TAILS:
                     tail: Any = module
                     for each in (tail.conv_norm_out, tail.conv_act):
-                        self._undo.append(override(each, partial(_run_in_place, each.forward, slices)))
+                        self._undo.append(override(each, partial(_run_in_place, each.forward, mine)))
 
     def remove(self) -> None:
         """Gives every block its own way back."""
@@ -80,6 +81,15 @@ def streamline(pipeline: Any, *, frames: int = 8, rows: int = 16, donate: bool =
     Raises:
         Problem: If nothing in it is known, or it is streamlined already.
     """
+    return Streamlined(known_networks(pipeline), Slices(frames, rows, donate))
+
+
+def known_networks(pipeline: Any) -> list[nn.Module]:
+    """The parts of a pipeline whose blocks are known; a decoder of single images is told to take them one by one, which is exact.
+
+    Raises:
+        Problem: If there are none.
+    """
     if find_spec("diffusers") is None:
         raise Problem(
             "Video needs diffusers, which is not installed.", why="it is an extra.", fix="`python -m pip install diffusers`"
@@ -96,10 +106,10 @@ def streamline(pipeline: Any, *, frames: int = 8, rows: int = 16, donate: bool =
             f"There is nothing to streamline in a {type(pipeline).__name__}.", why=f"of {names} no block is known.",
             fix="a pipeline with a UNet of Stable Video Diffusion or of AnimateDiff.", code=Exit.INCOMPATIBLE,
         )  # fmt: skip
-    image_decoder = getattr(pipeline, "vae", None)
-    if image_decoder is not None and image_decoder not in known and hasattr(image_decoder, "enable_slicing"):
-        image_decoder.enable_slicing()
-    return Streamlined(known, Slices(frames, rows, donate))
+    decoder = getattr(pipeline, "vae", None)
+    if decoder is not None and all(decoder is not each for each in known) and hasattr(decoder, "enable_slicing"):
+        decoder.enable_slicing()
+    return known
 
 
 def _run(

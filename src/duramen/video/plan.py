@@ -1,0 +1,161 @@
+"""How many slices a video needs to fit into some memory: the network is run with tensors that have shapes and no data, and the ledger says what would be alive.
+
+The prediction needs no weights, no accelerator, and seconds to a minute; what it counts is what a real run counts, to the byte.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from duramen.problem import Exit, Problem
+from duramen.video.ledger import Ledger, counted
+from duramen.video.slices import Slices
+from duramen.video.streamline import Streamlined, known_networks
+
+LADDER = ((1, 1), (2, 4), (4, 8), (8, 16), (16, 32), (64, 128))
+"""Slices over frames and rows, from the fewest on; more than there are frames or rows are as many as there are."""
+
+
+@dataclass(frozen=True)
+class Clip:
+    """What is to be made.
+
+    Attributes:
+        height: Pixels.
+        width: Pixels.
+        frames: Of the video.
+        guided: Whether both branches of guidance run at once.
+    """
+
+    height: int
+    width: int
+    frames: int
+    guided: bool = True
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How a network fits.
+
+    Attributes:
+        slices: What it takes.
+        peak: Bytes of activations at most, predicted.
+        plain: The same without slices.
+    """
+
+    slices: Slices
+    peak: int
+    plain: int
+
+
+def predict(network: Any, clip: Clip, slices: Slices | None, change: Callable[[Any], None] = lambda copy: None) -> Ledger:
+    """The account of one pass of a network for a clip, with tensors that hold no data.
+
+    Args:
+        network: A UNet of Stable Video Diffusion or AnimateDiff, or a temporal decoder's autoencoder; only its config and type are used.
+        clip: Its sizes.
+        slices: How it is sliced; None for not at all.
+        change: Done to the copy before it runs, such as options of its own.
+
+    Raises:
+        Problem: If the network is none of these.
+    """
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    dtype, before = next(network.parameters()).dtype, torch.get_default_dtype()
+    with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
+        torch.set_default_dtype(dtype)
+        try:
+            copy: nn.Module = type(network).from_config(network.config).eval()
+        finally:
+            torch.set_default_dtype(before)
+        change(copy)
+        run = _example(copy, clip, dtype)
+        handle = None if slices is None else Streamlined([copy], slices)
+        with counted(copy) as ledger:
+            run()
+        if handle is not None:
+            handle.remove()
+    return ledger
+
+
+def _example(network: Any, clip: Clip, dtype: torch.dtype) -> Callable[[], Any]:
+    """A pass of a network at a clip's sizes."""
+    name, branches = type(network).__name__, 2 if clip.guided else 1
+    config, height, width = network.config, clip.height // 8, clip.width // 8
+
+    def empty(*shape: int) -> Tensor:
+        return torch.empty(shape, dtype=dtype)
+
+    if name == "UNetSpatioTemporalConditionModel":
+        x = empty(branches, clip.frames, config.in_channels, height, width)
+        looked = empty(branches, 1, _first(config.cross_attention_dim))
+        numbers = empty(branches, config.projection_class_embeddings_input_dim // config.addition_time_embed_dim)
+        return partial(network, x, empty(), looked, numbers)
+    if name == "UNetMotionModel":
+        x = empty(branches, config.in_channels, clip.frames, height, width)
+        looked = empty(branches * clip.frames, 77, _first(config.cross_attention_dim))
+        return partial(network, x, empty(), looked)
+    if name == "AutoencoderKLTemporalDecoder":
+        return partial(network.decode, empty(clip.frames, config.latent_channels, height, width), num_frames=clip.frames)
+    raise Problem(
+        f"The memory of a {name} cannot be predicted.", why="what it is given is not known.", fix="the UNet or the temporal decoder of a pipeline.",
+        code=Exit.INCOMPATIBLE,
+    )  # fmt: skip
+
+
+def _first(value: Any) -> int:
+    return int(value[0] if isinstance(value, list | tuple) else value)
+
+
+def plan(network: Any, clip: Clip, memory: int, *, donate: bool = True) -> Plan:
+    """The fewest slices with which a network's activations fit.
+
+    Args:
+        network: As for ``predict``.
+        clip: Its sizes.
+        memory: Bytes.
+        donate: As for ``streamline``.
+
+    Raises:
+        Problem: If they do not fit with any, with what holds most of it then.
+    """
+    plain = predict(network, clip, None).peak
+    low, high, found = 0, len(LADDER) - 1, {}
+    while low <= high:
+        middle = (low + high) // 2
+        slices = Slices(*LADDER[middle], donate)
+        found[middle] = predict(network, clip, slices)
+        low, high = (low, middle - 1) if found[middle].peak <= memory else (middle + 1, high)
+    if low == len(LADDER):
+        least = found[len(LADDER) - 1]
+        holds = ", ".join(f"{name} {size / 2**20:,.0f} MiB" for name, size in least.at_peak[:3])
+        raise Problem(
+            f"{memory / 2**30:.2f} GiB are too few for the activations of a {type(network).__name__} at {clip.frames} frames of {clip.width}x{clip.height}.",
+            why=f"with the most slices it takes {least.peak / 2**30:.2f} GiB ({plain / 2**30:.2f} without any), and holds {holds}.",
+            fix=f"at least {least.peak / 2**30:.2f} GiB, fewer frames, or guidance branch by branch.",
+            code=Exit.OUT_OF_BUDGET,
+        )
+    return Plan(Slices(*LADDER[low], donate), found[low].peak, plain)
+
+
+def streamline_within(pipeline: Any, clip: Clip, memory: int) -> tuple[Streamlined, list[Plan]]:
+    """Makes the networks of a pipeline run within some memory, each by a plan of its own.
+
+    Args:
+        pipeline: As for ``streamline``.
+        clip: What is to be made.
+        memory: Bytes for activations of the denoiser, and of the decoder, which run one after the other.
+
+    Raises:
+        Problem: As ``plan``, or if nothing in the pipeline is known.
+    """
+    networks = known_networks(pipeline)
+    plans = [plan(network, clip, memory) for network in networks]
+    return Streamlined(networks, [each.slices for each in plans]), plans
