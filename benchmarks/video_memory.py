@@ -3,7 +3,7 @@
     python benchmarks/video_memory.py
 
 Counts the activations of one denoising step at true shapes, both branches of guidance at once, in half precision, and of decoding a video; with tensors that have no data, so that neither weights nor a GPU are needed. Clips are 576 by 1024 pixels.
-Writes benchmarks/results/video_memory.csv. About ten minutes of one core.
+Of Wan one branch, as its pipeline runs it, at 480 by 832 pixels. Writes benchmarks/results/video_memory.csv. About ten minutes of one core.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ SLICED = {
     "streamlined, 7 by 7, nothing given back": Slices(7, 7, donate=False),
     "streamlined, 14 by 18": Slices(14, 18),
 }
+TOKENS = {f"streamlined, {count} slices": Slices(1, count) for count in (4, 8, 16)}
 
 
 def main() -> None:
@@ -35,7 +36,8 @@ def main() -> None:
         network, clip, stock = NETWORKS[name]()
         subjects: dict[str, tuple[Clip, Slices | None, Callable[[Any], None]]] = {"as it is": (clip, None, lambda _: None)}
         subjects |= {label: (other, None, change) for label, (other, change) in stock.items()}
-        subjects |= {label: (clip, slices, lambda _: None) for label, slices in SLICED.items()}
+        chosen = TOKENS if name.startswith("Wan") else SLICED
+        subjects |= {label: (clip, slices, lambda _: None) for label, slices in chosen.items()}
         for subject, (mine, slices, change) in subjects.items():
             if any((row["case"], row["subject"]) == (name, subject) for row in table):
                 continue
@@ -89,7 +91,23 @@ def decoder() -> tuple[Any, Clip, dict[str, Any]]:
     return _made(lambda: AutoencoderKLTemporalDecoder(**blocks)), Clip(576, 1024, 14), {}
 
 
-NETWORKS = {"SVD, 14 frames": svd, "AnimateDiff, 16 frames": animatediff, "SVD decoder, 14 frames": decoder}
+def wan() -> tuple[Any, Clip, dict[str, Any]]:
+    """Wan of 1.3 billion parameters, 81 frames."""
+    from diffusers import WanTransformer3DModel
+
+    return (
+        _made(lambda: WanTransformer3DModel(num_attention_heads=12, ffn_dim=8960, num_layers=30)),
+        Clip(480, 832, 81, guided=False),
+        {},
+    )
+
+
+NETWORKS = {
+    "Wan-1.3B, 81 frames": wan,
+    "SVD, 14 frames": svd,
+    "AnimateDiff, 16 frames": animatediff,
+    "SVD decoder, 14 frames": decoder,
+}
 
 
 if __name__ == "__main__":

@@ -14,7 +14,6 @@ from duramen.vision.vit_search import prepared
 from test_supernet import IMAGES, supernet
 
 ENGINES = {
-    "four products": (Engine(lanes=8, inputs=4), 64),
     "four products, streamed": (Engine(lanes=6, inputs=8, streams=True), 96),
     "two products, streamed": (Engine(lanes=4, inputs=8, factor=2, activation_bits=8, streams=True), 32),
 }

@@ -65,6 +65,15 @@ def decoder():
     return shaken(network), lambda network, z: network.decode(z, num_frames=5).sample, [torch.randn(10, 4, 6, 7, dtype=DOUBLE)]
 
 
+def wan():
+    network = diffusers.WanTransformer3DModel(
+        num_attention_heads=2, attention_head_dim=12, in_channels=4, out_channels=4, text_dim=16, freq_dim=8, ffn_dim=48, num_layers=3,
+        cross_attn_norm=True, rope_max_seq_len=32,
+    )  # fmt: skip
+    given = [torch.randn(2, 4, 3, 8, 10, dtype=DOUBLE), torch.tensor([3, 7]), torch.randn(2, 9, 16, dtype=DOUBLE)]
+    return shaken(network), lambda network, *given: network(*given).sample, given
+
+
 KINDS = {"svd": svd, "animatediff": animatediff, "decoder": decoder}
 
 
@@ -256,3 +265,22 @@ def test_a_plan_takes_the_fewest_slices_that_fit(monkeypatch):
     monkeypatch.undo()
     with pytest.raises(Problem, match="nothing to streamline"):
         streamline_within(torch.nn.Linear(2, 2), clip, 1000)
+
+
+@pytest.mark.parametrize("per_token", [False, True])
+@torch.no_grad()
+def test_transformers_give_the_same_bits_in_two_phases(per_token):
+    network, run, given = wan()
+    if per_token:
+        given[1] = torch.arange(2 * 60).view(2, 60)
+    for mine, inputs in ((network, given), (copy.deepcopy(network).float(), [given[0].float(), given[1], given[2].float()])):
+        expected, whole = run(mine, *inputs), peak_of(lambda mine=mine, inputs=inputs: run(mine, *inputs))
+        for slices in (1, 3, 8, 100):
+            handle = streamline(mine, rows=slices)
+            assert torch.allclose(
+                run(mine, *inputs), expected, rtol=0, atol=0 if slices == 1 else 1e-5 if expected.dtype != DOUBLE else 1e-13
+            )
+            peak = peak_of(lambda mine=mine, inputs=inputs: run(mine, *inputs))
+            handle.remove()
+            assert slices < 8 or peak < 0.7 * whole
+        assert torch.equal(run(mine, *inputs), expected)

@@ -30,7 +30,7 @@ class Clip:
         height: Pixels.
         width: Pixels.
         frames: Of the video.
-        guided: Whether both branches of guidance run at once.
+        guided: Whether both branches of guidance run at once; pipelines of Wan run one after the other anyway.
     """
 
     height: int
@@ -104,6 +104,10 @@ def _example(network: Any, clip: Clip, dtype: torch.dtype) -> Callable[[], Any]:
         return partial(network, x, empty(), looked)
     if name == "AutoencoderKLTemporalDecoder":
         return partial(network.decode, empty(clip.frames, config.latent_channels, height, width), num_frames=clip.frames)
+    if name == "WanTransformer3DModel":
+        x = empty(1, config.in_channels, (clip.frames - 1) // 4 + 1, height, width)
+        time = torch.empty(1, dtype=torch.long)
+        return partial(network, x, time, empty(1, 512, config.text_dim))
     raise Problem(
         f"The memory of a {name} cannot be predicted.", why="what it is given is not known.", fix="the UNet or the temporal decoder of a pipeline.",
         code=Exit.INCOMPATIBLE,

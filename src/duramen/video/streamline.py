@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from duramen.override import override
 from duramen.problem import Exit, Problem
-from duramen.video import unet
+from duramen.video import dit, unet
 from duramen.video.slices import Slices
 
 MARK = "_duramen_streamlined"
@@ -27,6 +27,8 @@ PROGRAMS: dict[str, Callable[..., Any]] = {
     "UpBlockMotion": unet.motion_up_plain, "CrossAttnUpBlockMotion": unet.motion_up,
 }  # fmt: skip
 """By the class of a block."""
+OWN_WAY: dict[str, Callable[..., Any]] = {"WanTransformerBlock": dit.wan_block}
+"""Blocks whose programs run their own forward, which is given first."""
 TAILS = ("UNetSpatioTemporalConditionModel", "UNetMotionModel", "TemporalDecoder")
 """Networks that end in a norm of images, an activation and a convolution, of which the first two can be done in place."""
 
@@ -54,6 +56,8 @@ class Streamlined:
             network.__dict__[MARK] = self
             for module in network.modules():
                 program = PROGRAMS.get(type(module).__name__)
+                if type(module).__name__ in OWN_WAY:
+                    program = partial(OWN_WAY[type(module).__name__], module.forward)
                 if program is not None:
                     self._undo.append(override(module, partial(_run, module, module.forward, program, mine)))
                 elif type(module).__name__ in TAILS:
@@ -73,9 +77,9 @@ def streamline(pipeline: Any, *, frames: int = 8, rows: int = 16, donate: bool =
     """Makes a pipeline, or a network of one, run in slices.
 
     Args:
-        pipeline: Of diffusers, with a UNet of Stable Video Diffusion or AnimateDiff; or such a UNet, or a temporal decoder's autoencoder.
+        pipeline: Of diffusers, with a UNet of Stable Video Diffusion or AnimateDiff or Wan's transformer; or such a network, or a temporal decoder's autoencoder.
         frames: Slices over frames, all videos of a batch and both branches of guidance counted.
-        rows: Slices over the rows of an image.
+        rows: Slices over the rows of an image, or over the tokens of a transformer.
         donate: Whether features that nobody reads any more are freed although the pipeline still points to them.
 
     Raises:
@@ -98,13 +102,13 @@ def known_networks(pipeline: Any) -> list[nn.Module]:
     known = [
         part
         for part in parts
-        if isinstance(part, nn.Module) and any(type(each).__name__ in PROGRAMS for each in part.modules())
+        if isinstance(part, nn.Module) and any(type(each).__name__ in (*PROGRAMS, *OWN_WAY) for each in part.modules())
     ]
     if not known:
         names = ", ".join(type(part).__name__ for part in parts if isinstance(part, nn.Module)) or type(pipeline).__name__
         raise Problem(
             f"There is nothing to streamline in a {type(pipeline).__name__}.", why=f"of {names} no block is known.",
-            fix="a pipeline with a UNet of Stable Video Diffusion or of AnimateDiff.", code=Exit.INCOMPATIBLE,
+            fix="a pipeline with a UNet of Stable Video Diffusion or AnimateDiff, or with Wan's transformer.", code=Exit.INCOMPATIBLE,
         )  # fmt: skip
     decoder = getattr(pipeline, "vae", None)
     if decoder is not None and all(decoder is not each for each in known) and hasattr(decoder, "enable_slicing"):
