@@ -57,26 +57,26 @@ def main() -> None:
     space = space_of(network)
     for name in ("largest", "smallest"):
         if not any(row["subject"] == name for row in table):
-            add(table, "supernet, inherited", name, right(prepared(network, getattr(space, name), sets[0]), test))
+            add(table, "inherited, whole supernet", name, right(prepared(network, getattr(space, name), sets[0]), test))
     for slowdown in options.slowdowns:
         for subject in options.subjects:
             for seed in options.seeds:
-                case = f"1/{slowdown} of the time" + (f", seed {seed}" if seed else "")
+                case = f"1/{slowdown} of the time" + (f" with seed {seed}" if seed else "")
                 there = {row["case"] for row in table if row["subject"] == subject}
-                if {f"{case}, inherited", *([f"{case}, trained"] if options.trained else [])} <= there:
+                if {f"inherited, {case}", *([f"trained, {case}"] if options.trained else [])} <= there:
                     continue
                 found, chosen = searched(network, sets, slowdown, SUBJECTS[subject] | {"seed": seed})
                 alone = prepared(network, Architecture.read(chosen["architecture"]), sets[0])
-                if f"{case}, inherited" not in there:
+                if f"inherited, {case}" not in there:
                     figures = {"images per second, modelled": 1 / chosen["seconds"], "candidates": found}
-                    add(table, f"{case}, inherited", subject, right(alone, test))
+                    add(table, f"inherited, {case}", subject, right(alone, test))
                     for metric, value in figures.items():
                         table.append(
-                            rows.row(f"{case}, inherited", metric, "1/s" if "second" in metric else "1", subject, value)
+                            rows.row(f"inherited, {case}", metric, "1/s" if "second" in metric else "1", subject, value)
                         )
                 if options.trained:
                     train_classifier(Classification(alone, *sets, network), AGAIN, RATE_AGAIN)
-                    add(table, f"{case}, trained", subject, right(alone, test))
+                    add(table, f"trained, {case}", subject, right(alone, test))
                 rows.write("quasar", table)
 
 

@@ -20,11 +20,11 @@ from duramen.video.slices import Slices
 
 MARK = "_duramen_streamlined"
 PROGRAMS: dict[str, Callable[..., Any]] = {
-    "DownBlockSpatioTemporal": unet.svd_down_plain, "CrossAttnDownBlockSpatioTemporal": unet.svd_down, "UNetMidBlockSpatioTemporal": unet.svd_mid,
-    "UpBlockSpatioTemporal": unet.svd_up_plain, "CrossAttnUpBlockSpatioTemporal": unet.svd_up,
+    "DownBlockSpatioTemporal": unet.svd_down, "CrossAttnDownBlockSpatioTemporal": unet.svd_down, "UNetMidBlockSpatioTemporal": unet.svd_mid,
+    "UpBlockSpatioTemporal": unet.svd_up, "CrossAttnUpBlockSpatioTemporal": unet.svd_up,
     "MidBlockTemporalDecoder": unet.decoder_mid, "UpBlockTemporalDecoder": unet.decoder_up,
-    "DownBlockMotion": unet.motion_down_plain, "CrossAttnDownBlockMotion": unet.motion_down, "UNetMidBlockCrossAttnMotion": unet.motion_mid,
-    "UpBlockMotion": unet.motion_up_plain, "CrossAttnUpBlockMotion": unet.motion_up,
+    "DownBlockMotion": unet.motion_down, "CrossAttnDownBlockMotion": unet.motion_down, "UNetMidBlockCrossAttnMotion": unet.motion_mid,
+    "UpBlockMotion": unet.motion_up, "CrossAttnUpBlockMotion": unet.motion_up,
 }  # fmt: skip
 """By the class of a block."""
 OWN_WAY: dict[str, Callable[..., Any]] = {"WanTransformerBlock": dit.wan_block}

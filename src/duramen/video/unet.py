@@ -3,7 +3,7 @@
 Operators that agree on an axis run one behind another on a slice of it, and their outcome is written into one feature: spatial layers over frames, temporal ones over rows of the image, where places do not meet. Whatever is fresh is changed in place;
 skips are joined to the stream frame by frame; statistics of norms over time are taken in a pass of their own (``group_norm``). It is Streamlined Inference (arXiv 2411.01171), exact where its code is not.
 
-Each function stands in for the ``forward`` of a block of diffusers, with its arguments; what it does not know it leaves to the block.
+Each function stands in for the ``forward`` of a block of diffusers, with the arguments that its UNet names; ``looks`` are those of attention.
 """
 
 from __future__ import annotations
@@ -200,13 +200,6 @@ def svd_down(
     return x, skips
 
 
-def svd_down_plain(
-    block: Block, slices: Slices, hidden_states: Tensor, temb: Tensor | None = None, image_only_indicator: Tensor | None = None
-) -> tuple[Tensor, tuple[Tensor, ...]]:
-    """A down block without attention, whose arguments come in another order."""
-    return svd_down(block, slices, hidden_states, temb, image_only_indicator=image_only_indicator)
-
-
 def svd_mid(
     block: Block,
     slices: Slices,
@@ -248,20 +241,6 @@ def svd_up(
     return x
 
 
-def svd_up_plain(
-    block: Block,
-    slices: Slices,
-    hidden_states: Tensor,
-    res_hidden_states_tuple: tuple[Tensor, ...],
-    temb: Tensor | None = None,
-    image_only_indicator: Tensor | None = None,
-    upsample_size: Any = None,
-) -> Tensor:
-    """An up block without attention."""
-    more = {"image_only_indicator": image_only_indicator, "upsample_size": upsample_size}
-    return svd_up(block, slices, hidden_states, res_hidden_states_tuple, temb, **more)
-
-
 def decoder_mid(block: Block, slices: Slices, hidden_states: Tensor, image_only_indicator: Tensor) -> Tensor:
     """The block in the middle of the temporal decoder."""
     x = res_block(block.resnets[0], Joined((hidden_states,)), None, image_only_indicator, slices)
@@ -293,18 +272,12 @@ def motion_down(
     slices: Slices,
     hidden_states: Tensor,
     temb: Tensor,
-    encoder_hidden_states: Tensor | None = None,
-    attention_mask: Tensor | None = None,
+    *,
     num_frames: int = 1,
-    encoder_attention_mask: Tensor | None = None,
-    cross_attention_kwargs: dict[str, Any] | None = None,
     additional_residuals: Tensor | None = None,
+    **looks: Any,
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
     """A down block of AnimateDiff, with attention or without."""
-    looks = {
-        "encoder_hidden_states": encoder_hidden_states, "attention_mask": attention_mask, "encoder_attention_mask": encoder_attention_mask,
-        "cross_attention_kwargs": cross_attention_kwargs,
-    }  # fmt: skip
     skips: tuple[Tensor, ...] = ()
     x = hidden_states
     for number, resnet in enumerate(block.resnets):
@@ -320,21 +293,9 @@ def motion_down(
 
 
 def motion_mid(
-    block: Block,
-    slices: Slices,
-    hidden_states: Tensor,
-    temb: Tensor,
-    encoder_hidden_states: Tensor | None = None,
-    attention_mask: Tensor | None = None,
-    cross_attention_kwargs: dict[str, Any] | None = None,
-    encoder_attention_mask: Tensor | None = None,
-    num_frames: int = 1,
+    block: Block, slices: Slices, hidden_states: Tensor, temb: Tensor, *, num_frames: int = 1, **looks: Any
 ) -> Tensor:
     """The block in the middle: all of it, where the published code runs its second residual block alone."""
-    looks = {
-        "encoder_hidden_states": encoder_hidden_states, "attention_mask": attention_mask, "encoder_attention_mask": encoder_attention_mask,
-        "cross_attention_kwargs": cross_attention_kwargs,
-    }  # fmt: skip
     x = hidden_states
     last = len(block.attentions)
     for number, resnet in enumerate(block.resnets):
@@ -351,18 +312,12 @@ def motion_up(
     hidden_states: Tensor,
     res_hidden_states_tuple: tuple[Tensor, ...],
     temb: Tensor,
-    encoder_hidden_states: Tensor | None = None,
-    cross_attention_kwargs: dict[str, Any] | None = None,
+    *,
     upsample_size: Any = None,
-    attention_mask: Tensor | None = None,
-    encoder_attention_mask: Tensor | None = None,
     num_frames: int = 1,
+    **looks: Any,
 ) -> Tensor:
     """An up block, with attention or without."""
-    looks = {
-        "encoder_hidden_states": encoder_hidden_states, "attention_mask": attention_mask, "encoder_attention_mask": encoder_attention_mask,
-        "cross_attention_kwargs": cross_attention_kwargs,
-    }  # fmt: skip
     x, skips = hidden_states, list(res_hidden_states_tuple)
     for number, resnet in enumerate(block.resnets):
         x = spatial(resnet, _attention(block, number), Joined((x, skips.pop())), temb, slices, **looks)
@@ -370,28 +325,6 @@ def motion_up(
     for each in block.upsamplers or ():
         x = sampled(each, x, slices, last=True, size=upsample_size)
     return x
-
-
-def motion_up_plain(
-    block: Block,
-    slices: Slices,
-    hidden_states: Tensor,
-    res_hidden_states_tuple: tuple[Tensor, ...],
-    temb: Tensor,
-    upsample_size: Any = None,
-    num_frames: int = 1,
-) -> Tensor:
-    """An up block without attention, whose arguments come in another order."""
-    return motion_up(
-        block, slices, hidden_states, res_hidden_states_tuple, temb, upsample_size=upsample_size, num_frames=num_frames
-    )
-
-
-def motion_down_plain(
-    block: Block, slices: Slices, hidden_states: Tensor, temb: Tensor, num_frames: int = 1
-) -> tuple[Tensor, tuple[Tensor, ...]]:
-    """A down block without attention."""
-    return motion_down(block, slices, hidden_states, temb, num_frames=num_frames)
 
 
 def _attention(block: Block, number: int) -> Block | None:
