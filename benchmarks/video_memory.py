@@ -62,7 +62,7 @@ def svd() -> tuple[Any, Clip, dict[str, Any]]:
     clip = Clip(576, 1024, 14)
     stock = {
         "guidance branch by branch": (Clip(576, 1024, 14, guided=False), lambda _: None),
-        "forward chunking": (clip, lambda network: network.enable_forward_chunking(1, 1)),
+        "forward chunking": (clip, lambda network: network.enable_forward_chunking(1, 0)),
     }
     return _made(UNetSpatioTemporalConditionModel), clip, stock
 
@@ -74,7 +74,7 @@ def animatediff() -> tuple[Any, Clip, dict[str, Any]]:
     clip = Clip(576, 1024, 16)
     stock = {
         "guidance branch by branch": (Clip(576, 1024, 16, guided=False), lambda _: None),
-        "forward chunking": (clip, lambda network: network.enable_forward_chunking(1, 1)),
+        "forward chunking": (clip, lambda network: network.enable_forward_chunking(1, 0)),
     }
     return _made(lambda: UNetMotionModel(cross_attention_dim=768)), clip, stock
 
@@ -103,10 +103,10 @@ def wan() -> tuple[Any, Clip, dict[str, Any]]:
 
 
 NETWORKS = {
-    "Wan-1.3B, 81 frames": wan,
-    "SVD, 14 frames": svd,
-    "AnimateDiff, 16 frames": animatediff,
-    "SVD decoder, 14 frames": decoder,
+    "Wan-1.3B 81 frames": wan,
+    "SVD 14 frames": svd,
+    "AnimateDiff 16 frames": animatediff,
+    "SVD decoder 14 frames": decoder,
 }
 
 
