@@ -194,6 +194,20 @@ def test_branches_of_guidance_and_generations_are_kept_apart():
     assert "forward" not in made.unet.__dict__
 
 
+def test_transformers_are_asked_by_name():
+    made = pipeline()
+    named = SimpleNamespace(transformer=made.unet, scheduler=made.scheduler)
+    handle = Rehash(named, [0, 12, 24], STEPS)
+    expected = generated(made, start(5, 4))
+    x = start(5, 4)
+    made.scheduler.set_timesteps(STEPS)
+    for time in made.scheduler.timesteps:
+        x = made.scheduler.step(made.unet(sample=x, timestep=time, return_dict=False)[0], time, x, return_dict=False)[0]
+    assert torch.equal(x, expected)
+    assert handle.ran == 6
+    handle.remove()
+
+
 def test_a_flow_keeps_its_velocity():
     scheduler = diffusers.FlowMatchEulerDiscreteScheduler()
     scheduler.set_timesteps(10)

@@ -137,7 +137,8 @@ class Rehash:
         self._branches: dict[int, list[tuple[int, Tensor]]] = {}
         self._course: Course | None = None
 
-    def _run(self, before: Callable[..., Any], sample: Tensor, timestep: Any, *args: Any, **options: Any) -> Any:
+    def _run(self, before: Callable[..., Any], *args: Any, **options: Any) -> Any:
+        sample, timestep = _asked(args, options)
         time = float(timestep.flatten()[0]) if isinstance(timestep, Tensor) else float(timestep)
         self._follow(time)
         self.asked += 1
@@ -146,7 +147,7 @@ class Rehash:
         assert course is not None
         if step in self.full or not history:
             try:
-                given = before(sample, timestep, *args, **options)
+                given = before(*args, **options)
             except BaseException:
                 self.reset()
                 raise
@@ -186,6 +187,13 @@ class _Output:
 
     def __getitem__(self, place: int) -> Tensor:
         return (self.sample,)[place]
+
+
+def _asked(args: tuple[Any, ...], options: dict[str, Any]) -> tuple[Tensor, Any]:
+    """What is denoised, and the time; UNets are given both by place, transformers by name."""
+    named = [options[name] for name in ("sample", "hidden_states", "timestep") if name in options]
+    sample, timestep = [*args[:2], *named][:2]
+    return sample, timestep
 
 
 def _latents(sample: Tensor, like: Tensor) -> Tensor:
