@@ -16,7 +16,6 @@ import torch
 
 import rows
 from duramen.assets import cache_folder
-from duramen.evaluate.intervals import wilson_interval
 from duramen.train.loop import Schedule
 from duramen.vision import ElasticViTForImageClassification
 from duramen.vision.elastic import Architecture
@@ -33,8 +32,8 @@ GENERATIONS, EACH, IMAGES = 4, 12, 500
 EVOLVED = {"population": EACH, "parents": 6, "mutants": EACH // 2, "children": EACH // 2, "generations": GENERATIONS}
 CHANCE = {"population": EACH * (GENERATIONS + 1), "generations": 0}
 SUBJECTS = {
-    "rows of mixed widths": EVOLVED,
     "eight bits": EVOLVED | {"shares": (1.0,)},
+    "rows of mixed widths": EVOLVED,
     "four bits": EVOLVED | {"shares": (0.0,)},
     "layers of mixed widths": EVOLVED | {"shares": (0.0, 1.0)},
     "rows of mixed widths, at random": CHANCE,
@@ -57,7 +56,14 @@ def main() -> None:
     space = space_of(network)
     for name in ("largest", "smallest"):
         if not any(row["subject"] == name for row in table):
-            add(table, "inherited, whole supernet", name, right(prepared(network, getattr(space, name), sets[0]), test))
+            rows.add_accuracy(
+                "quasar",
+                table,
+                "inherited, whole supernet",
+                name,
+                right(prepared(network, getattr(space, name), sets[0]), test).numpy(),
+                "eight bits",
+            )
     for slowdown in options.slowdowns:
         for subject in options.subjects:
             for seed in options.seeds:
@@ -69,14 +75,14 @@ def main() -> None:
                 alone = prepared(network, Architecture.read(chosen["architecture"]), sets[0])
                 if f"inherited, {case}" not in there:
                     figures = {"images per second, modelled": 1 / chosen["seconds"], "candidates": found}
-                    add(table, f"inherited, {case}", subject, right(alone, test))
+                    rows.add_accuracy("quasar", table, f"inherited, {case}", subject, right(alone, test).numpy(), "eight bits")
                     for metric, value in figures.items():
                         table.append(
                             rows.row(f"inherited, {case}", metric, "1/s" if "second" in metric else "1", subject, value)
                         )
                 if options.trained:
                     train_classifier(Classification(alone, *sets, network), AGAIN, RATE_AGAIN)
-                    add(table, f"trained, {case}", subject, right(alone, test))
+                    rows.add_accuracy("quasar", table, f"trained, {case}", subject, right(alone, test).numpy(), "eight bits")
                 rows.write("quasar", table)
 
 
@@ -125,18 +131,6 @@ def searched(
     )
     ALONE["alone"] = search.losses
     return len(tried), front(tried)[-1]
-
-
-def add(table: list[dict[str, object]], case: str, subject: str, correct: torch.Tensor) -> None:
-    """Keeps an accuracy."""
-    found = wilson_interval(correct.numpy())
-    print(case, subject, round(found.value, 4), flush=True)
-    peer = rows.peer_of(table, case, "accuracy", "eight bits")
-    against = {"peer": peer[0], "peer_value": peer[1]} if peer else {}
-    table.append(
-        rows.row(case, "accuracy", "1", subject, found.value, low=found.low, high=found.high, samples=found.samples, **against)
-    )
-    rows.write("quasar", table)
 
 
 if __name__ == "__main__":

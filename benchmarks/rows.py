@@ -9,6 +9,10 @@ import json
 import platform
 from pathlib import Path
 
+import numpy as np
+
+from duramen.evaluate.intervals import wilson_interval
+
 COLUMNS = [
     "case",
     "metric",
@@ -81,6 +85,17 @@ def peer_of(table: list[dict[str, object]], case: str, metric: str, subject: str
         ),
         None,
     )
+
+
+def add_accuracy(name: str, table: list[dict[str, object]], case: str, subject: str, correct: np.ndarray, peer: str) -> None:
+    """Adds which images were told right, 0 or 1 each, against a subject of the same case, and writes results/NAME.csv."""
+    found, against = wilson_interval(correct), peer_of(table, case, "accuracy", peer)
+    print(case, subject, round(found.value, 4), flush=True)
+    more = {"peer": against[0], "peer_value": against[1]} if against else {}
+    table.append(
+        row(case, "accuracy", "1", subject, found.value, low=found.low, high=found.high, samples=found.samples, **more)
+    )
+    write(name, table)
 
 
 def read(name: str) -> list[dict[str, object]]:

@@ -1,4 +1,4 @@
-"""Claim: sliced, the denoisers of video diffusion hold at most 0.35 of the activations that they hold as they are, and less than under options of diffusers.
+"""Claim: sliced, a denoiser of video diffusion holds at most 0.35 of the activations that it holds as it is, and less than under either option of diffusers.
 
     python benchmarks/video_memory.py
 

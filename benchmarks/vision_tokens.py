@@ -18,7 +18,6 @@ from pydantic import ValidationError
 
 import rows
 from duramen.assets import cache_folder
-from duramen.evaluate.intervals import wilson_interval
 from duramen.tokens.schedule import solve_keep
 from duramen.train.loop import Schedule
 from duramen.vision import PlainMambaConfig, PlainMambaForImageClassification, VimConfig, VimForImageClassification
@@ -73,7 +72,7 @@ def main() -> None:
         dense = trained(name)
         case = f"{name}, Fashion-MNIST"
         if not any(row["case"] == f"{case}, dense" for row in table):
-            _add(table, f"{case}, dense", "dense", right(dense, test))
+            rows.add_accuracy("vision_tokens", table, f"{case}, dense", "dense", right(dense, test).numpy(), "aligned")
         for again in (False, True)[: 1 + options.trained]:
             for cut in options.cuts:
                 here = f"{case}, {cut}% cut{' and trained' if again else ''}"
@@ -85,7 +84,7 @@ def main() -> None:
                     except ValidationError as error:  # merging joins at most half of the patches at a site
                         print(here, subject, error, flush=True)
                         continue
-                    _add(table, here, subject, right(network, test))
+                    rows.add_accuracy("vision_tokens", table, here, subject, right(network, test).numpy(), "aligned")
 
 
 def trained(name: str) -> torch.nn.Module:
@@ -118,17 +117,6 @@ def reduced(dense: torch.nn.Module, cut: int, settings: dict[str, Any], again: b
     if again:
         train_classifier(_task(network, dense), AGAIN, RATE_AGAIN)
     return network
-
-
-def _add(table: list[dict[str, object]], case: str, subject: str, correct: torch.Tensor) -> None:
-    found = wilson_interval(correct.numpy())
-    print(case, subject, round(found.value, 4), flush=True)
-    peer = rows.peer_of(table, case, "accuracy", "aligned")
-    against = {"peer": peer[0], "peer_value": peer[1]} if peer else {}
-    table.append(
-        rows.row(case, "accuracy", "1", subject, found.value, low=found.low, high=found.high, samples=found.samples, **against)
-    )
-    rows.write("vision_tokens", table)
 
 
 if __name__ == "__main__":

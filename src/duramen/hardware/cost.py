@@ -40,7 +40,7 @@ class Target(Protocol):
         """What it has not enough of, in words."""
 
     def describe(self, parts: Sequence[Part]) -> dict[str, Any]:
-        """For the report: what it is, what a network takes of it, and ``parts``, each with its seconds and multiply-adds."""
+        """For the report: what it is, what a network takes of it, and ``products``, each with its seconds and multiply-adds."""
 
 
 @dataclass(frozen=True)
@@ -141,17 +141,15 @@ def best_engine(parts: Sequence[Part], device: Device, engine: Engine) -> Engine
         Problem: If none fits.
     """
     shapes = [shape for part in parts for shape in part]
+    factors = [factor for factor in FACTORS if packing_table(factor, engine.activation_bits, device.multiplier)]
     for streams in (engine.streams, True):
         found = []
-        for lanes, inputs, factor in product(SIDES, SIDES, FACTORS):
-            if not packing_table(factor, engine.activation_bits, device.multiplier):
-                continue
+        for lanes, inputs, factor in product(SIDES, SIDES, factors):
             tokens = 2 if factor == 4 else 1
             each = dataclasses.replace(engine, lanes=lanes, inputs=inputs, tokens=tokens, factor=factor, streams=streams)
-            if not resources(shapes, each).over(device):
-                found.append(
-                    (network_cycles(shapes, each, each.bits_per_cycle(device)), resources(shapes, each).dsps, lanes, each)
-                )
+            takes = resources(shapes, each)
+            if not takes.over(device):
+                found.append((network_cycles(shapes, each, each.bits_per_cycle(device)), takes.dsps, lanes, each))
         if found:
             return min(found, key=lambda each: each[:3])[-1]
     over = resources(shapes, dataclasses.replace(engine, lanes=SIDES[0], inputs=SIDES[0], streams=True)).over(device)

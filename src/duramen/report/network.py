@@ -10,7 +10,7 @@ NAMES = {"dsps": "multipliers", "luts": "lookup tables", "flip_flops": "flip-flo
 
 
 def network_section(found: dict[str, Any]) -> dict[str, Any]:
-    """All that ``network.html.jinja`` shows.
+    """All that ``images.html.jinja`` shows of one.
 
     Args:
         found: ``search`` of a step of ``vit_search``.

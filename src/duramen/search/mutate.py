@@ -60,11 +60,11 @@ def switch_levels(genome: Genome, modules: Sequence[Module], generator: torch.Ge
     Four times in five both are of one kind, and equal steps leave all costs as they were; else ``repair`` must follow.
     """
     levels = list(genome)
-    for _ in range(min(_up_to(3, generator), _up_to(3, generator)) + 1):
+    for _ in range(min(up_to(3, generator), up_to(3, generator)) + 1):
         wider = [number for number, module in enumerate(modules) if levels[number] < module.full]
         if not wider:
             break
-        up = wider[_up_to(len(wider), generator)]
+        up = wider[up_to(len(wider), generator)]
         alike = float(torch.rand(1, generator=generator)) < SAME_KIND
         narrower = [
             number
@@ -73,10 +73,10 @@ def switch_levels(genome: Genome, modules: Sequence[Module], generator: torch.Ge
         ]
         if narrower:
             levels[up] += 1
-            levels[narrower[_up_to(len(narrower), generator)]] -= 1
+            levels[narrower[up_to(len(narrower), generator)]] -= 1
     return tuple(levels)
 
 
-def _up_to(count: int, generator: torch.Generator) -> int:
+def up_to(count: int, generator: torch.Generator) -> int:
     """A number from 0 to ``count`` − 1, all alike."""
     return int(torch.randint(count, (1,), generator=generator))

@@ -9,7 +9,7 @@ Each function stands in for the ``forward`` of a block of diffusers, with the ar
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import reduce
+from functools import partial, reduce
 from typing import Any
 
 import torch
@@ -20,6 +20,8 @@ from duramen.video.slices import Joined, Slices, by_frames, ranges
 
 Block = Any
 """A module of diffusers."""
+Layer = Callable[[int, Joined], Tensor]
+"""The layer of a block with such a number, on what goes into it."""
 
 
 def res_block(block: Block, parts: Joined, temb: Tensor | None, indicator: Tensor, slices: Slices) -> Tensor:
@@ -176,23 +178,11 @@ def _of(value: Any, chosen: slice, frames: int) -> Any:
     return value[chosen] if isinstance(value, Tensor) and len(value) == frames else value
 
 
-def svd_down(
-    block: Block,
-    slices: Slices,
-    hidden_states: Tensor,
-    temb: Tensor | None = None,
-    encoder_hidden_states: Tensor | None = None,
-    image_only_indicator: Tensor | None = None,
-) -> tuple[Tensor, tuple[Tensor, ...]]:
-    """A down block of Stable Video Diffusion, with attention or without."""
-    assert image_only_indicator is not None
+def down(block: Block, slices: Slices, x: Tensor, layer: Layer) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """A down block: what every layer gives is a skip, and so is what is sampled; nothing is given back."""
     skips: tuple[Tensor, ...] = ()
-    x = hidden_states
-    for number, resnet in enumerate(block.resnets):
-        x = res_block(resnet, Joined((x,), last=False), temb, image_only_indicator, slices)
-        if hasattr(block, "attentions"):
-            assert encoder_hidden_states is not None
-            transformer(block.attentions[number], x, encoder_hidden_states, image_only_indicator, slices)
+    for number in range(len(block.resnets)):
+        x = layer(number, Joined((x,), last=False))
         skips += (x,)
     for each in block.downsamplers or ():
         x = sampled(each, x, slices, last=False)
@@ -200,45 +190,54 @@ def svd_down(
     return x, skips
 
 
-def svd_mid(
-    block: Block,
-    slices: Slices,
-    hidden_states: Tensor,
-    temb: Tensor | None = None,
-    encoder_hidden_states: Tensor | None = None,
-    image_only_indicator: Tensor | None = None,
-) -> Tensor:
-    """The block in the middle."""
-    assert image_only_indicator is not None
-    assert encoder_hidden_states is not None
-    x = res_block(block.resnets[0], Joined((hidden_states,), last=False), temb, image_only_indicator, slices)
-    for attention, resnet in zip(block.attentions, block.resnets[1:], strict=True):
-        transformer(attention, x, encoder_hidden_states, image_only_indicator, slices)
-        x = res_block(resnet, Joined((x,)), temb, image_only_indicator, slices)
+def middle(block: Block, x: Tensor, layer: Layer) -> Tensor:
+    """The block in the middle: all of it, where the published code runs its second residual block alone."""
+    for number in range(len(block.resnets)):
+        x = layer(number, Joined((x,), last=number > 0))
     return x
+
+
+def up(block: Block, slices: Slices, x: Tensor, skips: tuple[Tensor, ...], layer: Layer, size: Any) -> Tensor:
+    """An up block; skips and what came in are given back once they were read."""
+    for number, skip in zip(range(len(block.resnets)), reversed(skips), strict=False):
+        x = layer(number, Joined((x, skip)))
+    for each in block.upsamplers or ():
+        x = sampled(each, x, slices, last=True, size=size)
+    return x
+
+
+def svd_layer(
+    block: Block, slices: Slices, number: int, parts: Joined, *, temb: Tensor, image_only_indicator: Tensor, **looks: Any
+) -> Tensor:
+    """A residual block of Stable Video Diffusion, and the transformer behind it if there is one."""
+    x = res_block(block.resnets[number], parts, temb, image_only_indicator, slices)
+    attention = _attention(block, number)
+    if attention is not None:
+        transformer(attention, x, looks["encoder_hidden_states"], image_only_indicator, slices)
+    return x
+
+
+def svd_down(block: Block, slices: Slices, hidden_states: Tensor, **told: Any) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """A down block of Stable Video Diffusion, with attention or without."""
+    return down(block, slices, hidden_states, partial(svd_layer, block, slices, **told))
+
+
+def svd_mid(block: Block, slices: Slices, hidden_states: Tensor, **told: Any) -> Tensor:
+    """The block in the middle."""
+    return middle(block, hidden_states, partial(svd_layer, block, slices, **told))
 
 
 def svd_up(
     block: Block,
     slices: Slices,
     hidden_states: Tensor,
+    *,
     res_hidden_states_tuple: tuple[Tensor, ...],
-    temb: Tensor | None = None,
-    encoder_hidden_states: Tensor | None = None,
-    image_only_indicator: Tensor | None = None,
     upsample_size: Any = None,
+    **told: Any,
 ) -> Tensor:
-    """An up block, with attention or without; skips and what came in are given back once they were read."""
-    assert image_only_indicator is not None
-    x, skips = hidden_states, list(res_hidden_states_tuple)
-    for number, resnet in enumerate(block.resnets):
-        x = res_block(resnet, Joined((x, skips.pop())), temb, image_only_indicator, slices)
-        if hasattr(block, "attentions"):
-            assert encoder_hidden_states is not None
-            transformer(block.attentions[number], x, encoder_hidden_states, image_only_indicator, slices)
-    for each in block.upsamplers or ():
-        x = sampled(each, x, slices, last=True, size=upsample_size)
-    return x
+    """An up block, with attention or without."""
+    return up(block, slices, hidden_states, res_hidden_states_tuple, partial(svd_layer, block, slices, **told), upsample_size)
 
 
 def decoder_mid(block: Block, slices: Slices, hidden_states: Tensor, image_only_indicator: Tensor) -> Tensor:
@@ -267,65 +266,51 @@ def in_place(function: Callable[[Tensor], Tensor], x: Tensor, slices: Slices) ->
     return x
 
 
+def motion_layer(
+    block: Block, slices: Slices, number: int, parts: Joined, *, temb: Tensor, num_frames: int = 1, **looks: Any
+) -> Tensor:
+    """A residual block of AnimateDiff, the transformer behind it if there is one, and the motion module if there is one."""
+    x = spatial(block.resnets[number], _attention(block, number), parts, temb, slices, **looks)
+    if number < len(block.motion_modules):
+        motion(block.motion_modules[number], x, num_frames, slices)
+    return x
+
+
 def motion_down(
-    block: Block,
-    slices: Slices,
-    hidden_states: Tensor,
-    temb: Tensor,
-    *,
-    num_frames: int = 1,
-    additional_residuals: Tensor | None = None,
-    **looks: Any,
+    block: Block, slices: Slices, hidden_states: Tensor, *, additional_residuals: Tensor | None = None, **told: Any
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
     """A down block of AnimateDiff, with attention or without."""
-    skips: tuple[Tensor, ...] = ()
-    x = hidden_states
-    for number, resnet in enumerate(block.resnets):
-        x = spatial(resnet, _attention(block, number), Joined((x,), last=False), temb, slices, **looks)
-        motion(block.motion_modules[number], x, num_frames, slices)
+
+    def layer(number: int, parts: Joined) -> Tensor:
+        x = motion_layer(block, slices, number, parts, **told)
         if additional_residuals is not None and number == len(block.resnets) - 1:
             x += additional_residuals
-        skips += (x,)
-    for each in block.downsamplers or ():
-        x = sampled(each, x, slices, last=False)
-        skips += (x,)
-    return x, skips
+        return x
+
+    return down(block, slices, hidden_states, layer)
 
 
-def motion_mid(
-    block: Block, slices: Slices, hidden_states: Tensor, temb: Tensor, *, num_frames: int = 1, **looks: Any
-) -> Tensor:
-    """The block in the middle: all of it, where the published code runs its second residual block alone."""
-    x = hidden_states
-    last = len(block.attentions)
-    for number, resnet in enumerate(block.resnets):
-        attention = _attention(block, number) if number < last else None
-        x = spatial(resnet, attention, Joined((x,), last=number > 0), temb, slices, **looks)
-        if number < last:
-            motion(block.motion_modules[number], x, num_frames, slices)
-    return x
+def motion_mid(block: Block, slices: Slices, hidden_states: Tensor, temb: Tensor, **told: Any) -> Tensor:
+    """The block in the middle."""
+    return middle(block, hidden_states, partial(motion_layer, block, slices, temb=temb, **told))
 
 
 def motion_up(
     block: Block,
     slices: Slices,
     hidden_states: Tensor,
-    res_hidden_states_tuple: tuple[Tensor, ...],
-    temb: Tensor,
     *,
+    res_hidden_states_tuple: tuple[Tensor, ...],
     upsample_size: Any = None,
-    num_frames: int = 1,
-    **looks: Any,
+    **told: Any,
 ) -> Tensor:
     """An up block, with attention or without."""
-    x, skips = hidden_states, list(res_hidden_states_tuple)
-    for number, resnet in enumerate(block.resnets):
-        x = spatial(resnet, _attention(block, number), Joined((x, skips.pop())), temb, slices, **looks)
-        motion(block.motion_modules[number], x, num_frames, slices)
-    for each in block.upsamplers or ():
-        x = sampled(each, x, slices, last=True, size=upsample_size)
-    return x
+    return up(
+        block, slices, hidden_states, res_hidden_states_tuple, partial(motion_layer, block, slices, **told), upsample_size
+    )
 
 
 def _attention(block: Block, number: int) -> Block | None:
-    return block.attentions[number] if hasattr(block, "attentions") else None
+    """Behind a residual block; in the middle the last has none."""
+    found = getattr(block, "attentions", ())
+    return found[number] if number < len(found) else None

@@ -1,4 +1,4 @@
-"""This machine as a target: parts of networks timed in ONNX Runtime, where they run in whole numbers on one thread, and added up; several threads on cores that others use rank networks less well."""
+"""This machine as a target: parts of networks timed in ONNX Runtime, where they run in whole numbers on one thread, and added up."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def _graph(part: Part, config: ElasticViTConfig) -> tuple[Graph, list[int]]:
     if len(part) == 1:
         x = graph.linear(x, _filled(MixedLinear(width, first.rows, config.activation_bits)), 1.0, "only")
     for number in range(STACK if len(part) > 1 else 0):
-        layer = ElasticLayer(config_of(config, width), max(heads, 1), first.rows)
+        layer = ElasticLayer(_config_of(config, width), max(heads, 1), first.rows)
         for each in layer.modules():
             if isinstance(each, MixedLinear):
                 _filled(each)
@@ -92,7 +92,7 @@ def _filled(matrix: MixedLinear) -> MixedLinear:
     return matrix
 
 
-def config_of(config: ElasticViTConfig, width: int) -> ElasticViTConfig:
+def _config_of(config: ElasticViTConfig, width: int) -> ElasticViTConfig:
     """The same at another width."""
     found: ElasticViTConfig = ElasticViTConfig.from_dict(config.to_dict())
     found.hidden_size = width

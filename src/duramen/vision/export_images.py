@@ -23,7 +23,7 @@ from duramen.quantize.mixed_linear import MixedLinear
 from duramen.quantize.rows import integer_product
 from duramen.registry import Settings as MethodSettings
 from duramen.registry import method
-from duramen.rundir import write_json, write_tensors
+from duramen.rundir import CODES, write_json, write_tensors
 from duramen.vision.cpu import session
 from duramen.vision.elastic import ElasticViTForImageClassification
 from duramen.vision.images import seen_by
@@ -41,7 +41,7 @@ class Settings(MethodSettings):
     simulate: tuple[str, ...] = ()
     """Matrices that the engine multiplies in a simulation of its hardware, by name or glob, such as `layers.0.*`; their activations are those of a test image."""
     lanes: Annotated[int, Field(ge=2, multiple_of=2)] = 16
-    """Of the simulated engine: rows of four bits at once. A large one takes minutes to be compiled."""
+    """Of the simulated engine: rows of four bits at once. A large one takes long to compile."""
     inputs: Annotated[int, Field(ge=1)] = 16
     """Of the simulated engine: of each row at once."""
     device: str = "zcu102"
@@ -98,7 +98,7 @@ def _write_codes(network: ElasticViTForImageClassification, folder: Path) -> Non
             "input_step": torch.tensor(step),
         }
         tensors |= {f"{name}.{part}": value.contiguous() for part, value in parts.items()}
-    write_tensors(folder / "codes.safetensors", tensors, ("layout", CODES_LAYOUT))
+    write_tensors(folder / CODES, tensors, ("layout", CODES_LAYOUT))
     write_json(folder / "network.json", network.config.architecture.as_dict())
 
 

@@ -1,6 +1,6 @@
 """A supernet of vision transformers: one training for all sub-networks, first in floats and then rounded, after which any of them can be taken out.
 
-At first the largest sub-network learns alone; from then on every step trains it on labels and teacher, and the smallest and a few random ones on labels and on what the largest says (the sandwich rule and in-place
+At first the largest sub-network learns alone; from then on every step trains it on labels and teacher, and the smallest and a few random ones on what the largest says (the sandwich rule and in-place
 distillation of BigNAS, arXiv 2003.11142). Before anything is rounded the best steps are chosen, and the order of rows by what eight bits save (``duramen.quantize.rows``), which then stays. A pretrained transformer can be the beginning: its heads, neurons and
 channels are sorted by what they put out, so that first ones are the important ones, and its function stays.
 """
@@ -24,7 +24,6 @@ from duramen.hardware.machine import fastest_device
 from duramen.problem import Problem
 from duramen.quantize.mixed_linear import InputStep, MixedLinear
 from duramen.registry import method
-from duramen.train.settings import ScheduleSettings
 from duramen.vision.elastic import (
     SITES,
     Architecture,
@@ -35,7 +34,7 @@ from duramen.vision.elastic import (
 )
 from duramen.vision.images import Images, in_parts
 from duramen.vision.studio import Studio
-from duramen.vision.train import Classification, logits_of, record_of, train_classifier
+from duramen.vision.train import Classification, TrainingSettings, logits_of, record_of, train_classifier
 
 Some = Field(min_length=1)
 CALIBRATED = 256
@@ -111,7 +110,7 @@ def running(network: Any, architecture: Architecture) -> Iterator[None]:
 
 @dataclass
 class Sandwich(Classification):
-    """The task: the largest learns from labels and teacher, the smallest and random ones from labels and what the largest says.
+    """The task: the largest learns from labels and teacher, the smallest and random ones from what the largest says.
 
     Attributes:
         sampled: Random sub-networks of every step; which they are follows from its images.
@@ -334,7 +333,7 @@ def _reorder(matrix: MixedLinear, rows: Tensor | None = None, columns: Tensor | 
         matrix.weight.copy_(matrix.weight[:, columns])
 
 
-class Settings(ScheduleSettings):
+class Settings(TrainingSettings):
     """Settings of the supernet; those of its space count only where it is made."""
 
     widths: Annotated[tuple[Annotated[int, Field(ge=1)], ...], Some] = (64, 96, 128)
@@ -358,13 +357,11 @@ class Settings(ScheduleSettings):
     sampled: Annotated[int, Field(ge=0)] = 2
     """Random sub-networks of every step, beside the largest and the smallest."""
     alone_steps: Annotated[int, Field(ge=0)] = 300
-    """Of the largest sub-network alone, in floats; 0 for a model that is trained already. Without them the others have nothing to imitate, and learn a third as fast."""
+    """Of the largest sub-network alone, in floats; 0 for a model that is trained already. Without them the others have nothing to imitate at first."""
     steps: Annotated[int, Field(ge=0)] = 250
     """Of all sub-networks, in floats."""
     rounding_steps: Annotated[int, Field(ge=1)] = 120
     """Of all sub-networks, rounded."""
-    batch: Annotated[int, Field(ge=1)] = 128
-    """Images of a step."""
     at_once: Annotated[int, Field(ge=1)] = 128
     """Images that run together, with the same sub-networks."""
     alone_rate: Annotated[float, Field(gt=0)] = 2e-3
@@ -373,14 +370,8 @@ class Settings(ScheduleSettings):
     """The same, of all in floats."""
     rounding_rate: Annotated[float, Field(gt=0)] = 5e-4
     """The same, rounded."""
-    every: Annotated[int, Field(ge=1)] = 50
-    """Steps between checkpoints, at which the held-out loss is taken; the model is what it was at the best of them."""
-    mirror: bool = True
-    """Whether images are also learned mirrored."""
     distill_weight: Annotated[float, Field(ge=0, le=1)] = 0.5
-    """Share of the divergence in the losses: of the largest from the model that it begins with, if there is one, and of the others from the largest."""
-    temperature: Annotated[float, Field(gt=0)] = 2.0
-    """By which both models' logits are divided in that divergence, which then counts its square."""
+    """Share of the divergence from the model that it begins with, if there is one, in the loss of the largest; the others learn what the largest says, and nothing else."""
 
     @property
     def space(self) -> Space:

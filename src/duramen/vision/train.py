@@ -6,15 +6,34 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from jaxtyping import Bool, Float, Int, UInt8
+from pydantic import Field
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, kl_div, log_softmax
 
 from duramen.train.loop import History, Schedule, train
+from duramen.train.settings import ScheduleSettings
 from duramen.vision.images import Images, in_parts, seen_by
+
+
+class TrainingSettings(ScheduleSettings):
+    """What every step takes that trains a classifier."""
+
+    batch: Annotated[int, Field(ge=1)] = 128
+    """Images of a step."""
+    at_once: Annotated[int, Field(ge=1)] = 128
+    """Images that run together; fewer take less memory and give the same."""
+    every: Annotated[int, Field(ge=1)] = 50
+    """Steps between checkpoints, at which the held-out loss is taken; the model is what it was at the best of them."""
+    mirror: bool = True
+    """Whether images are also learned mirrored."""
+    distill_weight: Annotated[float, Field(ge=0, le=1)] = 0.5
+    """Share of the divergence from the model that is imitated in the loss."""
+    temperature: Annotated[float, Field(gt=0)] = 2.0
+    """By which both models' logits are divided in that divergence, which then counts its square."""
 
 
 @dataclass

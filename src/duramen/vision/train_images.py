@@ -11,11 +11,10 @@ from torch import nn
 
 from duramen.problem import Problem
 from duramen.registry import method
-from duramen.train.settings import ScheduleSettings
 from duramen.vision.opening import load_classifier
 from duramen.vision.plainmamba import PlainMambaConfig, PlainMambaForImageClassification
 from duramen.vision.studio import Studio
-from duramen.vision.train import Classification, record_of, train_classifier
+from duramen.vision.train import Classification, TrainingSettings, record_of, train_classifier
 from duramen.vision.vim import VimConfig, VimForImageClassification
 
 ARCHITECTURES: dict[str, tuple[Any, Any]] = {
@@ -24,7 +23,7 @@ ARCHITECTURES: dict[str, tuple[Any, Any]] = {
 }
 
 
-class Settings(ScheduleSettings):
+class Settings(TrainingSettings):
     """Settings of training."""
 
     architecture: Literal["vim", "plainmamba"] = "vim"
@@ -39,22 +38,10 @@ class Settings(ScheduleSettings):
     """Of a new model: states per channel."""
     steps: Annotated[int, Field(ge=1)] = 600
     """How many."""
-    batch: Annotated[int, Field(ge=1)] = 128
-    """Images of a step."""
-    at_once: Annotated[int, Field(ge=1)] = 128
-    """Images that run together; fewer take less memory and give the same."""
     learning_rate: Annotated[float, Field(gt=0)] = 3e-3
     """Of AdamW at its height; about 5e-4 for a model that is trained already."""
-    every: Annotated[int, Field(ge=1)] = 50
-    """Steps between checkpoints, at which the held-out loss is taken; the model is what it was at the best of them."""
-    mirror: bool = True
-    """Whether images are also learned mirrored."""
     parent: str = ""
     """Folder of a classifier of the same classes to imitate, which may be of another kind and size; empty for the dense model once patches leave, and for none before."""
-    distill_weight: Annotated[float, Field(ge=0, le=1)] = 0.5
-    """Share of the divergence from that model in the loss."""
-    temperature: Annotated[float, Field(gt=0)] = 2.0
-    """By which both models' logits are divided in the divergence, which then counts its square."""
 
 
 @method("train_images", title="Training on images", paper="arXiv 2401.09417, 2403.17695", kind="images", settings=Settings)

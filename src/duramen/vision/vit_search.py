@@ -25,6 +25,7 @@ from duramen.problem import Exit, Problem
 from duramen.registry import Settings as MethodSettings
 from duramen.registry import method
 from duramen.search.constraints import Limit
+from duramen.search.mutate import up_to
 from duramen.search.surrogate import solve
 from duramen.vision.cpu import measured_cpu
 from duramen.vision.elastic import SITES, Architecture, ElasticViTForImageClassification, materialise
@@ -194,7 +195,7 @@ class Search:
             return float(torch.rand(1, generator=generator)) < chance
 
         width = fresh.width if anew(settings.mutate_whole) else parent.width
-        depth = depths[_up_to(len(depths), generator)] if anew(settings.mutate_whole) else parent.depth
+        depth = depths[up_to(len(depths), generator)] if anew(settings.mutate_whole) else parent.depth
         layers = []
         for layer in range(depth):
             mine, other = (parent if layer < parent.depth else fresh).layer(layer), fresh.layer(layer)
@@ -208,7 +209,7 @@ class Search:
         """Every layer, the width and the depth from either of two parents; layers that only the deeper has are its own."""
 
         def either() -> Architecture:
-            return parents[_up_to(2, generator)]
+            return parents[up_to(2, generator)]
 
         width, depth = either().width, either().depth
         deeper = max(parents, key=lambda each: each.depth)
@@ -249,7 +250,7 @@ class Search:
         seen = [Architecture.read(each["architecture"]) for each in tried]
         ranked = sorted(range(len(tried)), key=lambda place: (tried[place]["loss"], place))[: settings.parents]
         elites = [seen[place] for place in ranked]
-        mutants = (self.mutant(elites[_up_to(len(elites), generator)], generator) for _ in range(DRAWS * settings.mutants))
+        mutants = (self.mutant(elites[up_to(len(elites), generator)], generator) for _ in range(DRAWS * settings.mutants))
         found = self.distinct((), mutants, settings.mutants, seen)
         pairs = (torch.randperm(len(elites), generator=generator)[:2].tolist() for _ in range(DRAWS * settings.children))
         children = (self.child([elites[place] for place in pair], generator) for pair in pairs)
@@ -325,10 +326,6 @@ def _put(values: tuple[Any, ...], place: int, value: Any) -> tuple[Any, ...]:
     return (*values[:place], value, *values[place + 1 :])
 
 
-def _up_to(count: int, generator: torch.Generator) -> int:
-    return int(torch.randint(count, (1,), generator=generator))
-
-
 def target_of(settings: Settings, network: ElasticViTForImageClassification, space: Space) -> Target:
     """What the settings say runs the networks.
 
@@ -362,9 +359,9 @@ def target_of(settings: Settings, network: ElasticViTForImageClassification, spa
 
 def _bound(target: Target, parts: Sequence[Part]) -> str:
     """What holds a network up on an FPGA, in words."""
-    products = target.describe(parts)["products"]
     if target.source == "measured":
         return ""
+    products = target.describe(parts)["products"]
     loading = sum(each["seconds"] for each in products if each["load"] > each["compute"])
     share = loading / sum(each["seconds"] for each in products)
     return f"; {share:.0%} of its time goes by in products that wait for weights from outside, the rest in those that the multipliers hold up"
@@ -398,12 +395,12 @@ def apply(studio: Studio, settings: Settings) -> dict[str, Any]:
             code=Exit.OUT_OF_BUDGET,
         )
     tried = evolve(search, studio.memo, studio.told)
-    best = front(tried)[-1]
-    architecture = Architecture.read(best["architecture"])
+    best = front(tried)
+    architecture = Architecture.read(best[-1]["architecture"])
     studio.network = prepared(network, architecture, studio.train)
     found = {
         "target": settings.target, "source": target.source, "on": target.name, "all_fast": search.seconds(space.largest) <= search.most,
-        "described": target.describe(architecture.parts(network.config)), "tried": tried, "front": front(tried), "chosen": best,
+        "described": target.describe(architecture.parts(network.config)), "tried": tried, "front": best, "chosen": best[-1],
         "alone": search.losses, "bits": {name: matrix.integers(share)[0].bits for name, matrix, share, _ in studio.network.linears()},
         "multiply_adds": {"largest": space.largest.products(network.config), "chosen": architecture.products(network.config)},
     }  # fmt: skip
