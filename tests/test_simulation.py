@@ -46,7 +46,7 @@ def test_sums_are_exact_and_cycles_as_modelled(name):
 def test_a_real_network_runs_on_the_engine():
     alone = prepared(supernet(), Architecture(24, (2,), (2.0,), ((0.5, 0.25, 0.75, 0.5),)), IMAGES)
     inputs = inputs_of(alone, seen_by(alone, IMAGES.pixels([0])))
-    rows = simulated(list(alone.linears()), inputs, Settings(lanes=12, inputs=8))
+    rows = simulated(list(alone.linears()), inputs, Settings())
     assert [row["name"] for row in rows] == ["embed", *(f"layers.0.{site}" for site in ("qkv", "proj", "fc1", "fc2")), "head"]
     assert all(row["cycles"] == row["modelled"] + DEPTH for row in rows)
     assert {row["bits"] for row in rows} == {5, 6, 7, 8}
@@ -71,3 +71,9 @@ def test_what_cannot_be_built_is_said(monkeypatch):
     monkeypatch.setattr(simulation, "_path", lambda: "")
     with pytest.raises(Problem, match="There is no Verilator"), Bench(Engine(), 64, (4, 4, 4)):
         pass
+
+
+def test_what_went_wrong_is_said_and_not_the_warning_before_it(tmp_path):
+    with pytest.raises(Problem, match="failed") as caught:
+        simulation._ran(["/bin/sh", "-c", "echo a warning >&2; echo engine.sv:3: error: no such thing >&2; exit 2"], tmp_path)
+    assert caught.value.why == "engine.sv:3: error: no such thing"

@@ -2,6 +2,7 @@
 //
 // Weights of a tile of TM lanes by TN inputs stay while tokens pass, TT at once. Two lanes are a pair: two rows of four bits, or the unsigned low and the signed high half of one row of eight.
 // While a tile is multiplied the next one is loaded, and while a row of tiles is multiplied the sums of the one before are stored; beats of BW bits come and go by separate channels.
+`timescale 1ns / 1ps
 
 // One multiplier of 27 by 18 bits. FACTOR 4: two weights by two activations, whose products lie SPACING bits apart. FACTOR 2: two weights by one, 22 bits apart, to be summed as they are.
 module packed_multiplier #(
