@@ -49,14 +49,15 @@ class Mixture:
         self.subject, self.group = subject, group
         self.high: Tensor | None = None
         self.generator = torch.Generator().manual_seed(0)
+        network.get_submodule(layers[0]).register_forward_pre_hook(self._begin)
         for path in layers:
             network.get_submodule(path).register_forward_pre_hook(self._round)
         if subject.startswith("by") and "channel" not in subject:
             for path in attention_paths(network):
                 watch(network.get_submodule(path), self._look)
 
-    def begin(self) -> None:
-        """A new window: nothing has attended yet."""
+    def _begin(self, *_: Any) -> None:
+        """The first layer of a pass: nothing has attended yet."""
         self.high = None
 
     def _look(self, seen: Seen) -> None:
@@ -106,12 +107,8 @@ def main() -> None:
             if any((row["case"], row["subject"]) == (case, subject) for row in table):
                 continue
             model = BlockModel.from_module(copy.deepcopy(rotated))
-            mixture = Mixture(model.network, list(model.layer_names()), subject, 32 if share == "g32" else None)
-            final_hidden(model, bench.windows[:1, :8])  # looks what blocks return
-            hidden = []
-            for window in bench.windows:
-                mixture.begin()
-                hidden += final_hidden(model, window[None])
+            Mixture(model.network, list(model.layer_names()), subject, 32 if share == "g32" else None)
+            hidden = [each for window in bench.windows for each in final_hidden(model, window[None])]
             found = divergence(bench.dense, bench.hidden, model, hidden, bench.windows)
             figures = {"perplexity": perplexity(found.loss), "KL from dense": mean_interval(found.kl)}
             print(share, subject, {name: round(figure.value, 4) for name, figure in figures.items()}, flush=True)

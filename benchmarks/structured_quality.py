@@ -35,6 +35,7 @@ from duramen.evaluate.intervals import mean_interval
 from duramen.evaluate.perplexity import divergence, final_hidden, perplexity
 from duramen.families.model import BlockModel
 from duramen.hardware.machine import fastest_device, forward_dtype
+from duramen.rundir import Finished
 from duramen.shrink import flap, fusion, wanda_sp
 from duramen.shrink.groups import Units, find_units
 from duramen.shrink.importance import Taylor
@@ -129,9 +130,9 @@ class Kept:
     def load(self, index: int) -> None:
         """Nothing was finished before."""
 
-    def save(self, index: int, tensors: dict[str, Tensor], *_: object) -> None:
+    def save(self, index: int, finished: Finished) -> None:
         """Keeps one block."""
-        self.tensors |= {name: tensor.clone() for name, tensor in tensors.items()}
+        self.tensors |= {name: tensor.clone() for name, tensor in finished.tensors.items()}
 
 
 def main() -> None:
@@ -239,7 +240,7 @@ def cut_by_peer(
     assert set(missing.missing_keys) <= {"lm_head.weight"}, missing
     network.tie_weights()
     used = " ".join(f"{name}={version}" for name, version in found["versions"].items())
-    return BlockModel.from_module(network), found["seconds"], f"peer:{used}"
+    return BlockModel.from_module(network.to(fastest_device())), found["seconds"], f"peer:{used}"
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ the device is turned into numpy. So a forgotten ``.to(device)`` fails here as it
 """
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map_only
 
@@ -51,7 +51,8 @@ class OnDevice(Tensor):
         return self.inner.data_ptr()
 
     def __deepcopy__(self, memo):
-        return wrapped(self.inner.detach().clone()).requires_grad_(self.requires_grad)
+        copied = wrapped(self.inner.detach().clone()).requires_grad_(self.requires_grad)
+        return nn.Parameter(copied, self.requires_grad) if isinstance(self, nn.Parameter) else copied
 
     @classmethod
     def __torch_dispatch__(cls, func, types, args=(), kwargs=None):

@@ -11,6 +11,7 @@ import os
 import re
 import shutil
 from collections.abc import Mapping
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,18 @@ from duramen.families.checkpoint import INDEX, Checkpoint
 from duramen.families.model import BlockModel
 from duramen.opening import load, open_blocks, runs_plainly
 from duramen.problem import Exit, Problem
-from duramen.rundir import CODES, FORMATS, MASKS, BlockStore, unpack_mask, visible_files, write_json, write_tensors, write_text
+from duramen.rundir import (
+    CODES,
+    FORMATS,
+    MASKS,
+    BlockStore,
+    read_formats,
+    unpack_mask,
+    visible_files,
+    write_json,
+    write_tensors,
+    write_text,
+)
 
 TOLERANCE = 1e-3
 """Largest difference of logits after reopening, relative to the largest logit."""
@@ -167,11 +179,13 @@ def verify_logits(
 ) -> dict[str, Any]:
     """Reopens a folder in a fresh object and compares its logits with the edited model's.
 
+    Where inputs are rounded, the last digit of a sum decides between codes, and a batch of another size may have another one: the whole batch runs again then.
+
     Args:
         folder: The folder that was written.
         model: The model that was edited.
         hidden: Its hidden states after the last block, [B, T, D].
-        tokens: The token ids behind them, [B, T].
+        tokens: The token ids behind them, [B, T]; those of the first sequence are compared.
         whole_up_to: Weight bytes up to which the folder is loaded whole; a larger one is streamed.
         last: How many tokens at the end are compared.
 
@@ -183,12 +197,14 @@ def verify_logits(
     """
     size = sum(file.stat().st_size for file in folder.glob("model*.safetensors"))
     expected = model.logits(hidden[:1, -last:])
+    batch = tokens if any(each.runs for each in read_formats(folder).values()) else tokens[:1]
     if size <= whole_up_to:
         reopened = load(folder, dtype=model.dtype).to(model.device)
         how = "plain transformers, whole" if runs_plainly(folder) else "duramen.load, whole"
-        found = reopened(tokens[:1].to(model.device), use_cache=False).logits[:, -last:]
+        keep = {"logits_to_keep": last} if "logits_to_keep" in signature(reopened.forward).parameters else {}
+        found = reopened(batch.to(model.device), use_cache=False, **keep).logits[:1, -last:]
     else:
-        how, found = "streamed, block by block", _streamed_logits(folder, model, tokens, last)
+        how, found = "streamed, block by block", _streamed_logits(folder, model, batch, last)
     difference = float((found.float() - expected.float()).abs().max())
     scale = float(expected.abs().max())
     limit = TOLERANCE if model.dtype == torch.float32 else 0.1
@@ -205,8 +221,8 @@ def verify_logits(
 def _streamed_logits(folder: Path, model: BlockModel, tokens: Tensor, last: int) -> Tensor:
     generic = model.family.name == "generic"
     fresh = open_blocks(folder, dtype=model.dtype, device=model.device, allow_generic=generic)
-    (hidden,) = fresh.last_hidden([tokens[:1]], [[tokens.shape[1]]])
-    return fresh.logits(hidden[:, -last:])
+    (hidden,) = fresh.last_hidden([tokens], [[tokens.shape[1]] * len(tokens)])
+    return fresh.logits(hidden[:1, -last:])
 
 
 def check_masks(model: BlockModel) -> dict[str, Any] | None:

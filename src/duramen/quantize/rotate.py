@@ -152,13 +152,15 @@ def rotate_outside(model: BlockModel, rotation: Float[Tensor, "D D"]) -> dict[st
     stored = dict(model.stored_outside())
     rows = stored[f"{names[id(embedding)]}.weight"]
     columns = stored.get(f"{names[id(head)]}.weight", rows)
+    turn, gain = rotation.to(rows.device), gain.to(rows.device)
     new = {
-        f"{names[id(embedding)]}.weight": (rows.double() @ rotation).to(rows.dtype),
-        f"{names[id(head)]}.weight": ((columns.double() * gain) @ rotation).to(columns.dtype),
-        f"{norm_name}.weight": torch.full_like(norm.weight, plain, dtype=stored[f"{norm_name}.weight"].dtype),
+        f"{names[id(embedding)]}.weight": (rows.double() @ turn).to(rows.dtype),
+        f"{names[id(head)]}.weight": ((columns.double() * gain) @ turn).to(columns.dtype),
+        f"{norm_name}.weight": torch.full_like(stored[f"{norm_name}.weight"], plain),
     }
-    embedding.weight = nn.Parameter(new[f"{names[id(embedding)]}.weight"].to(embedding.weight.dtype), requires_grad=False)
-    head.weight = nn.Parameter(new[f"{names[id(head)]}.weight"].to(embedding.weight.dtype), requires_grad=False)
+    like = embedding.weight
+    for module in (embedding, head):
+        module.weight = nn.Parameter(new[f"{names[id(module)]}.weight"].to(like.device, like.dtype), requires_grad=False)
     norm.weight.data.fill_(plain)
     model.config.tie_word_embeddings = False
     return new

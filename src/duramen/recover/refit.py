@@ -301,7 +301,10 @@ def _refit_layer(layer: Layer, *, stage: _Stage) -> dict[str, Any]:
     goal, dense = layer.parent.read(), stage.statistics.dense
     spread = dense.about(dense.mean) if stage.means else dense.second
     whole = max(float(((goal.double() @ spread.double()) * goal.double()).sum()), 1e-30)
-    before, after = (1 + distance(each, goal, stage.total.second, stage.total.cross) / whole for each in (weight, new))
+    before, after = (
+        max(1 + distance(each, goal, stage.total.second, stage.total.cross) / whole, 0.0)  # rounding takes it below
+        for each in (weight, new)
+    )
     if found is not None:
         layer.write(new, bias=_bias(layer, new, *stage.means) if stage.means else None)
     pruned = stage.masks.removed(layer.name, weight)

@@ -148,7 +148,7 @@ def _step(step: dict[str, Any]) -> dict[str, Any]:
 
     def shade(value: float | None) -> int:
         """0 to 100, on a logarithmic scale."""
-        return round(100 * (math.log(value) - low) / max(high - low, 1e-9)) if value else 0
+        return round(100 * (math.log(value) - low) / max(high - low, 1e-9)) if value and value > 0 else 0
 
     return {
         "method": step["method"],

@@ -5,6 +5,7 @@ Every matrix is compared with the product in whole numbers bit for bit, on what 
 
 from __future__ import annotations
 
+from copy import deepcopy
 from fnmatch import fnmatch
 from importlib.util import find_spec
 from math import prod
@@ -69,6 +70,7 @@ def apply(studio: Studio, settings: Settings) -> list[dict[str, Any]]:
             why="what was written is opened again.",
             fix=f"`python -m pip install {' '.join(missing)}`",
         )
+    network = deepcopy(network).cpu()  # whole numbers are multiplied there alone
     chosen = [each for each in network.linears() if any(fnmatch(each[0], pattern) for pattern in settings.simulate)]
     if settings.simulate and not chosen:
         raise Problem(
