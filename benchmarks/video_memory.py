@@ -18,12 +18,13 @@ import rows
 from duramen.video.plan import Clip, predict
 from duramen.video.slices import Slices
 
-SLICED = {
-    "streamlined, 7 by 7": Slices(7, 7),
-    "streamlined, 7 by 7, nothing given back": Slices(7, 7, donate=False),
-    "streamlined, 14 by 18": Slices(14, 18),
+MIB = 2**20
+SLICED = {f"streamlined, {size} MiB": Slices(size * MIB) for size in (96, 64, 32, 16)} | {
+    "streamlined, 16 MiB, nothing given back": Slices(16 * MIB, donate=False)
 }
-TOKENS = {f"streamlined, {count} slices": Slices(1, count) for count in (4, 8, 16)}
+"""The largest feature of either network has 158 to 180 MiB."""
+IMAGES = "images one by one"
+"""Which ``streamline`` asks of a pipeline's decoder of single images."""
 
 
 def main() -> None:
@@ -33,11 +34,10 @@ def main() -> None:
     options = parser.parse_args()
     table = rows.read("video_memory")
     for name in options.networks:
-        network, clip, stock = NETWORKS[name]()
+        network, clip, stock, sliced = NETWORKS[name]()
         subjects: dict[str, tuple[Clip, Slices | None, Callable[[Any], None]]] = {"as it is": (clip, None, lambda _: None)}
         subjects |= {label: (other, None, change) for label, (other, change) in stock.items()}
-        chosen = TOKENS if name.startswith("Wan") else SLICED
-        subjects |= {label: (clip, slices, lambda _: None) for label, slices in chosen.items()}
+        subjects |= {label: (clip, slices, lambda _: None) for label, slices in sliced.items()}
         for subject, (mine, slices, change) in subjects.items():
             if any((row["case"], row["subject"]) == (name, subject) for row in table):
                 continue
@@ -55,7 +55,7 @@ def _made(build: Callable[[], Any]) -> Any:
         return build().half()
 
 
-def svd() -> tuple[Any, Clip, dict[str, Any]]:
+def svd() -> tuple[Any, Clip, dict[str, Any], dict[str, Slices]]:
     """Stable Video Diffusion, 14 frames."""
     from diffusers import UNetSpatioTemporalConditionModel
 
@@ -64,10 +64,10 @@ def svd() -> tuple[Any, Clip, dict[str, Any]]:
         "guidance branch by branch": (Clip(576, 1024, 14, guided=False), lambda _: None),
         "forward chunking": (clip, lambda network: network.enable_forward_chunking(1, 0)),
     }
-    return _made(UNetSpatioTemporalConditionModel), clip, stock
+    return _made(UNetSpatioTemporalConditionModel), clip, stock, SLICED
 
 
-def animatediff() -> tuple[Any, Clip, dict[str, Any]]:
+def animatediff() -> tuple[Any, Clip, dict[str, Any], dict[str, Slices]]:
     """AnimateDiff, 16 frames."""
     from diffusers import UNetMotionModel
 
@@ -76,10 +76,24 @@ def animatediff() -> tuple[Any, Clip, dict[str, Any]]:
         "guidance branch by branch": (Clip(576, 1024, 16, guided=False), lambda _: None),
         "forward chunking": (clip, lambda network: network.enable_forward_chunking(1, 0)),
     }
-    return _made(lambda: UNetMotionModel(cross_attention_dim=768)), clip, stock
+    return _made(lambda: UNetMotionModel(cross_attention_dim=768)), clip, stock, SLICED
 
 
-def decoder() -> tuple[Any, Clip, dict[str, Any]]:
+def image_decoder() -> tuple[Any, Clip, dict[str, Any], dict[str, Slices]]:
+    """The decoder of single images that AnimateDiff takes, all 16 frames at once, as its pipeline asks."""
+    from diffusers import AutoencoderKL
+
+    blocks = {
+        "block_out_channels": (128, 256, 512, 512),
+        "layers_per_block": 2,
+        "down_block_types": ("DownEncoderBlock2D",) * 4,
+        "up_block_types": ("UpDecoderBlock2D",) * 4,
+    }
+    clip = Clip(576, 1024, 16)
+    return _made(lambda: AutoencoderKL(**blocks)), clip, {IMAGES: (clip, lambda network: network.enable_slicing())}, {}
+
+
+def decoder() -> tuple[Any, Clip, dict[str, Any], dict[str, Slices]]:
     """The temporal decoder of Stable Video Diffusion, all 14 frames at once; its own smaller chunks give other videos."""
     from diffusers import AutoencoderKLTemporalDecoder
 
@@ -88,10 +102,10 @@ def decoder() -> tuple[Any, Clip, dict[str, Any]]:
         "layers_per_block": 2,
         "down_block_types": ("DownEncoderBlock2D",) * 4,
     }
-    return _made(lambda: AutoencoderKLTemporalDecoder(**blocks)), Clip(576, 1024, 14), {}
+    return _made(lambda: AutoencoderKLTemporalDecoder(**blocks)), Clip(576, 1024, 14), {}, SLICED
 
 
-def wan() -> tuple[Any, Clip, dict[str, Any]]:
+def wan() -> tuple[Any, Clip, dict[str, Any], dict[str, Slices]]:
     """Wan of 1.3 billion parameters, 81 frames."""
     from diffusers import WanTransformer3DModel
 
@@ -99,6 +113,7 @@ def wan() -> tuple[Any, Clip, dict[str, Any]]:
         _made(lambda: WanTransformer3DModel(num_attention_heads=12, ffn_dim=8960, num_layers=30)),
         Clip(480, 832, 81, guided=False),
         {},
+        {label: SLICED[label] for label in ("streamlined, 64 MiB", "streamlined, 32 MiB", "streamlined, 16 MiB")},
     )
 
 
@@ -107,6 +122,7 @@ NETWORKS = {
     "SVD 14 frames": svd,
     "AnimateDiff 16 frames": animatediff,
     "SVD decoder 14 frames": decoder,
+    "AnimateDiff decoder 16 frames": image_decoder,
 }
 
 

@@ -11,7 +11,7 @@ from duramen.problem import Problem
 from duramen.video.group_norm import Moments, affine, moments, normalised
 from duramen.video.ledger import Ledger, counted, peak_of, release
 from duramen.video.plan import LADDER, Clip, plan, predict, streamline_within
-from duramen.video.slices import Joined, Slices, by_frames, ranges
+from duramen.video.slices import Joined, Slices, piecewise, ranges
 from duramen.video.streamline import MARK, Streamlined, streamline
 
 diffusers = pytest.importorskip("diffusers")
@@ -65,6 +65,11 @@ def decoder():
     return shaken(network), lambda network, z: network.decode(z, num_frames=5).sample, [torch.randn(10, 4, 6, 7, dtype=DOUBLE)]
 
 
+def images():
+    blocks = {"down_block_types": ("DownEncoderBlock2D",) * 2, "up_block_types": ("UpDecoderBlock2D",) * 2}
+    return shaken(diffusers.AutoencoderKL(block_out_channels=(32, 64), **blocks))
+
+
 def wan():
     network = diffusers.WanTransformer3DModel(
         num_attention_heads=2, attention_head_dim=12, in_channels=4, out_channels=4, text_dim=16, freq_dim=8, ffn_dim=48, num_layers=3,
@@ -87,8 +92,8 @@ def test_slices_change_nothing_but_memory(kind):
     network, run, given = KINDS[kind]()
     expected, whole = run(network, *given), peak_of(lambda: run(network, *given))
     peaks, apart_of = [], []
-    for frames, rows, donate in ((1, 1, True), (3, 7, True), (10, 16, False), (10, 16, True)):
-        handle = streamline(network, frames=frames, rows=rows, donate=donate)
+    for piece, donate in ((2**40, True), (40000, True), (1, False), (1, True)):
+        handle = streamline(network, piece=piece, donate=donate)
         peaks.append(peak_of(lambda: apart_of.append(apart(run(network, *given), expected))))
         handle.remove()
     assert max(apart_of) < 1e-12
@@ -98,7 +103,7 @@ def test_slices_change_nothing_but_memory(kind):
     assert peaks[-1] < 0.5 * whole
     single = copy.deepcopy(network).float()
     narrow = [each.float() for each in given]
-    handle = streamline(single, frames=5, rows=4)
+    handle = streamline(single, piece=20000)
     assert apart(run(single, *narrow).to(DOUBLE), expected) < 2e-5
     handle.remove()
 
@@ -108,7 +113,7 @@ def test_a_norm_of_each_slice_alone_is_another_function(monkeypatch):
     network, run, given = svd()
     expected = run(network, *given)
     monkeypatch.setattr("duramen.video.unet._moments", lambda whole, norm, slices: moments(whole[..., :3, :], norm.num_groups))
-    handle = streamline(network, frames=2, rows=3)
+    handle = streamline(network, piece=100000)
     assert apart(run(network, *given), expected) > 1e-3
     handle.remove()
 
@@ -152,12 +157,12 @@ def test_memory_follows_the_closed_forms():
     unit = x.numel() * 4
 
     def grouped(slices):
-        return by_frames(lambda chosen: second(torch.nn.functional.silu(first(x[chosen]))), len(x), slices)
+        return piecewise(lambda chosen: second(torch.nn.functional.silu(first(x[chosen]))), len(x), unit, slices)
 
     for count in (2, 4, 8, 16):
-        assert peak_of(lambda count=count: grouped(Slices(count))) == unit * (1 + 8 / count)
-    assert peak_of(lambda: grouped(Slices(1))) == 8 * unit
-    assert torch.allclose(grouped(Slices(5)), second(torch.nn.functional.silu(first(x))), atol=1e-6)
+        assert peak_of(lambda count=count: grouped(Slices(unit // count))) == unit * (1 + 8 / count)
+    assert peak_of(lambda: grouped(Slices())) == 8 * unit
+    assert torch.allclose(grouped(Slices(unit // 5)), second(torch.nn.functional.silu(first(x))), atol=1e-6)
 
 
 @torch.no_grad()
@@ -185,7 +190,7 @@ def test_the_ledger_counts_every_byte_once():
 @torch.no_grad()
 def test_what_is_released_is_not_read_again():
     network, run, given = animatediff()
-    handle = streamline(network, frames=4, rows=4)
+    handle = streamline(network, piece=30000)
     kept = [each.clone() for each in given]
     found = run(network, *given)
     assert torch.isfinite(found).all()
@@ -221,6 +226,23 @@ def test_what_is_not_known_runs_its_own_way_or_is_refused():
         streamline(torch.nn.Linear(2, 2))
 
 
+@torch.no_grad()
+def test_a_decoder_of_images_takes_them_one_by_one_until_the_way_back():
+    class Pipeline:
+        components = {"unet": animatediff()[0], "vae": images(), "scheduler": object()}
+
+    decoder, latents = Pipeline.components["vae"], torch.randn(3, 4, 6, 7, dtype=DOUBLE)
+    expected, whole = decoder.decode(latents).sample, peak_of(lambda: decoder.decode(latents))
+    handle = streamline(Pipeline())
+    assert peak_of(lambda: decoder.decode(latents)) < 0.5 * whole
+    assert torch.allclose(decoder.decode(latents).sample, expected, rtol=1e-12, atol=1e-12)
+    handle.remove()
+    assert not decoder.use_slicing
+    assert predict(decoder, Clip(48, 56, 3), Slices(1)).peak == peak_of(
+        lambda: [decoder.enable_slicing(), decoder.decode(latents)]
+    )
+
+
 def test_equal_parts_of_one_feature():
     one = Moments(2, torch.zeros(1, 1), torch.ones(1, 1))
     both = one.merged(one)
@@ -228,7 +250,7 @@ def test_equal_parts_of_one_feature():
 
 
 @pytest.mark.parametrize(
-    ("kind", "slices"), [("svd", None), ("animatediff", None), ("animatediff", Slices(2, 2)), ("decoder", Slices(3, 4))]
+    ("kind", "slices"), [("svd", None), ("animatediff", None), ("animatediff", Slices(100000)), ("decoder", Slices(50000))]
 )
 def test_a_prediction_is_what_a_run_takes(kind, slices):
     network, run, given = KINDS[kind]()
@@ -243,24 +265,24 @@ def test_a_prediction_is_what_a_run_takes(kind, slices):
     assert predict(network, clip, slices).peak == measured
 
 
-def test_a_plan_takes_the_fewest_slices_that_fit(monkeypatch):
+def test_a_plan_takes_the_largest_slices_that_fit(monkeypatch):
     network, _, _ = svd()
     clip = Clip(80, 112, 5)
 
     def pretended(network, clip, slices):
-        return Ledger(2**30 if slices is None else 2**30 // slices.frames, [("conv in up", 2**20)])
+        return Ledger(2**40 if slices is None or slices.piece is None else slices.piece * 1000, [("conv in up", 2**20)])
 
     monkeypatch.setattr("duramen.video.plan.predict", pretended)
-    for number, (frames, rows) in enumerate(LADDER):
-        found = plan(network, clip, 2**30 // frames)
-        assert (found.slices.frames, found.slices.rows) == (frames, rows)
-        assert found.peak == 2**30 // LADDER[number][0]
-        assert found.plain == 2**30
+    for piece in LADDER:
+        found = plan(network, clip, 2**40 if piece is None else piece * 1000)
+        assert found.slices.piece == piece
+        assert found.peak == (2**40 if piece is None else piece * 1000)
+        assert found.plain == 2**40
     with pytest.raises(Problem, match="too few for the activations") as caught:
-        plan(network, clip, 1000)
+        plan(network, clip, 100)
     assert "conv in up 1 MiB" in caught.value.why
-    handle, (mine,) = streamline_within(network, clip, 2**28)
-    assert mine.slices == Slices(4, 8)
+    handle, (mine,) = streamline_within(network, clip, 2**23 * 1000)
+    assert mine.slices == Slices(2**23)
     handle.remove()
     monkeypatch.undo()
     with pytest.raises(Problem, match="nothing to streamline"):
@@ -276,7 +298,8 @@ def test_transformers_give_the_same_bits_in_two_phases(per_token):
     for mine, inputs in ((network, given), (copy.deepcopy(network).float(), [given[0].float(), given[1], given[2].float()])):
         expected, whole = run(mine, *inputs), peak_of(lambda mine=mine, inputs=inputs: run(mine, *inputs))
         for slices in (1, 3, 8, 100):
-            handle = streamline(mine, rows=slices)
+            tokens = inputs[0][:, 0].numel() // 4 * 24 * inputs[0].element_size()
+            handle = streamline(mine, piece=2**30 if slices == 1 else -(-tokens // slices))
             assert torch.allclose(
                 run(mine, *inputs), expected, rtol=0, atol=0 if slices == 1 else 1e-5 if expected.dtype != DOUBLE else 1e-13
             )

@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import Tensor
 
-from duramen.video.slices import Slices, ranges
+from duramen.video.slices import Slices
 
 DISPATCH = "dispatch_attention_fn"
 """What processors of diffusers hand queries, keys and values to, in the module of their model."""
@@ -38,14 +38,14 @@ def wan_block(
     Args:
         before: Its own forward.
         block: The module.
-        slices: As many slices of tokens as there are of rows.
+        slices: How large, of tokens.
         hidden_states: Fresh tokens.
         encoder_hidden_states: What they look at beside themselves.
         temb: Of the time step, for all tokens or for each.
         rotary_emb: Cosines and sines for every token.
     """
     x = hidden_states
-    parts = list(ranges(x.shape[1], slices.rows))
+    parts = slices.of(x.shape[1], x.nbytes)
     if len(parts) == 1:
         return before(x, encoder_hidden_states, temb, rotary_emb)
 

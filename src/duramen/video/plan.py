@@ -1,4 +1,4 @@
-"""How many slices a video needs to fit into some memory: the network is run with tensors that have shapes and no data, and the ledger says what would be alive.
+"""How small the slices of a video have to be to fit into some memory: the network is run with tensors that have shapes and no data, and the ledger says what would be alive.
 
 The prediction needs no weights, no accelerator, and seconds to a minute; what it counts is what a real run counts, to the byte.
 """
@@ -18,8 +18,8 @@ from duramen.video.ledger import Ledger, counted
 from duramen.video.slices import Slices
 from duramen.video.streamline import Streamlined, known_networks
 
-LADDER = ((1, 1), (2, 4), (4, 8), (8, 16), (16, 32), (64, 128))
-"""Slices over frames and rows, from the fewest on; more than there are frames or rows are as many as there are."""
+LADDER = (None, *(2**power * 2**20 for power in (9, 8, 7, 6, 5, 4, 3, 2, 1)), 1)
+"""Sizes of slices in bytes, from the largest on; the last are single frames and rows."""
 
 
 @dataclass(frozen=True)
@@ -58,9 +58,9 @@ def predict(network: Any, clip: Clip, slices: Slices | None, change: Callable[[A
     """The account of one pass of a network for a clip, with tensors that hold no data.
 
     Args:
-        network: A UNet of Stable Video Diffusion or AnimateDiff, or a temporal decoder's autoencoder; only its config and type are used.
+        network: A UNet of Stable Video Diffusion or AnimateDiff, Wan's transformer, or an autoencoder; only its config and type are used.
         clip: Its sizes.
-        slices: How it is sliced; None for not at all.
+        slices: How large they are; None for its own way.
         change: Done to the copy before it runs, such as options of its own.
 
     Raises:
@@ -76,7 +76,7 @@ def predict(network: Any, clip: Clip, slices: Slices | None, change: Callable[[A
         finally:
             torch.set_default_dtype(before)
         change(copy)
-        run = _example(copy, clip, dtype)
+        run = example(copy, clip)
         handle = None if slices is None else Streamlined([copy], slices)
         with counted(copy) as ledger:
             run()
@@ -85,29 +85,36 @@ def predict(network: Any, clip: Clip, slices: Slices | None, change: Callable[[A
     return ledger
 
 
-def _example(network: Any, clip: Clip, dtype: torch.dtype) -> Callable[[], Any]:
-    """A pass of a network at a clip's sizes."""
+def example(network: Any, clip: Clip) -> Callable[[], Any]:
+    """A pass of a network at a clip's sizes, on random inputs.
+
+    Raises:
+        Problem: If the network is none that ``predict`` knows.
+    """
     name, branches = type(network).__name__, 2 if clip.guided else 1
     config, height, width = network.config, clip.height // 8, clip.width // 8
+    like = next(network.parameters())
 
-    def empty(*shape: int) -> Tensor:
-        return torch.empty(shape, dtype=dtype)
+    def some(*shape: int) -> Tensor:
+        return torch.randn(shape, dtype=like.dtype, device=like.device)
 
     if name == "UNetSpatioTemporalConditionModel":
-        x = empty(branches, clip.frames, config.in_channels, height, width)
-        looked = empty(branches, 1, _first(config.cross_attention_dim))
-        numbers = empty(branches, config.projection_class_embeddings_input_dim // config.addition_time_embed_dim)
-        return partial(network, x, empty(), looked, numbers)
+        x = some(branches, clip.frames, config.in_channels, height, width)
+        looked = some(branches, 1, _first(config.cross_attention_dim))
+        numbers = some(branches, config.projection_class_embeddings_input_dim // config.addition_time_embed_dim)
+        return partial(network, x, some(), looked, numbers)
     if name == "UNetMotionModel":
-        x = empty(branches, config.in_channels, clip.frames, height, width)
-        looked = empty(branches * clip.frames, 77, _first(config.cross_attention_dim))
-        return partial(network, x, empty(), looked)
+        x = some(branches, config.in_channels, clip.frames, height, width)
+        looked = some(branches * clip.frames, 77, _first(config.cross_attention_dim))
+        return partial(network, x, some(), looked)
     if name == "AutoencoderKLTemporalDecoder":
-        return partial(network.decode, empty(clip.frames, config.latent_channels, height, width), num_frames=clip.frames)
+        return partial(network.decode, some(clip.frames, config.latent_channels, height, width), num_frames=clip.frames)
+    if name == "AutoencoderKL":
+        return partial(network.decode, some(clip.frames, config.latent_channels, height, width))
     if name == "WanTransformer3DModel":
-        x = empty(1, config.in_channels, (clip.frames - 1) // 4 + 1, height, width)
-        time = torch.empty(1, dtype=torch.long)
-        return partial(network, x, time, empty(1, 512, config.text_dim))
+        x = some(1, config.in_channels, (clip.frames - 1) // 4 + 1, height, width)
+        time = torch.ones(1, dtype=torch.long, device=like.device)
+        return partial(network, x, time, some(1, 512, config.text_dim))
     raise Problem(
         f"The memory of a {name} cannot be predicted.", why="what it is given is not known.", fix="the UNet or the temporal decoder of a pipeline.",
         code=Exit.INCOMPATIBLE,
@@ -119,7 +126,7 @@ def _first(value: Any) -> int:
 
 
 def plan(network: Any, clip: Clip, memory: int, *, donate: bool = True) -> Plan:
-    """The fewest slices with which a network's activations fit.
+    """The largest slices with which a network's activations fit, which take the least time.
 
     Args:
         network: As for ``predict``.
@@ -134,7 +141,7 @@ def plan(network: Any, clip: Clip, memory: int, *, donate: bool = True) -> Plan:
     low, high, found = 0, len(LADDER) - 1, {}
     while low <= high:
         middle = (low + high) // 2
-        slices = Slices(*LADDER[middle], donate)
+        slices = Slices(LADDER[middle], donate)
         found[middle] = predict(network, clip, slices)
         low, high = (low, middle - 1) if found[middle].peak <= memory else (middle + 1, high)
     if low == len(LADDER):
@@ -142,11 +149,11 @@ def plan(network: Any, clip: Clip, memory: int, *, donate: bool = True) -> Plan:
         holds = ", ".join(f"{name} {size / 2**20:,.0f} MiB" for name, size in least.at_peak[:3])
         raise Problem(
             f"{memory / 2**30:.2f} GiB are too few for the activations of a {type(network).__name__} at {clip.frames} frames of {clip.width}x{clip.height}.",
-            why=f"with the most slices it takes {least.peak / 2**30:.2f} GiB ({plain / 2**30:.2f} without any), and holds {holds}.",
+            why=f"with the smallest slices it takes {least.peak / 2**30:.2f} GiB ({plain / 2**30:.2f} without any), and holds {holds}.",
             fix=f"at least {least.peak / 2**30:.2f} GiB, fewer frames, or guidance branch by branch.",
             code=Exit.OUT_OF_BUDGET,
         )
-    return Plan(Slices(*LADDER[low], donate), found[low].peak, plain)
+    return Plan(Slices(LADDER[low], donate), found[low].peak, plain)
 
 
 def streamline_within(pipeline: Any, clip: Clip, memory: int) -> tuple[Streamlined, list[Plan]]:

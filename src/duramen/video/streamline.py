@@ -18,18 +18,24 @@ from duramen.problem import Exit, Problem
 from duramen.video import dit, unet
 from duramen.video.slices import Slices
 
+PIECE = 64 * 2**20
+"""Bytes."""
 MARK = "_duramen_streamlined"
 PROGRAMS: dict[str, Callable[..., Any]] = {
     "DownBlockSpatioTemporal": unet.svd_down, "CrossAttnDownBlockSpatioTemporal": unet.svd_down, "UNetMidBlockSpatioTemporal": unet.svd_mid,
     "UpBlockSpatioTemporal": unet.svd_up, "CrossAttnUpBlockSpatioTemporal": unet.svd_up,
-    "MidBlockTemporalDecoder": unet.decoder_mid, "UpBlockTemporalDecoder": unet.decoder_up,
+    "TemporalDecoder": unet.temporal_decoder,
     "DownBlockMotion": unet.motion_down, "CrossAttnDownBlockMotion": unet.motion_down, "UNetMidBlockCrossAttnMotion": unet.motion_mid,
     "UpBlockMotion": unet.motion_up, "CrossAttnUpBlockMotion": unet.motion_up,
 }  # fmt: skip
 """By the class of a block."""
-OWN_WAY: dict[str, Callable[..., Any]] = {"WanTransformerBlock": dit.wan_block}
-"""Blocks whose programs run their own forward, which is given first."""
-TAILS = ("UNetSpatioTemporalConditionModel", "UNetMotionModel", "TemporalDecoder")
+OWN_WAY: dict[str, Callable[..., Any]] = {"WanTransformerBlock": dit.wan_block, "FeedForward": unet.feed_forward}
+"""Modules whose programs run their own forward, which is given first."""
+BLOCKS = {*PROGRAMS, "WanTransformerBlock"}
+"""By which a network is known."""
+IMAGES = "AutoencoderKL"
+"""A decoder of single images, which is told to take them one by one; that is exact."""
+TAILS = ("UNetSpatioTemporalConditionModel", "UNetMotionModel")
 """Networks that end in a norm of images, an activation and a convolution, of which the first two can be done in place."""
 
 
@@ -38,7 +44,7 @@ class Streamlined:
 
     Args:
         networks: What is to be changed.
-        slices: How, each or all.
+        slices: How large, each or all.
     """
 
     def __init__(self, networks: list[nn.Module], slices: Slices | Sequence[Slices]) -> None:
@@ -54,6 +60,9 @@ class Streamlined:
         every = [slices] * len(networks) if isinstance(slices, Slices) else slices
         for network, mine in zip(networks, every, strict=True):
             network.__dict__[MARK] = self
+            if type(network).__name__ == IMAGES and mine.piece is not None:
+                self._undo.append(partial(setattr, network, "use_slicing", network.use_slicing))
+                network.enable_slicing()  # type: ignore[operator]
             for module in network.modules():
                 program = PROGRAMS.get(type(module).__name__)
                 if type(module).__name__ in OWN_WAY:
@@ -73,23 +82,22 @@ class Streamlined:
             network.__dict__.pop(MARK, None)
 
 
-def streamline(pipeline: Any, *, frames: int = 8, rows: int = 16, donate: bool = True) -> Streamlined:
+def streamline(pipeline: Any, *, piece: int = PIECE, donate: bool = True) -> Streamlined:
     """Makes a pipeline, or a network of one, run in slices.
 
     Args:
         pipeline: Of diffusers, with a UNet of Stable Video Diffusion or AnimateDiff or Wan's transformer; or such a network, or a temporal decoder's autoencoder.
-        frames: Slices over frames, all videos of a batch and both branches of guidance counted.
-        rows: Slices over the rows of an image, or over the tokens of a transformer.
+        piece: Bytes of a feature that run together.
         donate: Whether features that nobody reads any more are freed although the pipeline still points to them.
 
     Raises:
         Problem: If nothing in it is known, or it is streamlined already.
     """
-    return Streamlined(known_networks(pipeline), Slices(frames, rows, donate))
+    return Streamlined(known_networks(pipeline), Slices(piece, donate))
 
 
 def known_networks(pipeline: Any) -> list[nn.Module]:
-    """The parts of a pipeline whose blocks are known; a decoder of single images is told to take them one by one, which is exact.
+    """The parts of a pipeline whose blocks are known, and the decoder of single images beside one.
 
     Raises:
         Problem: If there are none.
@@ -99,21 +107,15 @@ def known_networks(pipeline: Any) -> list[nn.Module]:
             "Video needs diffusers, which is not installed.", why="it is an extra.", fix="`python -m pip install diffusers`"
         )
     parts = [pipeline] if isinstance(pipeline, nn.Module) else list(getattr(pipeline, "components", {}).values())
-    known = [
-        part
-        for part in parts
-        if isinstance(part, nn.Module) and any(type(each).__name__ in (*PROGRAMS, *OWN_WAY) for each in part.modules())
-    ]
+    networks = [part for part in parts if isinstance(part, nn.Module)]
+    known = [part for part in networks if any(type(each).__name__ in BLOCKS for each in part.modules())]
     if not known:
-        names = ", ".join(type(part).__name__ for part in parts if isinstance(part, nn.Module)) or type(pipeline).__name__
+        names = ", ".join(type(part).__name__ for part in networks) or type(pipeline).__name__
         raise Problem(
             f"There is nothing to streamline in a {type(pipeline).__name__}.", why=f"of {names} no block is known.",
             fix="a pipeline with a UNet of Stable Video Diffusion or AnimateDiff, or with Wan's transformer.", code=Exit.INCOMPATIBLE,
         )  # fmt: skip
-    decoder = getattr(pipeline, "vae", None)
-    if decoder is not None and all(decoder is not each for each in known) and hasattr(decoder, "enable_slicing"):
-        decoder.enable_slicing()
-    return known
+    return known + [part for part in networks if type(part).__name__ == IMAGES]
 
 
 def _run(

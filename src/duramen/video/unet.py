@@ -8,7 +8,7 @@ Each function stands in for the ``forward`` of a block of diffusers, with the ar
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial, reduce
 from typing import Any
 
@@ -16,15 +16,19 @@ import torch
 from torch import Tensor, nn
 
 from duramen.video.group_norm import Moments, affine, moments, normalised
-from duramen.video.slices import Joined, Slices, by_frames, ranges
+from duramen.video.slices import Joined, Slices, piecewise
 
 Block = Any
 """A module of diffusers."""
+WIDER = 2
+"""How many pieces an inner feature of a feed-forward layer may have: with what is made of it, it holds about five, and the rest of a transformer about seven."""
 Layer = Callable[[int, Joined], Tensor]
 """The layer of a block with such a number, on what goes into it."""
 
 
-def res_block(block: Block, parts: Joined, temb: Tensor | None, indicator: Tensor, slices: Slices) -> Tensor:
+def res_block(
+    block: Block, parts: Joined, temb: Tensor | None, indicator: Tensor, slices: Slices, larger: Sequence[Block] = ()
+) -> Tensor:
     """A spatio-temporal residual block: the spatial one over frames, then the temporal one over rows, in place.
 
     Args:
@@ -32,11 +36,24 @@ def res_block(block: Block, parts: Joined, temb: Tensor | None, indicator: Tenso
         parts: What goes in; its memory is given back.
         temb: Embedding of the time step for every frame; None in a decoder.
         indicator: [B, T].
-        slices: How many.
+        slices: How large.
+        larger: Samplers before it, each to four times the size.
     """
-    spatial = block.spatial_res_block
-    x = by_frames(lambda chosen: spatial(parts.taken(chosen), None if temb is None else temb[chosen]), parts.frames, slices)
-    parts.given_back(slices)
+    inner = block.spatial_res_block
+
+    def run(chosen: slice) -> Tensor:
+        part = reduce(lambda x, sampler: sampler(x), larger, parts.taken(chosen))
+        found: Tensor = inner(part, None if temb is None else temb[chosen])
+        return found
+
+    size = parts.nbytes * 4 ** len(larger)
+    if parts.owned(slices) and not larger and inner.in_channels == inner.out_channels:
+        (x,) = parts.parts
+        for chosen in slices.of(parts.frames, size):
+            x[chosen] = run(chosen)
+    else:
+        x = piecewise(run, parts.frames, size, slices)
+        parts.given_back(slices)
     _temporal_res_block(block, x, temb, indicator, slices)
     return x
 
@@ -45,6 +62,12 @@ def _temporal_res_block(block: Block, x: Tensor, temb: Tensor | None, indicator:
     """[N, C, H, W], changed in place: once over the rows for the statistics of the second norm, and once for the outcome."""
     inner, frames = block.temporal_res_block, indicator.shape[-1]
     whole = x.view(-1, frames, *x.shape[1:])
+    rows = slices.of(x.shape[-2], x.nbytes)
+    if len(rows) == 1:
+        before = whole.transpose(1, 2)
+        after = inner(before, None if temb is None else temb.reshape(len(whole), frames, -1))
+        whole.copy_(block.time_mixer(x_spatial=before, x_temporal=after, image_only_indicator=indicator).transpose(1, 2))
+        return
     first = affine(_moments(whole, inner.norm1, slices), inner.norm1)
     added: Tensor | float = 0.0
     if inner.time_emb_proj is not None and temb is not None:
@@ -56,7 +79,6 @@ def _temporal_res_block(block: Block, x: Tensor, temb: Tensor | None, indicator:
         found: Tensor = inner.conv1(ready.transpose(1, 2))
         return found + added
 
-    rows = list(ranges(x.shape[-2], slices.rows))
     found = (moments(half(each).transpose(1, 2), inner.norm2.num_groups) for each in rows)
     second = affine(reduce(Moments.merged, found), inner.norm2)
     for each in rows:
@@ -70,7 +92,7 @@ def _temporal_res_block(block: Block, x: Tensor, temb: Tensor | None, indicator:
 
 def _moments(whole: Tensor, norm: nn.GroupNorm, slices: Slices) -> Moments:
     """Of a whole feature, [B, T, C, H, W], row by row, so that no more than a slice is converted."""
-    found = (moments(whole[..., each, :], norm.num_groups) for each in ranges(whole.shape[-2], slices.rows))
+    found = (moments(whole[..., each, :], norm.num_groups) for each in slices.of(whole.shape[-2], whole.nbytes))
     return reduce(Moments.merged, found)
 
 
@@ -82,30 +104,28 @@ def transformer(block: Block, x: Tensor, encoder: Tensor, indicator: Tensor, sli
         x: A fresh feature.
         encoder: What attention looks at beside it, for every frame, [N, L, E].
         indicator: [B, T].
-        slices: How many.
+        slices: How large.
     """
     frames, places = indicator.shape[-1], x.shape[-2] * x.shape[-1]
     videos = len(x) // frames
     context = encoder.reshape(videos, frames, -1, encoder.shape[-1])[:, 0]
     numbers = torch.arange(frames, device=x.device).repeat(videos)
     places_in_time = block.time_pos_embed(block.time_proj(numbers).to(x.dtype))[:, None]
-    target = x.reshape(videos, frames, x.shape[1], places)
-    hidden = by_frames(lambda chosen: block.proj_in(block.norm(x[chosen]).flatten(2).transpose(1, 2)), len(x), slices)
+    target = x.view(len(x), x.shape[1], places)
+    hidden = piecewise(lambda chosen: block.proj_in(block.norm(x[chosen]).flatten(2).transpose(1, 2)), len(x), x.nbytes, slices)
     last = len(block.transformer_blocks) - 1
     for number, (spatial, temporal) in enumerate(zip(block.transformer_blocks, block.temporal_transformer_blocks, strict=True)):
-        for chosen in ranges(len(hidden), slices.frames):
+        for chosen in slices.of(len(hidden), hidden.nbytes):
             hidden[chosen] = spatial(hidden[chosen], encoder_hidden_states=encoder[chosen])
-        for video in range(videos):
-            mine = slice(video * frames, (video + 1) * frames)
-            for chosen in ranges(places, slices.rows):
-                before = hidden[mine, chosen]
-                looked = context[video].expand(before.shape[1], -1, -1)
-                after = temporal(before + places_in_time[mine], num_frames=frames, encoder_hidden_states=looked)
-                after = block.time_mixer(x_spatial=before, x_temporal=after, image_only_indicator=indicator[video : video + 1])
-                if number == last:
-                    target[video, :, :, chosen] += block.proj_out(after).transpose(1, 2)
-                else:
-                    hidden[mine, chosen] = after
+        for chosen in slices.of(places, hidden.nbytes):
+            before = hidden[:, chosen]
+            looked = context[:, None].expand(-1, before.shape[1], -1, -1).flatten(0, 1)
+            after = temporal(before + places_in_time, num_frames=frames, encoder_hidden_states=looked)
+            after = block.time_mixer(x_spatial=before, x_temporal=after, image_only_indicator=indicator)
+            if number == last:
+                target[:, :, chosen] += block.proj_out(after).transpose(1, 2)
+            else:
+                hidden[:, chosen] = after
 
 
 def motion(block: Block, x: Tensor, frames: int, slices: Slices) -> None:
@@ -115,35 +135,32 @@ def motion(block: Block, x: Tensor, frames: int, slices: Slices) -> None:
         block: An ``AnimateDiffTransformer3D``.
         x: A fresh feature.
         frames: T.
-        slices: How many.
+        slices: How large.
     """
     whole = x.view(-1, frames, *x.shape[1:])
     scale, shift = affine(_moments(whole, block.norm, slices), block.norm)
-    for video in range(len(whole)):
-        mine = whole[video : video + 1]
-        for rows in ranges(x.shape[-2], slices.rows):
-            part = mine[..., rows, :]
-            hidden = normalised(part, scale[video : video + 1], shift[video : video + 1]).permute(0, 3, 4, 1, 2).flatten(0, 2)
-            hidden = block.proj_in(hidden)
-            for each in block.transformer_blocks:
-                hidden = each(hidden_states=hidden)
-            hidden = block.proj_out(hidden)
-            part += hidden.view(1, *part.shape[-2:], frames, -1).permute(0, 3, 4, 1, 2)
+    for rows in slices.of(x.shape[-2], x.nbytes):
+        part = whole[..., rows, :]
+        hidden = block.proj_in(normalised(part, scale, shift).permute(0, 3, 4, 1, 2).flatten(0, 2))
+        for each in block.transformer_blocks:
+            hidden = each(hidden_states=hidden)
+        hidden = block.proj_out(hidden)
+        part += hidden.view(len(whole), *part.shape[-2:], frames, -1).permute(0, 3, 4, 1, 2)
 
 
-def sampled(block: Block, x: Tensor, slices: Slices, *, last: bool, size: Any = None) -> Tensor:
+def sampled(block: Block, x: Tensor, slices: Slices, *, up: bool, size: Any = None) -> Tensor:
     """Up- or down-sampling over frames.
 
     Args:
         block: The sampler.
         x: What goes in.
-        slices: How many.
-        last: Whether nobody reads ``x`` any more.
+        slices: How large.
+        up: Whether it becomes four times as large; nobody reads ``x`` any more then.
         size: Of the outcome, for up-sampling.
     """
     more = () if size is None else (size,)
-    found = by_frames(lambda chosen: block(x[chosen], *more), len(x), slices)
-    Joined((x,), last).given_back(slices)
+    found = piecewise(lambda chosen: block(x[chosen], *more), len(x), x.nbytes * (4 if up else 1), slices)
+    Joined((x,), last=up).given_back(slices)
     return found
 
 
@@ -155,7 +172,7 @@ def spatial(resnet: Block, attention: Block | None, parts: Joined, temb: Tensor,
         attention: A ``Transformer2DModel``, or None.
         parts: What goes in; its memory is given back.
         temb: Embedding of the time step for every frame.
-        slices: How many.
+        slices: How large.
         looks: What attention is given beside it, for every frame or once.
     """
     frames = parts.frames
@@ -168,7 +185,7 @@ def spatial(resnet: Block, attention: Block | None, parts: Joined, temb: Tensor,
         found: Tensor = attention(hidden_states=x, return_dict=False, **mine)[0]
         return found
 
-    x = by_frames(run, frames, slices)
+    x = piecewise(run, frames, parts.nbytes, slices)
     parts.given_back(slices)
     return x
 
@@ -185,7 +202,7 @@ def down(block: Block, slices: Slices, x: Tensor, layer: Layer) -> tuple[Tensor,
         x = layer(number, Joined((x,), last=False))
         skips += (x,)
     for each in block.downsamplers or ():
-        x = sampled(each, x, slices, last=False)
+        x = sampled(each, x, slices, up=False)
         skips += (x,)
     return x, skips
 
@@ -202,7 +219,7 @@ def up(block: Block, slices: Slices, x: Tensor, skips: tuple[Tensor, ...], layer
     for number, skip in zip(range(len(block.resnets)), reversed(skips), strict=False):
         x = layer(number, Joined((x, skip)))
     for each in block.upsamplers or ():
-        x = sampled(each, x, slices, last=True, size=size)
+        x = sampled(each, x, slices, up=True, size=size)
     return x
 
 
@@ -240,30 +257,60 @@ def svd_up(
     return up(block, slices, hidden_states, res_hidden_states_tuple, partial(svd_layer, block, slices, **told), upsample_size)
 
 
-def decoder_mid(block: Block, slices: Slices, hidden_states: Tensor, image_only_indicator: Tensor) -> Tensor:
-    """The block in the middle of the temporal decoder."""
-    x = res_block(block.resnets[0], Joined((hidden_states,)), None, image_only_indicator, slices)
-    for attention, resnet in zip(block.attentions, block.resnets[1:], strict=False):
+def temporal_decoder(
+    decoder: Block, slices: Slices, sample: Tensor, image_only_indicator: Tensor, num_frames: int = 1
+) -> Tensor:
+    """The temporal decoder of Stable Video Diffusion, all of it, so that what follows a sampler, and what ends it, run in the same slice.
+
+    Args:
+        decoder: A ``TemporalDecoder``.
+        slices: How large.
+        sample: Latents of all frames, [N, c, H, W].
+        image_only_indicator: [B, T].
+        num_frames: T.
+    """
+
+    def blended(resnet: Block, x: Tensor, larger: Sequence[Block] = ()) -> Tensor:
+        return res_block(resnet, Joined((x,)), None, image_only_indicator, slices, larger)
+
+    middle = decoder.mid_block
+    x = blended(middle.resnets[0], decoder.conv_in(sample))
+    for attention, resnet in zip(middle.attentions, middle.resnets[1:], strict=False):
         in_place(attention, x, slices)
-        x = res_block(resnet, Joined((x,)), None, image_only_indicator, slices)
-    return x
-
-
-def decoder_up(block: Block, slices: Slices, hidden_states: Tensor, image_only_indicator: Tensor) -> Tensor:
-    """An up block of the temporal decoder."""
-    x = hidden_states
-    for resnet in block.resnets:
-        x = res_block(resnet, Joined((x,)), None, image_only_indicator, slices)
-    for each in block.upsamplers or ():
-        x = sampled(each, x, slices, last=True)
-    return x
+        x = blended(resnet, x)
+    x, larger = x.to(next(decoder.up_blocks.parameters()).dtype), ()
+    for block in decoder.up_blocks:
+        for resnet in block.resnets:
+            x, larger = blended(resnet, x, larger), ()
+        larger = tuple(block.upsamplers or ())
+    frames = piecewise(
+        lambda chosen: decoder.conv_out(decoder.conv_act(decoder.conv_norm_out(x[chosen]))), len(x), x.nbytes, slices
+    )
+    Joined((x,)).given_back(slices)
+    video = decoder.time_conv_out(frames.view(-1, num_frames, *frames.shape[1:]).transpose(1, 2))
+    found: Tensor = video.transpose(1, 2).flatten(0, 1)
+    return found
 
 
 def in_place(function: Callable[[Tensor], Tensor], x: Tensor, slices: Slices) -> Tensor:
     """Changes a fresh feature over frames by what keeps its shape."""
-    for chosen in ranges(len(x), slices.frames):
+    for chosen in slices.of(len(x), x.nbytes):
         x[chosen] = function(x[chosen])
     return x
+
+
+def feed_forward(before: Callable[[Tensor], Tensor], block: Block, slices: Slices, x: Tensor) -> Tensor:
+    """A feed-forward layer, whose inner feature is several times as large as what goes in: over tokens, whatever they stand for.
+
+    Args:
+        before: Its own forward.
+        block: A ``FeedForward``.
+        slices: How large, of the inner feature.
+        x: Tokens along the last axis but one.
+    """
+    tokens = x.reshape(-1, x.shape[-1])
+    inner = tokens.nbytes * block.net[0].proj.out_features // x.shape[-1] // WIDER
+    return piecewise(lambda chosen: before(tokens[chosen]), len(tokens), inner, slices).view(*x.shape[:-1], -1)
 
 
 def motion_layer(
