@@ -330,10 +330,9 @@ def test_killed_it_ends_with_the_same_bytes(searched, tmp_path):
         assert (again / name).read_bytes() == (place / "out" / name).read_bytes(), name
 
 
-@pytest.mark.parametrize("workers", [1, 2])
-def test_workers_end_with_the_same_bytes(workers, searched, tmp_path):
+def test_workers_end_with_the_same_bytes(searched, tmp_path):
     place, recipe, folder = searched
-    line = [sys.executable, "-m", "duramen", "run", recipe, folder, tmp_path / "out", "--workers", str(workers)]
+    line = [sys.executable, "-m", "duramen", "run", recipe, folder, tmp_path / "out", "--workers", "2"]
     subprocess.run(line, check=True, capture_output=True)
     for name in ("search.json", "nested.safetensors", "model-00002-of-00004.safetensors"):
         assert (tmp_path / "out" / name).read_bytes() == (place / "out" / name).read_bytes(), name

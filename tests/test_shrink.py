@@ -208,37 +208,52 @@ def write_recipe(folder, steps):
 
 
 OUTSIDE = """
-import sys, torch
+import json, sys, torch
 sys.modules["duramen"] = None
 from transformers import AutoModelForCausalLM
-folder, remote, file = sys.argv[1:]
-model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=remote == "remote", dtype="float32").eval()
-tokens = torch.load(file)
-with torch.no_grad():
-    logits = model(tokens).logits
-    kept, again = (model.generate(tokens[:1], max_new_tokens=6, do_sample=False, use_cache=cache) for cache in (True, False))
-assert kept.tolist() == again.tolist()
-model.save_pretrained(folder + "-again")
-twin = AutoModelForCausalLM.from_pretrained(folder + "-again", trust_remote_code=remote == "remote", dtype="float32").eval()
-with torch.no_grad():
-    assert torch.equal(twin(tokens).logits, logits)
-torch.save(logits, file)
+for line in sys.stdin:
+    folder, remote, file = json.loads(line)
+    model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=remote, dtype="float32").eval()
+    tokens = torch.load(file)
+    with torch.no_grad():
+        logits = model(tokens).logits
+        kept, again = (model.generate(tokens[:1], max_new_tokens=6, do_sample=False, use_cache=cache) for cache in (True, False))
+    assert kept.tolist() == again.tolist()
+    model.save_pretrained(folder + "-again")
+    twin = AutoModelForCausalLM.from_pretrained(folder + "-again", trust_remote_code=remote, dtype="float32").eval()
+    with torch.no_grad():
+        assert torch.equal(twin(tokens).logits, logits)
+    torch.save(logits, file)
+    print("done", flush=True)
 """
 
 
-def outside(folder, remote, tokens, tmp_path):
+@pytest.fixture(scope="module")
+def outside(tmp_path_factory):
     """Logits from a process that cannot import Duramen, which also saves the model again and opens that."""
-    file = tmp_path / "tokens.pt"
-    torch.save(tokens, file)
-    place = {"HF_MODULES_CACHE": str(tmp_path / "modules"), "PYTHONWARNINGS": "ignore"}
-    words = [sys.executable, "-c", OUTSIDE, str(folder), "remote" if remote else "stock", str(file)]
-    subprocess.run(words, check=True, env=os.environ | place, capture_output=True)
-    return torch.load(file)
+    place = tmp_path_factory.mktemp("outside")
+    own = os.environ | {"HF_MODULES_CACHE": str(place / "modules"), "PYTHONWARNINGS": "ignore"}
+    with (
+        (place / "said").open("w+") as said,
+        subprocess.Popen(
+            [sys.executable, "-c", OUTSIDE], env=own, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=said
+        ) as stranger,
+    ):
+
+        def logits(folder, remote, tokens):
+            torch.save(tokens, place / "tokens.pt")
+            stranger.stdin.write(json.dumps([str(folder), remote, str(place / "tokens.pt")]) + "\n")
+            stranger.stdin.flush()
+            assert stranger.stdout.readline() == "done\n", (place / "said").read_text()
+            return torch.load(place / "tokens.pt")
+
+        yield logits
+        stranger.stdin.close()
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma3_text", "phi3", "opt", "bloom", "gpt_neox", "gpt2"])
 @pytest.mark.parametrize("ratio", [0.2, 0.5])
-def test_saved_and_opened_without_duramen(name, ratio, tmp_path):
+def test_saved_and_opened_without_duramen(name, ratio, outside, tmp_path):
     source, tokens = tiny.save(name, tmp_path / "model"), tiny.ids(2, 20)
     cut = {"method": "wanda_sp", "ratio": ratio, "ratio_of": "block_parameters", "allocation": "global", **FREE}
     out = tmp_path / "out"
@@ -248,7 +263,7 @@ def test_saved_and_opened_without_duramen(name, ratio, tmp_path):
     assert results["steps"][0]["reopened"]["largest_difference"] < 1e-4
     here = BlockModel.from_folder(out)
     (hidden,) = here.last_hidden([tokens])
-    assert torch.equal(outside(out, True, tokens, tmp_path), here.logits(hidden).detach())
+    assert torch.equal(outside(out, True, tokens), here.logits(hidden).detach())
     plan = Plan.load(out / "pruning_plan.json")
     assert plan.base == digest(BlockModel.from_folder(source))
     for units in find_units(here, tuple(plan.kept)):
@@ -256,18 +271,18 @@ def test_saved_and_opened_without_duramen(name, ratio, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["llama", "opt"])
-def test_homogenised_opens_in_the_stock_class(name, tmp_path):
+def test_homogenised_opens_in_the_stock_class(name, outside, tmp_path):
     source, tokens = tiny.save(name, tmp_path / "model"), tiny.ids(2, 20)
     cut = {"method": "wanda_sp", "ratio": 0.3, "ratio_of": "block_parameters", "allocation": "global", **FREE}
     duramen.run(write_recipe(tmp_path, [cut | {"homogenise": True}]), str(source), tmp_path / "wide")
     duramen.run(write_recipe(tmp_path, [cut]), str(source), tmp_path / "narrow")
     assert json.loads((tmp_path / "wide" / "config.json").read_text())["model_type"] == name
     assert not (tmp_path / "wide" / "modeling_duramen.py").exists()
-    narrow = outside(tmp_path / "narrow", True, tokens, tmp_path)
-    torch.testing.assert_close(outside(tmp_path / "wide", False, tokens, tmp_path), narrow, rtol=1e-5, atol=1e-5)
+    narrow = outside(tmp_path / "narrow", True, tokens)
+    torch.testing.assert_close(outside(tmp_path / "wide", False, tokens), narrow, rtol=1e-5, atol=1e-5)
 
 
-def test_uniform_widths_are_a_stock_model(tmp_path):
+def test_uniform_widths_are_a_stock_model(outside, tmp_path):
     source, tokens = tiny.save("llama", tmp_path / "model"), tiny.ids(2, 20)
     cut = {"method": "fusion", "ratio": 0.2, "allocation": "local", "gradient_sequences": 4, "gradient_length": 16, **FREE}
     out = tmp_path / "out"
@@ -276,12 +291,12 @@ def test_uniform_widths_are_a_stock_model(tmp_path):
     config = json.loads((out / "config.json").read_text())
     assert (config["model_type"], config["num_key_value_heads"], config["head_dim"]) == ("llama", 1, 8)
     assert not (out / "modeling_duramen.py").exists()
-    assert outside(out, False, tokens, tmp_path).isfinite().all()
+    assert outside(out, False, tokens).isfinite().all()
     assert "million parameters instead of" in (out / "report.html").read_text()
 
 
 @torch.no_grad()
-def test_steps_follow_one_another(tmp_path):
+def test_steps_follow_one_another(outside, tmp_path):
     """Cut, drop a block, skip a part, cut again, prune weights: shapes add up, masks follow, and one plan says it all."""
     source, tokens = tiny.save("llama", tmp_path / "model"), tiny.ids(2, 20)
     steps = [
@@ -303,7 +318,7 @@ def test_steps_follow_one_another(tmp_path):
     plan = Plan.load(out / "pruning_plan.json")
     assert (len(plan.dropped), list(map(len, plan.skipped.values()))) == (1, [1])
     (hidden,) = final.last_hidden([tokens])
-    assert torch.equal(outside(out, True, tokens, tmp_path), final.logits(hidden))
+    assert torch.equal(outside(out, True, tokens), final.logits(hidden))
     masks = load_file(out / MASKS)
     for name, packed in masks.items():
         with final.opened(int(name.split(".")[2])) as block:

@@ -1,6 +1,7 @@
 """Streamlined video diffusion: whole UNets and decoders against themselves, norms against the library's, memory against closed forms."""
 
 import copy
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -228,12 +229,10 @@ def test_what_is_not_known_runs_its_own_way_or_is_refused():
 
 @torch.no_grad()
 def test_a_decoder_of_images_takes_them_one_by_one_until_the_way_back():
-    class Pipeline:
-        components = {"unet": animatediff()[0], "vae": images(), "scheduler": object()}
-
-    decoder, latents = Pipeline.components["vae"], torch.randn(3, 4, 6, 7, dtype=DOUBLE)
+    pipeline = SimpleNamespace(components={"unet": animatediff()[0], "vae": images(), "scheduler": object()})
+    decoder, latents = pipeline.components["vae"], torch.randn(3, 4, 6, 7, dtype=DOUBLE)
     expected, whole = decoder.decode(latents).sample, peak_of(lambda: decoder.decode(latents))
-    handle = streamline(Pipeline())
+    handle = streamline(pipeline)
     assert peak_of(lambda: decoder.decode(latents)) < 0.5 * whole
     assert torch.allclose(decoder.decode(latents).sample, expected, rtol=1e-12, atol=1e-12)
     handle.remove()

@@ -75,7 +75,7 @@ class Context:
 
 def run(
     recipe: str | Path | dict[str, Any],
-    model: str,
+    model: str | Path,
     out: str | Path,
     *,
     overrides: list[str] | None = None,
@@ -102,6 +102,7 @@ def run(
     Raises:
         Problem: On a user's mistake; what was finished is kept.
     """
+    model = str(model)
     with ranks.joined():
         loaded = load_recipe(recipe, overrides)
         if loaded.images is not None:
