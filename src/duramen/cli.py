@@ -151,6 +151,29 @@ def report(folder: Annotated[Path, typer.Argument(metavar="RUN", help="Folder of
 
 
 @app.command()
+def video(
+    pipeline: Annotated[Path, typer.Argument(help="Folder of a pipeline of diffusers.")],
+    out: Annotated[Path, typer.Argument(help="Folder of the video and its report.")],
+    prompt: Annotated[str, typer.Option(help="What is to be seen.")] = "",
+    image: Annotated[str, typer.Option(help="File of the first frame, for pipelines that begin with one.")] = "",
+    frames: Annotated[int | None, typer.Option(min=1)] = None,
+    height: Annotated[int | None, typer.Option(min=1, help="Pixels.")] = None,
+    width: Annotated[int | None, typer.Option(min=1, help="Pixels.")] = None,
+    steps: Annotated[int, typer.Option(min=1, help="Denoising steps.")] = 25,
+    full: Annotated[int | None, typer.Option(help="Steps on which the denoiser runs; the others take its word again.")] = None,
+    memory: Annotated[float | None, typer.Option(help="GiB for activations; it runs in slices that fit.")] = None,
+    seed: Annotated[int, typer.Option(min=0, max=999_999, help="Of the noise.")] = 0,
+) -> None:
+    """Makes a video in little memory, or with fewer denoising steps, and reports both."""
+    from duramen.video.render import Wish, render
+
+    _quiet()
+    budget = None if memory is None else int(memory * 2**30)
+    wish = Wish(prompt, image, frames, height, width, steps, full, budget, seed)
+    render(pipeline, out, wish, partial(typer.echo, err=True))
+
+
+@app.command()
 def methods(name: Annotated[str | None, typer.Argument()] = None, as_json: Json = False) -> None:
     """Lists the methods, or explains one with its settings."""
     from duramen import tables

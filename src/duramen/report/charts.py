@@ -85,6 +85,27 @@ def line_chart(points: list[tuple[float, float]], across: str, up: str) -> str:
     return _svg(axes.height, words, [f'<path d="M{path}" class="line"/>', *dots, *axes.texts(across, up)])
 
 
+def courses_chart(before: list[tuple[float, float]], after: list[tuple[float, float]], across: str, up: str) -> str:
+    """Two courses of the same thing, the first in the colour of what was before.
+
+    Args:
+        before: (x, y), in the order of x.
+        after: Likewise.
+        across: What x is.
+        up: What y is.
+
+    Returns:
+        An ``<svg>`` element.
+    """
+    axes = _Axes([x for x, _ in before + after], [y for _, y in before + after])
+    parts = []
+    for kind, points in (("line before", before), ("line", after)):
+        path = "L".join("{:.1f} {:.1f}".format(*axes.place(*point)) for point in points)
+        parts.append(f'<path d="M{path}" class="{kind}"/>')
+    words = f"{up}: at most {max(y for _, y in before):.3g} before, {max(y for _, y in after):.3g} after"
+    return _svg(axes.height, words, [*parts, *axes.texts(across, up)])
+
+
 def scatter_chart(points: list[tuple[float, float]], front: list[tuple[float, float]], across: str, up: str) -> str:
     """All points, and a line through those that are on the front.
 

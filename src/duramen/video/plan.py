@@ -31,12 +31,14 @@ class Clip:
         width: Pixels.
         frames: Of the video.
         guided: Whether both branches of guidance run at once; pipelines of Wan run one after the other anyway.
+        factor: Pixels of a side that a latent stands for.
     """
 
     height: int
     width: int
     frames: int
     guided: bool = True
+    factor: int = 8
 
 
 @dataclass(frozen=True)
@@ -45,13 +47,23 @@ class Plan:
 
     Attributes:
         slices: What it takes.
-        peak: Bytes of activations at most, predicted.
-        plain: The same without slices.
+        sliced: The account of one pass, predicted.
+        whole: The same without slices.
     """
 
     slices: Slices
-    peak: int
-    plain: int
+    sliced: Ledger
+    whole: Ledger
+
+    @property
+    def peak(self) -> int:
+        """Bytes of activations at most."""
+        return self.sliced.peak
+
+    @property
+    def plain(self) -> int:
+        """The same without slices."""
+        return self.whole.peak
 
 
 def predict(network: Any, clip: Clip, slices: Slices | None, change: Callable[[Any], None] = lambda copy: None) -> Ledger:
@@ -92,7 +104,7 @@ def example(network: Any, clip: Clip) -> Callable[[], Any]:
         Problem: If the network is none that ``predict`` knows.
     """
     name, branches = type(network).__name__, 2 if clip.guided else 1
-    config, height, width = network.config, clip.height // 8, clip.width // 8
+    config, height, width = network.config, clip.height // clip.factor, clip.width // clip.factor
     like = next(network.parameters())
 
     def some(*shape: int) -> Tensor:
@@ -137,7 +149,7 @@ def plan(network: Any, clip: Clip, memory: int, *, donate: bool = True) -> Plan:
     Raises:
         Problem: If they do not fit with any, with what holds most of it then.
     """
-    plain = predict(network, clip, None).peak
+    plain = predict(network, clip, None)
     low, high, found = 0, len(LADDER) - 1, {}
     while low <= high:
         middle = (low + high) // 2
@@ -149,11 +161,11 @@ def plan(network: Any, clip: Clip, memory: int, *, donate: bool = True) -> Plan:
         holds = ", ".join(f"{name} {size / 2**20:,.0f} MiB" for name, size in least.at_peak[:3])
         raise Problem(
             f"{memory / 2**30:.2f} GiB are too few for the activations of a {type(network).__name__} at {clip.frames} frames of {clip.width}x{clip.height}.",
-            why=f"with the smallest slices it takes {least.peak / 2**30:.2f} GiB ({plain / 2**30:.2f} without any), and holds {holds}.",
+            why=f"with the smallest slices it takes {least.peak / 2**30:.2f} GiB ({plain.peak / 2**30:.2f} without any), and holds {holds}.",
             fix=f"at least {least.peak / 2**30:.2f} GiB, fewer frames, or guidance branch by branch.",
             code=Exit.OUT_OF_BUDGET,
         )
-    return Plan(Slices(LADDER[low], donate), found[low].peak, plain)
+    return Plan(Slices(LADDER[low], donate), found[low], plain)
 
 
 def streamline_within(pipeline: Any, clip: Clip, memory: int) -> tuple[Streamlined, list[Plan]]:

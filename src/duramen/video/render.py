@@ -1,0 +1,272 @@
+"""A video from a pipeline's folder, within some memory and with as few full steps as were asked for; what was planned, chosen and measured stands beside it.
+
+Nothing is written under its own name before it is whole. The schedule of full steps is kept in the folder, and taken again where pipeline and steps are the same.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from functools import partial
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from duramen.evaluate.intervals import paired_interval
+from duramen.hardware.machine import describe, fastest_device
+from duramen.problem import Exit, Problem
+from duramen.rundir import write_json
+from duramen.video.calibrate import Choice, choose_schedule
+from duramen.video.plan import Clip, Plan, streamline_within
+from duramen.video.rehash import Rehash
+from duramen.video.streamline import Streamlined
+
+LEARN, CHOOSE = 2, 6
+"""Seeds that schedules are learned on, and others that choose; none of them is the seed of a video below 1,000,000."""
+FIRST_SEED = 1_000_000
+GUIDED = {"AnimateDiffPipeline": True, "StableVideoDiffusionPipeline": True, "WanPipeline": False}
+"""Pipelines that are known, and whether they run both branches of guidance at once."""
+Tell = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Wish:
+    """What is to be made.
+
+    Attributes:
+        prompt: Of pipelines that read one.
+        image: File of the first frame, of pipelines that begin with one.
+        frames: None for what the pipeline takes by itself; so for the sizes.
+        height: Pixels.
+        width: Pixels.
+        steps: Denoising steps.
+        full: Steps on which the denoiser runs; None for all of them.
+        memory: Bytes for activations; None for whatever it takes.
+        seed: Of the noise.
+    """
+
+    prompt: str = ""
+    image: str = ""
+    frames: int | None = None
+    height: int | None = None
+    width: int | None = None
+    steps: int = 25
+    full: int | None = None
+    memory: int | None = None
+    seed: int = 0
+
+
+def render(folder: Path, out: Path, wish: Wish, tell: Tell = lambda said: None) -> dict[str, Any]:
+    """Makes a video: ``video.gif`` and, with imageio's ffmpeg, ``video.mp4``; ``video.json`` and ``report.html`` beside them.
+
+    Args:
+        folder: Of a pipeline of diffusers.
+        out: Where to write.
+        wish: What is to be made.
+        tell: Called with what happens.
+
+    Returns:
+        The content of ``video.json``.
+
+    Raises:
+        Problem: On an unknown pipeline, a budget that cannot be met, or latents that are not finite.
+    """
+    from duramen.report.video import write_video_report
+
+    pipeline = open_pipeline(folder)
+    studio = _Studio(pipeline, wish, tell)
+    out.mkdir(parents=True, exist_ok=True)
+    plans: list[Plan] = []
+    handle: Streamlined | None = None
+    if wish.memory is not None:
+        tell("planning")
+        handle, plans = streamline_within(pipeline, studio.clip, wish.memory)
+    choice = None if wish.full is None else _schedule(studio, folder, out)
+    steps = None if choice is None else Rehash(pipeline, choice.full, wish.steps, order=choice.order)
+    begun = time.perf_counter()
+    images = studio.images()
+    seconds = time.perf_counter() - begun
+    for undo in (steps, handle):
+        if undo is not None:
+            undo.remove()
+    files = write_video(images, out)
+    results = {
+        "schema": "duramen-video/1", "pipeline": str(folder), "class": type(pipeline).__name__, "wish": asdict(wish), "clip": asdict(studio.clip), "files": files,
+        "seconds": seconds, "denoised": wish.steps if choice is None else len(choice.full), "machine": describe(),
+        "plans": [_planned(network, plan) for network, plan in zip(handle.networks if handle else [], plans, strict=True)],
+        "schedule": None if choice is None else _chosen(choice),
+    }  # fmt: skip
+    write_json(out / "video.json", results)
+    write_video_report(out, results, images, [(plan.whole.curve, plan.sliced.curve) for plan in plans])
+    tell(f"done: {out / 'report.html'}")
+    return results
+
+
+def open_pipeline(folder: Path) -> Any:
+    """A pipeline on the fastest device, in half precision where that is a GPU.
+
+    Raises:
+        Problem: If there is none, or one that is not known.
+    """
+    if find_spec("diffusers") is None:
+        raise Problem(
+            "Video needs diffusers, which is not installed.", why="it is an extra.", fix="`pip install duramen[video]`"
+        )
+    file = folder / "model_index.json"
+    if not file.is_file():
+        raise Problem(
+            f"{folder} is no pipeline of diffusers.",
+            why="it has no model_index.json.",
+            fix="the folder that `pipeline.save_pretrained` wrote.",
+        )
+    name = json.loads(file.read_text(encoding="utf-8")).get("_class_name", "")
+    if name not in GUIDED:
+        raise Problem(
+            f"A {name or 'pipeline without a name'} is not known.",
+            why="its networks or its latents are others.",
+            fix=f"one of {', '.join(GUIDED)}.",
+            code=Exit.INCOMPATIBLE,
+        )
+    import diffusers
+
+    device = fastest_device()
+    dtype = torch.float16 if device.type == "cuda" else torch.float32
+    pipeline = getattr(diffusers, name).from_pretrained(folder, dtype=dtype).to(device)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+class _Studio:
+    """A pipeline with what is asked of it."""
+
+    def __init__(self, pipeline: Any, wish: Wish, tell: Tell) -> None:
+        self.pipeline, self.wish, self.tell = pipeline, wish, tell
+        name = type(pipeline).__name__
+        factor = getattr(pipeline, "vae_scale_factor", None) or pipeline.vae_scale_factor_spatial
+        frames, height, width = (
+            mine or usual for mine, usual in zip((wish.frames, wish.height, wish.width), _usual(pipeline, factor), strict=True)
+        )
+        if height % factor or width % factor or frames < 1:
+            raise Problem(
+                f"{frames} frames of {width}x{height} pixels cannot be.", why=f"a latent stands for {factor} by {factor} pixels.",
+                fix=f"at least one frame, and sides that {factor} divides.",
+            )  # fmt: skip
+        self.clip = Clip(height, width, frames, GUIDED[name], factor)
+        self.asked: dict[str, Any] = {"height": height, "width": width, "num_frames": frames, "num_inference_steps": wish.steps}
+        if name == "StableVideoDiffusionPipeline":
+            self.asked |= {"image": _first_frame(wish, width, height), "decode_chunk_size": frames}
+        else:
+            self.asked |= {"prompt": wish.prompt}
+
+    def latents(self, seed: int) -> Tensor:
+        """What the pipeline makes of a seed, before it is decoded."""
+        return self._ran(seed, "latent", "")  # type: ignore[no-any-return]
+
+    def images(self) -> list[Any]:
+        """The frames."""
+        found: list[Any] = self._ran(self.wish.seed, "pil", "video")
+        return found
+
+    def _ran(self, seed: int, kind: str, what: str) -> Any:
+        generator = torch.Generator("cpu").manual_seed(seed)
+        watch = partial(_watched, tell=self.tell if what else lambda said: None, steps=self.wish.steps)
+        return self.pipeline(**self.asked, generator=generator, output_type=kind, callback_on_step_end=watch).frames[0]
+
+
+def _usual(pipeline: Any, factor: int) -> tuple[int, int, int]:
+    """Frames, height and width where nothing is said."""
+    name = type(pipeline).__name__
+    if name == "AnimateDiffPipeline":
+        side = pipeline.unet.config.sample_size * factor
+        return 16, side, side
+    return (pipeline.unet.config.num_frames, 576, 1024) if name == "StableVideoDiffusionPipeline" else (81, 480, 832)
+
+
+def _watched(pipeline: Any, step: int, timestep: Any, given: dict[str, Tensor], *, tell: Tell, steps: int) -> dict[str, Tensor]:
+    """Stops at the first step after which latents are not finite."""
+    if not torch.isfinite(given["latents"]).all():
+        raise Problem(
+            f"Latents are not finite after step {step + 1} of {steps}.", why="half precision overflowed, or the weights are damaged.",
+            fix="other weights, or a processor, which computes in single precision.", code=Exit.CHECK_FAILED,
+        )  # fmt: skip
+    tell(f"step {step + 1}/{steps}")
+    return given
+
+
+def _first_frame(wish: Wish, width: int, height: int) -> Any:
+    from PIL import Image, UnidentifiedImageError
+
+    if not wish.image:
+        raise Problem("This pipeline begins with an image.", why="it makes it move.", fix="`--image FILE`")
+    try:
+        return Image.open(wish.image).convert("RGB").resize((width, height))
+    except (OSError, UnidentifiedImageError) as error:
+        raise Problem(f"{wish.image} is no image that can be read.", why=str(error), fix="a png or jpeg.") from None
+
+
+def _schedule(studio: _Studio, folder: Path, out: Path) -> Choice:
+    """The schedule for so many full steps: that of an earlier run, or learned and chosen now."""
+    wish, file = studio.wish, out / "schedule.json"
+    assert wish.full is not None
+    asked = {name: value for name, value in studio.asked.items() if name != "image"}
+    key = hashlib.sha256((_identity(folder) + json.dumps([asked, wish.image, wish.full])).encode()).hexdigest()
+    if file.is_file():
+        kept = json.loads(file.read_text(encoding="utf-8"))
+        if kept.pop("key") == key:
+            return Choice(**kept)
+    studio.tell(f"choosing {wish.full} of {wish.steps} steps: {LEARN + 7 * CHOOSE} videos without decoding")
+    learn = range(FIRST_SEED, FIRST_SEED + LEARN)
+    choose = range(FIRST_SEED + LEARN, FIRST_SEED + LEARN + CHOOSE)
+    choice = choose_schedule(studio.pipeline, studio.latents, wish.steps, wish.full, learn=list(learn), choose=list(choose))
+    write_json(file, asdict(choice) | {"key": key})
+    return choice
+
+
+def _identity(folder: Path) -> str:
+    """What tells pipelines apart without reading all of their weights: names, sizes and dates of files, and the configurations."""
+    files = sorted(file for file in folder.rglob("*") if file.is_file())
+    said = [f"{file.relative_to(folder)} {file.stat().st_size} {file.stat().st_mtime_ns}" for file in files]
+    return "\n".join(said + [file.read_text(encoding="utf-8") for file in files if file.suffix == ".json"])
+
+
+def write_video(images: list[Any], out: Path) -> list[str]:
+    """Writes frames as ``video.gif``, and as ``video.mp4`` where there is ffmpeg; each appears when it is whole.
+
+    Args:
+        images: Frames, as PIL has them.
+        out: Folder.
+    """
+    made = ["video.gif"]
+    partial_file = out / f"video.{os.getpid()}.partial.gif"
+    images[0].save(partial_file, save_all=True, append_images=images[1:], duration=125, loop=0)
+    partial_file.replace(out / "video.gif")
+    if find_spec("imageio") is not None and find_spec("imageio_ffmpeg") is not None:
+        import imageio.v3
+
+        partial_file = partial_file.with_suffix(".mp4")
+        imageio.v3.imwrite(partial_file, np.stack([np.asarray(image) for image in images]), fps=8, macro_block_size=2)
+        partial_file.replace(out / "video.mp4")
+        made.append("video.mp4")
+    return made
+
+
+def _planned(network: Any, plan: Plan) -> dict[str, Any]:
+    return {"network": type(network).__name__, "piece": plan.slices.piece, "peak": plan.peak, "plain": plan.plain}
+
+
+def _chosen(choice: Choice) -> dict[str, Any]:
+    """What was chosen, with its distance from the full run and from that of even steps, both over the seeds that chose."""
+    mine, even = (np.array(choice.errors[name]) for name in (choice.name, "even"))
+    apart = paired_interval(even, mine)
+    return asdict(choice) | {
+        "error": float(mine.mean()),
+        "from_even": {"value": apart.value, "low": apart.low, "high": apart.high},
+    }
