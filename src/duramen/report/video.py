@@ -34,14 +34,7 @@ def write_video_report(
         results=results,
         verdict=video_verdict(results),
         strip=[{"number": number + 1, "source": _png(images[number])} for number in shown],
-        memory=[
-            {
-                "network": told["network"], "peak": _gib(told["peak"]), "plain": _gib(told["plain"]), "share": f"{told['peak'] / told['plain']:.2f}",
-                "piece": "whole" if told["piece"] is None else f"{told['piece'] / 2**20:,.0f} MiB" if told["piece"] >= 2**20 else "single frames and rows",
-                "chart": courses_chart(_course(plain), _course(sliced), "share of the pass", "GiB alive"),
-            }
-            for told, (plain, sliced) in zip(results["plans"], curves, strict=True)
-        ],
+        memory=[_memory(told, *each) for told, each in zip(results["plans"], curves, strict=True)],
         schedule=_schedule(results),
     )  # fmt: skip
     file = folder / "report.html"
@@ -57,7 +50,7 @@ def video_verdict(results: dict[str, Any]) -> str:
     ]
     if results["plans"]:
         most, plain = (max(plan[key] for plan in results["plans"]) for key in ("peak", "plain"))
-        parts.append(f"Activations take {_gib(most)} at most, {most / plain:.2f} of what they would without slices.")
+        parts.append(f"Activations take {_told(most)} at most, {most / plain:.2f} of what they would without slices.")
     if schedule:
         apart = schedule["from_even"]
         nearer = apart["high"] < 0
@@ -67,6 +60,20 @@ def video_verdict(results: dict[str, Any]) -> str:
             else "No schedule is measurably nearer to the full run than plain fewer steps, which were taken."
         )
     return " ".join(parts)
+
+
+def _memory(told: dict[str, Any], plain: list[int], sliced: list[int]) -> dict[str, str]:
+    unit, name = unit_of(told["plain"])
+    piece = told["piece"]
+    size = "whole" if piece is None else f"{piece / 2**20:,.0f} MiB" if piece >= 2**20 else "single frames and rows"
+    return {
+        "network": told["network"],
+        "peak": _told(told["peak"]),
+        "plain": _told(told["plain"]),
+        "share": f"{told['peak'] / told['plain']:.2f}",
+        "piece": size,
+        "chart": courses_chart(_course(plain, unit), _course(sliced, unit), "share of the pass", f"{name} alive"),
+    }
 
 
 def _schedule(results: dict[str, Any]) -> dict[str, Any] | None:
@@ -81,11 +88,11 @@ def _schedule(results: dict[str, Any]) -> dict[str, Any] | None:
     return {"rows": rows, "marks": marks, "seeds": len(next(iter(found["errors"].values())))}
 
 
-def _course(curve: list[int]) -> list[tuple[float, float]]:
-    """The most of every stretch of a pass, in GiB, so that no peak is lost."""
+def _course(curve: list[int], unit: int) -> list[tuple[float, float]]:
+    """The most of every stretch of a pass, so that no peak is lost."""
     count = min(POINTS, len(curve))
     ends = [number * len(curve) // count for number in range(count + 1)]
-    return [(low / len(curve), max(curve[low:high]) / 2**30) for low, high in pairwise(ends)]
+    return [(low / len(curve), max(curve[low:high]) / unit) for low, high in pairwise(ends)]
 
 
 def _png(image: Any) -> str:
@@ -97,5 +104,11 @@ def _png(image: Any) -> str:
     return "data:image/png;base64," + base64.b64encode(stream.getvalue()).decode()
 
 
-def _gib(size: int) -> str:
-    return f"{size / 2**30:.3g} GiB"
+def unit_of(size: int) -> tuple[int, str]:
+    """In what a number of bytes is told: its size and its name."""
+    return (2**30, "GiB") if size >= 2**30 else (2**20, "MiB")
+
+
+def _told(size: int) -> str:
+    unit, name = unit_of(size)
+    return f"{size / unit:.3g} {name}"

@@ -1,0 +1,153 @@
+"""Videos from the command line: what is written, what is reused, and what is refused."""
+
+import json
+
+import imageio.v3 as iio
+import pytest
+import torch
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+from typer.testing import CliRunner
+
+from duramen.cli import app
+from duramen.problem import Problem
+from duramen.video import render as module
+from duramen.video.render import Wish, render
+
+diffusers = pytest.importorskip("diffusers")
+LETTERS = [
+    *"abcdefghijklmnopqrstuvwxyz",
+    *(f"{each}</w>" for each in "abcdefghijklmnopqrstuvwxyz"),
+    "<|startoftext|>",
+    "<|endoftext|>",
+]
+SMALL = {"frames": 3, "steps": 4, "prompt": "a red coat"}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A stock AnimateDiff with random weights."""
+    torch.manual_seed(0)
+    config = CLIPTextConfig(
+        vocab_size=len(LETTERS), hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, bos_token_id=52, eos_token_id=53,
+    )  # fmt: skip
+    unet = diffusers.UNetMotionModel(
+        sample_size=8, down_block_types=("DownBlockMotion", "CrossAttnDownBlockMotion"), up_block_types=("CrossAttnUpBlockMotion", "UpBlockMotion"),
+        block_out_channels=(8, 16), layers_per_block=1, norm_num_groups=4, cross_attention_dim=16, num_attention_heads=2, motion_num_attention_heads=2,
+    )  # fmt: skip
+    blocks = {"down_block_types": ("DownEncoderBlock2D",) * 2, "up_block_types": ("UpDecoderBlock2D",) * 2}
+    pipeline = diffusers.AnimateDiffPipeline(
+        diffusers.AutoencoderKL(block_out_channels=(8, 8), norm_num_groups=4, **blocks), CLIPTextModel(config).eval(),
+        CLIPTokenizer({piece: number for number, piece in enumerate(LETTERS)}, [], model_max_length=77), unet.eval(), None,
+        diffusers.DDIMScheduler(beta_schedule="linear", clip_sample=False, steps_offset=1),
+    )  # fmt: skip
+    place = tmp_path_factory.mktemp("pipeline")
+    pipeline.save_pretrained(place)
+    return place
+
+
+def test_a_video_within_memory_is_the_video_without_a_limit(folder, tmp_path):
+    whole = render(folder, tmp_path / "whole", Wish(**SMALL))
+    told = []
+    sliced = render(folder, tmp_path / "sliced", Wish(**SMALL, memory=250_000), told.append)
+    assert whole["plans"] == []
+    (denoiser, decoder) = sliced["plans"]
+    assert denoiser["network"] == "UNetMotionModel"
+    assert denoiser["peak"] <= 250_000 < denoiser["plain"]
+    assert decoder["network"] == "AutoencoderKL"
+    assert told[:2] == ["planning", "step 1/4"]
+    one, other = (iio.imread(tmp_path / name / "video.gif").astype(int) for name in ("whole", "sliced"))
+    assert one.shape[:3] == (3, 16, 16)
+    assert abs(one - other).max() <= 2
+    page = (tmp_path / "sliced" / "report.html").read_text()
+    assert page.count("<figure>") == 3
+    assert "of what they would without slices" in page
+    assert {file.name for file in (tmp_path / "whole").iterdir()} == {"video.gif", "video.mp4", "video.json", "report.html"}
+
+
+def test_a_schedule_is_chosen_once_for_a_pipeline_and_its_steps(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "CHOOSE", 2)
+    found = render(folder, tmp_path / "out", Wish(**SMALL, full=2))
+    assert found["denoised"] == 2
+    assert len(found["schedule"]["full"]) == 2
+    assert set(found["schedule"]["errors"]) >= {"even", "threshold", "solver"}
+    assert "Distance from the full run" in (tmp_path / "out" / "report.html").read_text()
+    chosen = module.choose_schedule
+
+    def refused(*_, **__):
+        raise AssertionError
+
+    monkeypatch.setattr(module, "choose_schedule", refused)
+    again = render(folder, tmp_path / "out", Wish(**SMALL, full=2, seed=3))
+    assert again["schedule"]["full"] == found["schedule"]["full"]
+    with pytest.raises(AssertionError):
+        render(folder, tmp_path / "out", Wish(**SMALL | {"steps": 5}, full=2))
+    monkeypatch.setattr(module, "choose_schedule", chosen)
+
+
+def test_what_goes_wrong_is_named_and_leaves_nothing_half(folder, tmp_path, monkeypatch):
+    opened = module.open_pipeline
+
+    def damaged(place):
+        pipeline = opened(place)
+        step = pipeline.scheduler.step
+
+        def broken(found, timestep, latents, **options):
+            given = step(found, timestep, latents, **options)
+            given.prev_sample *= torch.nan if int(timestep) < 400 else 1.0
+            return given
+
+        pipeline.scheduler.step = broken
+        return pipeline
+
+    monkeypatch.setattr(module, "open_pipeline", damaged)
+    with pytest.raises(Problem, match="not finite after step 3 of 4"):
+        render(folder, tmp_path / "out", Wish(**SMALL))
+    monkeypatch.setattr(module, "open_pipeline", opened)
+    assert not list((tmp_path / "out").iterdir())
+    for wish, said in (
+        (Wish(**SMALL, memory=1000), "too few for the activations"),
+        (Wish(**SMALL, height=33), "cannot be"),
+        (Wish(**SMALL, full=1), "1 full steps of 4 cannot be"),
+    ):
+        with pytest.raises(Problem, match=said):
+            render(folder, tmp_path / "out", wish)
+    assert not list((tmp_path / "out").iterdir())
+    with pytest.raises(Problem, match="no pipeline of diffusers"):
+        render(tmp_path, tmp_path / "out", Wish())
+    (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": "StableDiffusionPipeline"}))
+    with pytest.raises(Problem, match="A StableDiffusionPipeline is not known") as caught:
+        render(tmp_path, tmp_path / "out", Wish())
+    assert "AnimateDiffPipeline" in caught.value.fix
+
+
+def test_killed_while_it_writes_it_leaves_the_last_video(folder, tmp_path, monkeypatch):
+    render(folder, tmp_path / "out", Wish(**SMALL))
+    before = (tmp_path / "out" / "video.gif").read_bytes()
+
+    def stopped(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(module.Path, "replace", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        render(folder, tmp_path / "out", Wish(**SMALL | {"seed": 1}))
+    assert (tmp_path / "out" / "video.gif").read_bytes() == before
+
+
+def test_the_command_line_says_what_happens(folder, tmp_path):
+    words = [
+        "video",
+        str(folder),
+        str(tmp_path / "out"),
+        "--frames",
+        "2",
+        "--steps",
+        "2",
+        "--prompt",
+        "a blue bag",
+        "--memory",
+        "1",
+    ]
+    ran = CliRunner().invoke(app, words)
+    assert ran.exit_code == 0, ran.output
+    assert "step 2/2" in ran.output
+    assert json.loads((tmp_path / "out" / "video.json").read_text())["wish"]["prompt"] == "a blue bag"
