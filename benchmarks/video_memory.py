@@ -161,8 +161,21 @@ def wan() -> tuple[Any, Clip, dict[str, Any], dict[str, Slices]]:
     )
 
 
+def ltx() -> tuple[Any, Clip, dict[str, Any], dict[str, Slices]]:
+    """LTX-Video of 2 billion parameters, 161 frames."""
+    from diffusers import LTXVideoTransformer3DModel
+
+    return (
+        _made(LTXVideoTransformer3DModel),
+        Clip(512, 704, 161, factor=32),
+        {},
+        {label: SLICED[label] for label in ("streamlined, 64 MiB", "streamlined, 32 MiB", "streamlined, 16 MiB")},
+    )
+
+
 NETWORKS = {
     "Wan-1.3B 81 frames": wan,
+    "LTX-2B 161 frames": ltx,
     "SVD 14 frames": svd,
     "AnimateDiff 16 frames": animatediff,
     "SVD decoder 14 frames": decoder,

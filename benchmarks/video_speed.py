@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import statistics
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -53,7 +54,7 @@ def main() -> None:
     device = fastest_device()
     for name in options.networks:
         meta, full, *_ = NETWORKS[name]()
-        clip = Clip(full.height // options.shrink, full.width // options.shrink, full.frames, full.guided)
+        clip = replace(full, height=full.height // options.shrink, width=full.width // options.shrink)
         case = f"{'half' if device.type == 'cuda' else 'single'} precision, {clip.width}x{clip.height}, {name}"
         network = materialized(meta, device)
         for subject in options.subjects:
@@ -101,7 +102,7 @@ def measure(case: str, subject: str, network: Any, clip: Clip, passes: int) -> N
         if each in OPTIONS:
             OPTIONS[each](network)
     calls = 2 if "branch" in asked else 1
-    run = example(network, Clip(clip.height, clip.width, clip.frames, clip.guided and calls == 1))
+    run = example(network, replace(clip, guided=clip.guided and calls == 1))
     handle = None if slices is None else Streamlined([network], slices)
     try:
         peak, seconds = memory_of(run, network), seconds_of(run, passes) * calls

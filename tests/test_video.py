@@ -80,6 +80,23 @@ def wan():
     return shaken(network), lambda network, *given: network(*given).sample, given
 
 
+def ltx(per_token=False):
+    network = diffusers.LTXVideoTransformer3DModel(
+        num_attention_heads=2,
+        attention_head_dim=12,
+        in_channels=4,
+        out_channels=4,
+        cross_attention_dim=24,
+        num_layers=3,
+        caption_channels=16,
+    )
+    mask = torch.ones(2, 9, dtype=DOUBLE)
+    mask[1, 5:] = 0
+    time = torch.tensor([3.0, 7.0], dtype=DOUBLE) if not per_token else torch.arange(2 * 60, dtype=DOUBLE).view(2, 60)
+    given = [torch.randn(2, 60, 4, dtype=DOUBLE), torch.randn(2, 9, 16, dtype=DOUBLE), time, mask]
+    return shaken(network), lambda network, *given: network(*given, 3, 4, 5).sample, given
+
+
 KINDS = {"svd": svd, "animatediff": animatediff, "decoder": decoder}
 
 
@@ -289,20 +306,23 @@ def test_a_plan_takes_the_largest_slices_that_fit(monkeypatch):
 
 
 @pytest.mark.parametrize("per_token", [False, True])
+@pytest.mark.parametrize("kind", ["wan", "ltx"])
 @torch.no_grad()
-def test_transformers_give_the_same_bits_in_two_phases(per_token):
-    network, run, given = wan()
-    if per_token:
+def test_transformers_give_the_same_in_two_phases(kind, per_token):
+    network, run, given = wan() if kind == "wan" else ltx(per_token)
+    if kind == "wan" and per_token:
         given[1] = torch.arange(2 * 60).view(2, 60)
-    for mine, inputs in ((network, given), (copy.deepcopy(network).float(), [given[0].float(), given[1], given[2].float()])):
+    narrow = [each.float() if each.is_floating_point() else each for each in given]
+    for mine, inputs in ((network, given), (copy.deepcopy(network).float(), narrow)):
         expected, whole = run(mine, *inputs), peak_of(lambda mine=mine, inputs=inputs: run(mine, *inputs))
         for slices in (1, 3, 8, 100):
-            tokens = inputs[0][:, 0].numel() // 4 * 24 * inputs[0].element_size()
+            tokens = 2 * 60 * 24 * inputs[0].element_size()
             handle = streamline(mine, piece=2**30 if slices == 1 else -(-tokens // slices))
             assert torch.allclose(
                 run(mine, *inputs), expected, rtol=0, atol=0 if slices == 1 else 1e-5 if expected.dtype != DOUBLE else 1e-13
             )
             peak = peak_of(lambda mine=mine, inputs=inputs: run(mine, *inputs))
             handle.remove()
-            assert slices < 8 or peak < 0.7 * whole
+            share = 0.8 if kind == "ltx" and per_token else 0.7  # there the embedding of time alone is half
+            assert slices < 8 or peak < share * whole
         assert torch.equal(run(mine, *inputs), expected)

@@ -44,16 +44,58 @@ def wan_block(
         temb: Of the time step, for all tokens or for each.
         rotary_emb: Cosines and sines for every token.
     """
-    x = hidden_states
-    parts = slices.of(x.shape[1], x.nbytes)
-    if len(parts) == 1:
-        return before(x, encoder_hidden_states, temb, rotary_emb)
 
     def run(chosen: slice) -> Tensor:
         time = temb[:, chosen] if temb.ndim == 4 else temb
         turns = (rotary_emb[0][:, chosen], rotary_emb[1][:, chosen])
-        return before(x[:, chosen], encoder_hidden_states, time, turns)
+        return before(hidden_states[:, chosen], encoder_hidden_states, time, turns)
 
+    return _two_phases(block, slices, hidden_states, run)
+
+
+def ltx_block(
+    before: Callable[..., Tensor],
+    block: Any,
+    slices: Slices,
+    hidden_states: Tensor,
+    encoder_hidden_states: Tensor,
+    temb: Tensor,
+    image_rotary_emb: tuple[Tensor, Tensor],
+    encoder_attention_mask: Tensor | None = None,
+) -> Tensor:
+    """A block of LTX-Video, [B, S, d], in place.
+
+    Args:
+        before: Its own forward.
+        block: The module.
+        slices: How large, of tokens.
+        hidden_states: Fresh tokens.
+        encoder_hidden_states: What they look at beside themselves.
+        temb: Of the time step, [B, 1 or S, 6d].
+        image_rotary_emb: Cosines and sines for every token.
+        encoder_attention_mask: Of what they look at.
+    """
+
+    def run(chosen: slice) -> Tensor:
+        time = temb if temb.shape[1] == 1 else temb[:, chosen]
+        turns = (image_rotary_emb[0][:, chosen], image_rotary_emb[1][:, chosen])
+        return before(hidden_states[:, chosen], encoder_hidden_states, time, turns, encoder_attention_mask)
+
+    return _two_phases(block, slices, hidden_states, run)
+
+
+def _two_phases(block: Any, slices: Slices, x: Tensor, run: Callable[[slice], Tensor]) -> Tensor:
+    """Tokens [B, S, d], changed in place: all say their keys and values, and then some after others run through the block.
+
+    Args:
+        block: The module.
+        slices: How large.
+        x: The tokens.
+        run: The block's own forward on some of them.
+    """
+    parts = slices.of(x.shape[1], x.nbytes)
+    if len(parts) == 1:
+        return run(parts[0])
     whole: list[Tensor] = []
     for chosen in parts:
         with _attention(block, partial(_collect, whole, x.shape[1], chosen)), suppress(_Collected):

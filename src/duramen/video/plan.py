@@ -70,7 +70,7 @@ def predict(network: Any, clip: Clip, slices: Slices | None, change: Callable[[A
     """The account of one pass of a network for a clip, with tensors that hold no data.
 
     Args:
-        network: A UNet of Stable Video Diffusion or AnimateDiff, Wan's transformer, or an autoencoder; only its config and type are used.
+        network: A UNet of Stable Video Diffusion or AnimateDiff, the transformer of Wan or LTX-Video, or an autoencoder; only its config and type are used.
         clip: Its sizes.
         slices: How large they are; None for its own way.
         change: Done to the copy before it runs, such as options of its own.
@@ -127,6 +127,11 @@ def example(network: Any, clip: Clip) -> Callable[[], Any]:
         x = some(1, config.in_channels, (clip.frames - 1) // 4 + 1, height, width)
         time = torch.ones(1, dtype=torch.long, device=like.device)
         return partial(network, x, time, some(1, 512, config.text_dim))
+    if name == "LTXVideoTransformer3DModel":
+        frames = (clip.frames - 1) // 8 + 1
+        x, mask = some(branches, frames * height * width, config.in_channels), torch.ones(branches, 128, device=like.device)
+        time, looked = torch.ones(branches, device=like.device), some(branches, 128, config.caption_channels)
+        return partial(network, x, looked, time, mask, frames, height, width)
     raise Problem(
         f"The memory of a {name} cannot be predicted.", why="what it is given is not known.", fix="the UNet or the temporal decoder of a pipeline.",
         code=Exit.INCOMPATIBLE,

@@ -32,8 +32,10 @@ from duramen.video.streamline import Streamlined
 LEARN, CHOOSE = 2, 6
 """Seeds that schedules are learned on, and others that choose; none of them is the seed of a video below 1,000,000."""
 FIRST_SEED = 1_000_000
-GUIDED = {"AnimateDiffPipeline": True, "StableVideoDiffusionPipeline": True, "WanPipeline": False}
+GUIDED = {"AnimateDiffPipeline": True, "StableVideoDiffusionPipeline": True, "WanPipeline": False, "LTXPipeline": True}
 """Pipelines that are known, and whether they run both branches of guidance at once."""
+FACTORS = ("vae_scale_factor", "vae_scale_factor_spatial", "vae_spatial_compression_ratio")
+"""Where pipelines keep how many pixels of a side a latent stands for."""
 Tell = Callable[[str], None]
 
 
@@ -150,7 +152,7 @@ class _Studio:
     def __init__(self, pipeline: Any, wish: Wish, tell: Tell) -> None:
         self.pipeline, self.wish, self.tell = pipeline, wish, tell
         name = type(pipeline).__name__
-        factor = getattr(pipeline, "vae_scale_factor", None) or pipeline.vae_scale_factor_spatial
+        factor = next(getattr(pipeline, each) for each in FACTORS if hasattr(pipeline, each))
         frames, height, width = (
             mine or usual for mine, usual in zip((wish.frames, wish.height, wish.width), _usual(pipeline, factor), strict=True)
         )
@@ -187,7 +189,9 @@ def _usual(pipeline: Any, factor: int) -> tuple[int, int, int]:
     if name == "AnimateDiffPipeline":
         side = pipeline.unet.config.sample_size * factor
         return 16, side, side
-    return (pipeline.unet.config.num_frames, 576, 1024) if name == "StableVideoDiffusionPipeline" else (81, 480, 832)
+    if name == "StableVideoDiffusionPipeline":
+        return pipeline.unet.config.num_frames, 576, 1024
+    return (161, 512, 704) if name == "LTXPipeline" else (81, 480, 832)
 
 
 def _watched(pipeline: Any, step: int, timestep: Any, given: dict[str, Tensor], *, tell: Tell, steps: int) -> dict[str, Tensor]:

@@ -29,9 +29,11 @@ PROGRAMS: dict[str, Callable[..., Any]] = {
     "UpBlockMotion": unet.motion_up, "CrossAttnUpBlockMotion": unet.motion_up,
 }  # fmt: skip
 """By the class of a block."""
-OWN_WAY: dict[str, Callable[..., Any]] = {"WanTransformerBlock": dit.wan_block, "FeedForward": unet.feed_forward}
+OWN_WAY: dict[str, Callable[..., Any]] = {
+    "WanTransformerBlock": dit.wan_block, "LTXVideoTransformerBlock": dit.ltx_block, "FeedForward": unet.feed_forward,
+}  # fmt: skip
 """Modules whose programs run their own forward, which is given first."""
-BLOCKS = {*PROGRAMS, "WanTransformerBlock"}
+BLOCKS = {*PROGRAMS, *OWN_WAY} - {"FeedForward"}
 """By which a network is known."""
 IMAGES = "AutoencoderKL"
 """A decoder of single images, which is told to take them one by one; that is exact."""
@@ -86,7 +88,7 @@ def streamline(pipeline: Any, *, piece: int = PIECE, donate: bool = True) -> Str
     """Makes a pipeline, or a network of one, run in slices.
 
     Args:
-        pipeline: Of diffusers, with a UNet of Stable Video Diffusion or AnimateDiff or Wan's transformer; or such a network, or a temporal decoder's autoencoder.
+        pipeline: Of diffusers, with a UNet of Stable Video Diffusion or AnimateDiff or the transformer of Wan or LTX-Video; or such a network, or a temporal decoder's autoencoder.
         piece: Bytes of a feature that run together.
         donate: Whether features that nobody reads any more are freed although the pipeline still points to them.
 
@@ -113,7 +115,7 @@ def known_networks(pipeline: Any) -> list[nn.Module]:
         names = ", ".join(type(part).__name__ for part in networks) or type(pipeline).__name__
         raise Problem(
             f"There is nothing to streamline in a {type(pipeline).__name__}.", why=f"of {names} no block is known.",
-            fix="a pipeline with a UNet of Stable Video Diffusion or AnimateDiff, or with Wan's transformer.", code=Exit.INCOMPATIBLE,
+            fix="a pipeline with a UNet of Stable Video Diffusion or AnimateDiff, or with the transformer of Wan or LTX-Video.", code=Exit.INCOMPATIBLE,
         )  # fmt: skip
     return known + [part for part in networks if type(part).__name__ == IMAGES]
 
