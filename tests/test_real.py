@@ -77,7 +77,7 @@ def test_the_quickstart_on_two_blocks(tmp_path):
     """The shipped recipe from the first step to the report, with fewer layers, tokens and documents."""
     overrides = [
         "multiweight.only=[blocks:28-29]", "calibration.sequences=4", "calibration.length=256", "evaluate.length=256",
-        "evaluate.windows=2", "evaluate.documents=4", "evaluate.new_tokens=4",
+        "evaluate.windows=2", "evaluate.documents=4", "evaluate.new_tokens=4", "evaluate.latency=false",
     ]  # fmt: skip
     results = duramen.run("quickstart", "smollm2-135m", tmp_path / "out", overrides=overrides)
     layers = results["steps"][0]["layers"]
