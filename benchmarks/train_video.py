@@ -1,4 +1,4 @@
-"""Trains a small AnimateDiff on clips of moving sprites or discs, since no package ships a video model: a stock pipeline of diffusers, in ten minutes of two cores.
+"""Trains a small AnimateDiff on clips of moving sprites or discs, since no package ships a video model: a stock pipeline of diffusers. About 40 processor minutes.
 
     python benchmarks/train_video.py sprites out/sprites
     python benchmarks/train_video.py discs out/discs
@@ -55,7 +55,7 @@ def main() -> None:
     def noise(step: int) -> Tensor:
         clips, prompts = draw(16, generator)
         with torch.no_grad():
-            latents = decoder.encode(clips.transpose(1, 2).flatten(0, 1).to(device)).latent_dist.sample()
+            latents = decoder.encode(clips.transpose(1, 2).flatten(0, 1).to(device)).latent_dist.mode()
             latents = latents.view(16, FRAMES, *latents.shape[1:]).transpose(1, 2) * decoder.config.scaling_factor
             prompts = [prompt if torch.rand((), generator=generator) > 0.1 else "" for prompt in prompts]
             words = tokenizer(prompts, padding="max_length", max_length=77, truncation=True, return_tensors="pt").input_ids

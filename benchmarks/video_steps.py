@@ -1,4 +1,4 @@
-"""Claim: no fixed schedule of full steps is nearest everywhere; the one that calibration chooses is never measurably further from the full run than plain fewer steps, and on trained models solver-weighted schedules are nearer.
+"""Claim, not measured yet on a model whose videos look like those that it was trained on: no fixed schedule of full steps is nearest everywhere; the one that calibration chooses is never measurably further from the full run than plain fewer steps.
 
     python benchmarks/train_video.py sprites out/sprites
     python benchmarks/video_steps.py out/sprites

@@ -45,7 +45,8 @@ def folder(tmp_path_factory):
     return place
 
 
-def test_a_video_within_memory_is_the_video_without_a_limit(folder, tmp_path):
+def test_a_video_within_memory_is_the_video_without_a_limit(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr("duramen.video.plan.LADDER", (None, 20_000, 2_000))
     whole = render(folder, tmp_path / "whole", Wish(**SMALL))
     told = []
     sliced = render(folder, tmp_path / "sliced", Wish(**SMALL, memory=250_000), told.append)

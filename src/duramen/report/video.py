@@ -65,7 +65,7 @@ def video_verdict(results: dict[str, Any]) -> str:
 def _memory(told: dict[str, Any], plain: list[int], sliced: list[int]) -> dict[str, str]:
     unit, name = unit_of(told["plain"])
     piece = told["piece"]
-    size = "whole" if piece is None else f"{piece / 2**20:,.0f} MiB" if piece >= 2**20 else "single frames and rows"
+    size = "whole" if piece is None else f"{piece / 2**20:,.3g} MiB"
     return {
         "network": told["network"],
         "peak": _told(told["peak"]),

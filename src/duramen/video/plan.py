@@ -18,8 +18,8 @@ from duramen.video.ledger import Ledger, counted
 from duramen.video.slices import Slices
 from duramen.video.streamline import Streamlined, known_networks
 
-LADDER = (None, *(2**power * 2**20 for power in (9, 8, 7, 6, 5, 4, 3, 2, 1)), 1)
-"""Sizes of slices in bytes, from the largest on; the last are single frames and rows."""
+LADDER = (None, *(size * 2**20 for size in (512, 256, 128, 96, 64, 32, 16, 8)))
+"""Sizes of slices in bytes, from the largest on; smaller ones start many more operators and save next to nothing, since features themselves are what is left."""
 
 
 @dataclass(frozen=True)
