@@ -110,7 +110,7 @@ def test_slices_change_nothing_but_memory(kind):
     network, run, given = KINDS[kind]()
     expected, whole = run(network, *given), peak_of(lambda: run(network, *given))
     peaks, apart_of = [], []
-    for piece, donate in ((2**40, True), (40000, True), (1, False), (1, True)):
+    for piece, donate in ((2**40, True), (40000, True), (4000, False), (4000, True)):
         handle = streamline(network, piece=piece, donate=donate)
         peaks.append(peak_of(lambda: apart_of.append(apart(run(network, *given), expected))))
         handle.remove()
