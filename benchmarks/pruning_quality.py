@@ -134,7 +134,7 @@ class Bench:
     ) -> dict[str, object]:
         """One row of a results file."""
         more = {"low": figure.low, "high": figure.high} if figure.low < figure.high else {}
-        more |= {"peer": peer[0], "peer_value": peer[1]} if peer else {}
+        more |= rows.beside(peer)
         return rows.row(case, metric, UNITS[metric], subject, figure.value, samples=figure.samples, **more)
 
 

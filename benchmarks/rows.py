@@ -87,14 +87,17 @@ def peer_of(table: list[dict[str, object]], case: str, metric: str, subject: str
     )
 
 
+def beside(peer: tuple[str, float] | None) -> dict[str, object]:
+    """The columns of a peer; none before it was measured."""
+    return {"peer": peer[0], "peer_value": peer[1]} if peer else {}
+
+
 def add_accuracy(name: str, table: list[dict[str, object]], case: str, subject: str, correct: np.ndarray, peer: str) -> None:
     """Adds which images were told right, 0 or 1 each, against a subject of the same case, and writes results/NAME.csv."""
     found, against = wilson_interval(correct), peer_of(table, case, "accuracy", peer)
     print(case, subject, round(found.value, 4), flush=True)
-    more = {"peer": against[0], "peer_value": against[1]} if against else {}
-    table.append(
-        row(case, "accuracy", "1", subject, found.value, low=found.low, high=found.high, samples=found.samples, **more)
-    )
+    more = {"low": found.low, "high": found.high, "samples": found.samples} | beside(against)
+    table.append(row(case, "accuracy", "1", subject, found.value, **more))
     write(name, table)
 
 

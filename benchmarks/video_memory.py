@@ -44,8 +44,7 @@ def main() -> None:
             peak = predict(network, mine, slices, change).peak / 2**30
             print(name, subject, round(peak, 3), flush=True)
             peer = rows.peer_of(table, name, "peak of activations", "as it is")
-            against = {"peer": peer[0], "peer_value": peer[1]} if peer else {}
-            table.append(rows.row(name, "peak of activations", "GiB", subject, peak, **against))
+            table.append(rows.row(name, "peak of activations", "GiB", subject, peak, **rows.beside(peer)))
             rows.write("video_memory", table)
     rows.write("video_memory", [row for row in table if row["metric"] != WHOLE] + whole_pipelines(table))
 

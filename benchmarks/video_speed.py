@@ -1,4 +1,4 @@
-"""Claim: a GPU's own account agrees with the predicted memory, and slices cost it at most a tenth of the time of a step.
+"""Claim: of denoisers a GPU's own account agrees with the predicted memory, and slices of 96 MiB cost it at most a tenth of the time of a step.
 
     python benchmarks/video_speed.py                 # needs a GPU of 40 GiB
     python benchmarks/video_speed.py --shrink 4      # a quarter of the height and width: on a processor
@@ -11,15 +11,15 @@ benchmarks/results/video_speed.csv after every run; runs that stand there are le
 from __future__ import annotations
 
 import argparse
-import statistics
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import torch
 
 import rows
-from duramen.hardware.clock import now
+from duramen.hardware.clock import repeated
 from duramen.hardware.machine import fastest_device
 from duramen.video.ledger import peak_of
 from duramen.video.plan import Clip, example
@@ -105,7 +105,7 @@ def measure(case: str, subject: str, network: Any, clip: Clip, passes: int) -> N
     run = example(network, replace(clip, guided=clip.guided and calls == 1))
     handle = None if slices is None else Streamlined([network], slices)
     try:
-        peak, seconds = memory_of(run, network), seconds_of(run, passes) * calls
+        peak, seconds = memory_of(run, network), float(np.median(repeated(run, passes))) * calls
     finally:
         if handle is not None:
             handle.remove()
@@ -119,8 +119,8 @@ def measure(case: str, subject: str, network: Any, clip: Clip, passes: int) -> N
     print(case, subject, round(peak, 3), "GiB", round(seconds, 3), "s", flush=True)
     for metric, unit, value in (("peak beyond weights", "GiB", peak), ("time", "s", seconds)):
         peer = rows.peer_of(table, case, metric, PEER)
-        more = {"peer": peer[0], "peer_value": peer[1]} if peer else {}
-        table.append(rows.row(case, metric, unit, subject, value, samples=passes if metric == "time" else 1, **more))
+        samples = passes if metric == "time" else 1
+        table.append(rows.row(case, metric, unit, subject, value, samples=samples, **rows.beside(peer)))
     rows.write("video_speed", table)
 
 
@@ -133,16 +133,6 @@ def memory_of(run: Callable[[], Any], network: Any) -> float:
     before = torch.cuda.memory_allocated()
     run()
     return (torch.cuda.max_memory_allocated() - before) / 2**30
-
-
-def seconds_of(run: Callable[[], Any], passes: int) -> float:
-    """Median of some passes, after the one that measured memory."""
-    times = []
-    for _ in range(passes):
-        begun = now()
-        run()
-        times.append(now() - begun)
-    return statistics.median(times)
 
 
 if __name__ == "__main__":

@@ -25,9 +25,9 @@ import rows
 from duramen.evaluate.intervals import mean_interval
 from duramen.hardware.machine import fastest_device
 from duramen.override import override
-from duramen.video.calibrate import EVEN, choose_schedule
-from duramen.video.rehash import Rehash, course_of
-from duramen.video.schedules import optimal_schedule, reuse_cost, similarity, threshold_for, uniform_schedule
+from duramen.video.calibrate import EVEN, candidates, choose_schedule, predictions
+from duramen.video.rehash import Rehash
+from duramen.video.schedules import uniform_schedule
 
 STEPS, COUNTS, BATCH = 25, (13, 9, 7), 4
 LEARN, CHOOSE, MEASURE = [0], [1, 2], [3, 4]
@@ -54,7 +54,7 @@ def main() -> None:
     full = {seed: videos(pipeline, generate(seed)) for seed in MEASURE}
     spread = float(torch.cat([generate(seed) for seed in LEARN]).std())
     print(name, "deviation of latents, which are scaled to 1:", round(spread, 3), flush=True)
-    learned = predictions(pipeline, generate)
+    learned = predictions(pipeline, generate, STEPS, LEARN)
     for count in options.counts:
         case = f"{name}, {count} of {STEPS} steps"
         for subject, run in subjects(pipeline, generate, learned, count).items():
@@ -67,13 +67,9 @@ def main() -> None:
             print(case, subject, said, {metric: round(value.value, 3) for metric, value in figures.items()}, flush=True)
             for metric, value in figures.items():
                 peer = rows.peer_of(table, case, metric, EVEN)
-                more = {"peer": peer[0], "peer_value": peer[1]} if peer else {}
+                more = {"low": value.low, "high": value.high, "samples": value.samples} | rows.beside(peer)
                 unit = "dB" if metric == "PSNR to the full run" else "1"
-                table.append(
-                    rows.row(
-                        case, metric, unit, subject, value.value, low=value.low, high=value.high, samples=value.samples, **more
-                    )
-                )
+                table.append(rows.row(case, metric, unit, subject, value.value, **more))
             rows.write("video_steps", table)
 
 
@@ -104,30 +100,12 @@ def measured(full: dict[int, Tensor], found: dict[int, Tensor]) -> dict[str, Any
     }
 
 
-def predictions(pipeline: Any, generate: Callable[[int], Tensor]) -> Tensor:
-    """Of every step and learning video, [K, R, D]."""
-    recorded: list[list[Tensor]] = [[] for _ in range(STEPS)]
-    handle = Rehash(
-        pipeline, range(STEPS), STEPS, record=lambda step, found: recorded[step].extend(found.flatten(1).float().cpu())
-    )
-    for seed in LEARN:
-        generate(seed)
-    handle.remove()
-    return torch.stack([torch.stack(each) for each in recorded])
-
-
 def subjects(pipeline: Any, generate: Callable[[int], Tensor], learned: Tensor, count: int) -> dict[str, Callable[[], Any]]:
     """What each does while it is entered."""
-    schedules = {
-        EVEN: uniform_schedule(STEPS, count),
-        "threshold": threshold_for(similarity(learned), count),
-        "solver": optimal_schedule(reuse_cost(learned, course_of(pipeline.scheduler).weights), count)[0],
+    found: dict[str, Callable[[], Any]] = {
+        name: partial(rehashed, pipeline, lambda mine=mine: mine) for name, mine in candidates(pipeline, learned, count).items()
     }
-    found: dict[str, Callable[[], Any]] = {}
-    for name, full in schedules.items():
-        for order in (0, 1):
-            found[name + (", carried on" if order else "")] = partial(rehashed, pipeline, lambda mine=(full, order): mine)
-    found["outer level on even steps"] = partial(outer_level, pipeline, schedules[EVEN])
+    found["outer level on even steps"] = partial(outer_level, pipeline, uniform_schedule(STEPS, count))
 
     def chosen() -> Schedule:
         choice = choose_schedule(pipeline, generate, STEPS, count, learn=LEARN, choose=CHOOSE)

@@ -109,9 +109,13 @@ def test_what_goes_wrong_is_named_and_leaves_nothing_half(folder, tmp_path, monk
         (Wish(**SMALL, memory=1000), "too few for the activations"),
         (Wish(**SMALL, height=33), "cannot be"),
         (Wish(**SMALL, full=1), "1 full steps of 4 cannot be"),
+        (Wish(**SMALL | {"steps": 1001}), "1001 denoising steps cannot be"),
     ):
         with pytest.raises(Problem, match=said):
             render(folder, tmp_path / "out", wish)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(Problem, match="cannot be a folder"):
+        render(folder, tmp_path / "file", Wish(**SMALL))
     assert not list((tmp_path / "out").iterdir())
     with pytest.raises(Problem, match="no pipeline of diffusers"):
         render(tmp_path, tmp_path / "out", Wish())

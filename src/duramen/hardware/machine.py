@@ -83,6 +83,17 @@ def describe() -> dict[str, str | int | float]:
     }
 
 
+def byte_unit(size: int) -> tuple[int, str]:
+    """In what a number of bytes is told: its size and its name."""
+    return (2**30, "GiB") if size >= 2**30 else (2**20, "MiB")
+
+
+def bytes_told(size: int) -> str:
+    """A number of bytes in words."""
+    unit, name = byte_unit(size)
+    return f"{size / unit:.3g} {name}"
+
+
 def total_memory() -> int:
     """Bytes of main memory."""
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

@@ -79,14 +79,13 @@ def line_chart(points: list[tuple[float, float]], across: str, up: str) -> str:
     """
     axes = _Axes([x for x, _ in points], [y for _, y in points])
     places = [axes.place(*point) for point in points]
-    path = "L".join(f"{x:.1f} {y:.1f}" for x, y in places)
     dots = (f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3" class="dot"/>' for x, y in places)
     words = "; ".join(f"{across} {x:.3g}: {up} {y:.3g}" for x, y in points)
-    return _svg(axes.height, words, [f'<path d="M{path}" class="line"/>', *dots, *axes.texts(across, up)])
+    return _svg(axes.height, words, [axes.line(points), *dots, *axes.texts(across, up)])
 
 
 def courses_chart(before: list[tuple[float, float]], after: list[tuple[float, float]], across: str, up: str) -> str:
-    """Two courses of the same thing, the first in the colour of what was before.
+    """Two courses of the same thing from 0 on, the first in the colour of what was before.
 
     Args:
         before: (x, y), in the order of x.
@@ -97,13 +96,9 @@ def courses_chart(before: list[tuple[float, float]], after: list[tuple[float, fl
     Returns:
         An ``<svg>`` element.
     """
-    axes = _Axes([x for x, _ in before + after], [y for _, y in before + after])
-    parts = []
-    for kind, points in (("line before", before), ("line", after)):
-        path = "L".join("{:.1f} {:.1f}".format(*axes.place(*point)) for point in points)
-        parts.append(f'<path d="M{path}" class="{kind}"/>')
+    axes = _Axes([x for x, _ in before + after], [0.0, *(y for _, y in before + after)])
     words = f"{up}: at most {max(y for _, y in before):.3g} before, {max(y for _, y in after):.3g} after"
-    return _svg(axes.height, words, [*parts, *axes.texts(across, up)])
+    return _svg(axes.height, words, [axes.line(before, "line before"), axes.line(after), *axes.texts(across, up)])
 
 
 def scatter_chart(points: list[tuple[float, float]], front: list[tuple[float, float]], across: str, up: str) -> str:
@@ -119,9 +114,8 @@ def scatter_chart(points: list[tuple[float, float]], front: list[tuple[float, fl
         An ``<svg>`` element.
     """
     axes = _Axes([x for x, _ in points], [y for _, y in points])
-    path = "L".join("{:.1f} {:.1f}".format(*axes.place(*point)) for point in front)
     marks = [('<circle cx="{:.1f}" cy="{:.1f}" r="2" class="bar before"/>').format(*axes.place(*point)) for point in points]
-    marks += [f'<path d="M{path}" class="line"/>']
+    marks += [axes.line(front)]
     marks += [('<circle cx="{:.1f}" cy="{:.1f}" r="4" class="dot"/>').format(*axes.place(*front[-1]))]
     words = f"{len(points)} candidates; " + "; ".join(f"{across} {x:.3g}: {up} {y:.3g}" for x, y in front)
     return _svg(axes.height, words, [*marks, *axes.texts(across, up)])
@@ -144,8 +138,7 @@ def roofline_chart(points: list[tuple[float, float]], peak: float, slope: float,
     low, high = min(ridge / 4, *(x for x, _ in points)), max(ridge * 4, *(x for x, _ in points))
     axes = _Axes([low, high], [min(low * slope, *(y for _, y in points)), peak], logarithmic=True)
     roof = [(low, low * slope), (ridge, peak), (high, peak)]
-    path = "L".join("{:.1f} {:.1f}".format(*axes.place(*point)) for point in roof)
-    marks = [f'<path d="M{path}" class="whisker"/>']
+    marks = [axes.line(roof, "whisker")]
     marks += [('<circle cx="{:.1f}" cy="{:.1f}" r="3" class="dot"/>').format(*axes.place(*point)) for point in points]
     words = f"roof {peak:,.0f} {up} from {ridge:.3g} {across}; " + "; ".join(f"{x:.3g}: {y:.3g}" for x, y in points)
     return _svg(axes.height, words, [*marks, *axes.texts(across, up)])
@@ -171,6 +164,11 @@ class _Axes:
         if self.logarithmic:
             value, low, high = log(value), log(low), log(high)
         return (value - low) / ((high - low) or 1)
+
+    def line(self, points: list[tuple[float, float]], kind: str = "line") -> str:
+        """Points joined."""
+        path = "L".join("{:.1f} {:.1f}".format(*self.place(*point)) for point in points)
+        return f'<path d="M{path}" class="{kind}"/>'
 
     def texts(self, across: str, up: str) -> list[str]:
         """The least and the greatest value on either axis, and what they are of."""

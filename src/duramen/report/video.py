@@ -8,6 +8,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+from duramen.hardware.machine import byte_unit, bytes_told
 from duramen.report.charts import courses_chart
 from duramen.report.page import render
 from duramen.rundir import write_text
@@ -50,12 +51,12 @@ def video_verdict(results: dict[str, Any]) -> str:
     ]
     if results["plans"]:
         most, plain = (max(plan[key] for plan in results["plans"]) for key in ("peak", "plain"))
-        parts.append(f"Activations take {_told(most)} at most, {most / plain:.2f} of what they would without slices.")
+        parts.append(f"Activations take {bytes_told(most)} at most, {most / plain:.2f} of what they would without slices.")
     if schedule:
         apart = schedule["from_even"]
         nearer = apart["high"] < 0
         parts.append(
-            f"The schedule `{schedule['name']}` is nearer to the full run than plain fewer steps, by {-apart['value']:.3g} ({-apart['high']:.3g} to {-apart['low']:.3g})."
+            f"The schedule “{schedule['name']}” is nearer to the full run than plain fewer steps, by {-apart['value']:.3g} ({-apart['high']:.3g} to {-apart['low']:.3g})."
             if nearer
             else "No schedule is measurably nearer to the full run than plain fewer steps, which were taken."
         )
@@ -63,13 +64,13 @@ def video_verdict(results: dict[str, Any]) -> str:
 
 
 def _memory(told: dict[str, Any], plain: list[int], sliced: list[int]) -> dict[str, str]:
-    unit, name = unit_of(told["plain"])
+    unit, name = byte_unit(told["plain"])
     piece = told["piece"]
     size = "whole" if piece is None else f"{piece / 2**20:,.3g} MiB"
     return {
         "network": told["network"],
-        "peak": _told(told["peak"]),
-        "plain": _told(told["plain"]),
+        "peak": bytes_told(told["peak"]),
+        "plain": bytes_told(told["plain"]),
         "share": f"{told['peak'] / told['plain']:.2f}",
         "piece": size,
         "chart": courses_chart(_course(plain, unit), _course(sliced, unit), "share of the pass", f"{name} alive"),
@@ -102,13 +103,3 @@ def _png(image: Any) -> str:
     stream = io.BytesIO()
     small.save(stream, "png")
     return "data:image/png;base64," + base64.b64encode(stream.getvalue()).decode()
-
-
-def unit_of(size: int) -> tuple[int, str]:
-    """In what a number of bytes is told: its size and its name."""
-    return (2**30, "GiB") if size >= 2**30 else (2**20, "MiB")
-
-
-def _told(size: int) -> str:
-    unit, name = unit_of(size)
-    return f"{size / unit:.3g} {name}"

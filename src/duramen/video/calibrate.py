@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from duramen.evaluate.intervals import paired_interval
@@ -36,6 +37,42 @@ class Choice:
 
 
 @torch.no_grad()
+def predictions(pipeline: Any, generate: Callable[[int], Tensor], steps: int, seeds: Sequence[int]) -> Float[Tensor, "K R D"]:
+    """What the denoiser says at every step of full runs, as noise or velocity.
+
+    Args:
+        pipeline: As for ``choose_schedule``.
+        generate: Likewise.
+        steps: Of a run.
+        seeds: Of the runs.
+    """
+    recorded: list[list[Tensor]] = [[] for _ in range(steps)]
+    handle = Rehash(
+        pipeline, range(steps), steps, record=lambda step, found: recorded[step].append(found.flatten().float().cpu())
+    )
+    for seed in seeds:
+        generate(seed)
+    handle.remove()
+    return torch.stack([torch.stack(each) for each in recorded])
+
+
+def candidates(pipeline: Any, learned: Float[Tensor, "K R D"], count: int) -> dict[str, tuple[list[int], int]]:
+    """Every kind of schedule with so many full steps, and its order: 0 keeps predictions, 1 carries them on.
+
+    Args:
+        pipeline: Whose scheduler's steps are set.
+        learned: Of ``predictions``.
+        count: Full steps.
+    """
+    schedules = {
+        EVEN: uniform_schedule(len(learned), count),
+        "threshold": threshold_for(similarity(learned), count),
+        "solver": optimal_schedule(reuse_cost(learned, course_of(pipeline.scheduler).weights), count)[0],
+    }
+    return {name if not order else f"{name}, carried on": (full, order) for name, full in schedules.items() for order in (0, 1)}
+
+
+@torch.no_grad()
 def choose_schedule(
     pipeline: Any, generate: Callable[[int], Tensor], steps: int, count: int, *, learn: Sequence[int], choose: Sequence[int]
 ) -> Choice:
@@ -57,22 +94,7 @@ def choose_schedule(
         raise Problem(
             "These seeds cannot choose a schedule.", why="one that chooses must not have learned, and an interval needs two.", fix="`learn=[0, 1], choose=[2, 3, 4]`"
         )  # fmt: skip
-    recorded: list[list[Tensor]] = [[] for _ in range(steps)]
-    handle = Rehash(
-        pipeline, range(steps), steps, record=lambda step, found: recorded[step].append(found.flatten().float().cpu())
-    )
-    for seed in learn:
-        generate(seed)
-    handle.remove()
-    predictions = torch.stack([torch.stack(each) for each in recorded])
-    schedules = {
-        EVEN: uniform_schedule(steps, count),
-        "threshold": threshold_for(similarity(predictions), count),
-        "solver": optimal_schedule(reuse_cost(predictions, course_of(pipeline.scheduler).weights), count)[0],
-    }
-    tried = {
-        name if not order else f"{name}, carried on": (full, order) for name, full in schedules.items() for order in (0, 1)
-    }
+    tried = candidates(pipeline, predictions(pipeline, generate, steps, learn), count)
     full_runs = {seed: generate(seed).double() for seed in choose}
     errors: dict[str, list[float]] = {}
     for name, (full, order) in tried.items():

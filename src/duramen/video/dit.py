@@ -44,13 +44,7 @@ def wan_block(
         temb: Of the time step, for all tokens or for each.
         rotary_emb: Cosines and sines for every token.
     """
-
-    def run(chosen: slice) -> Tensor:
-        time = temb[:, chosen] if temb.ndim == 4 else temb
-        turns = (rotary_emb[0][:, chosen], rotary_emb[1][:, chosen])
-        return before(hidden_states[:, chosen], encoder_hidden_states, time, turns)
-
-    return _two_phases(block, slices, hidden_states, run)
+    return _two_phases(before, block, slices, hidden_states, encoder_hidden_states, temb, rotary_emb, each=temb.ndim == 4)
 
 
 def ltx_block(
@@ -75,24 +69,41 @@ def ltx_block(
         image_rotary_emb: Cosines and sines for every token.
         encoder_attention_mask: Of what they look at.
     """
-
-    def run(chosen: slice) -> Tensor:
-        time = temb if temb.shape[1] == 1 else temb[:, chosen]
-        turns = (image_rotary_emb[0][:, chosen], image_rotary_emb[1][:, chosen])
-        return before(hidden_states[:, chosen], encoder_hidden_states, time, turns, encoder_attention_mask)
-
-    return _two_phases(block, slices, hidden_states, run)
+    more = (encoder_attention_mask,)
+    return _two_phases(
+        before, block, slices, hidden_states, encoder_hidden_states, temb, image_rotary_emb, *more, each=temb.shape[1] > 1
+    )
 
 
-def _two_phases(block: Any, slices: Slices, x: Tensor, run: Callable[[slice], Tensor]) -> Tensor:
+def _two_phases(
+    before: Callable[..., Tensor],
+    block: Any,
+    slices: Slices,
+    x: Tensor,
+    looked: Tensor,
+    temb: Tensor,
+    turns: tuple[Tensor, Tensor],
+    *more: Any,
+    each: bool,
+) -> Tensor:
     """Tokens [B, S, d], changed in place: all say their keys and values, and then some after others run through the block.
 
     Args:
+        before: The block's own forward.
         block: The module.
         slices: How large.
         x: The tokens.
-        run: The block's own forward on some of them.
+        looked: What they look at beside themselves.
+        temb: Of the time step.
+        turns: Cosines and sines for every token.
+        more: What else the forward takes, as it is.
+        each: Whether every token has a time step of its own.
     """
+
+    def run(chosen: slice) -> Tensor:
+        mine = (turns[0][:, chosen], turns[1][:, chosen])
+        return before(x[:, chosen], looked, temb[:, chosen] if each else temb, mine, *more)
+
     parts = slices.of(x.shape[1], x.nbytes)
     if len(parts) == 1:
         return run(parts[0])

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from duramen.hardware.machine import bytes_told
 from duramen.problem import Exit, Problem
 from duramen.video.ledger import Ledger, counted
 from duramen.video.slices import Slices
@@ -163,11 +164,11 @@ def plan(network: Any, clip: Clip, memory: int, *, donate: bool = True) -> Plan:
         low, high = (low, middle - 1) if found[middle].peak <= memory else (middle + 1, high)
     if low == len(LADDER):
         least = found[len(LADDER) - 1]
-        holds = ", ".join(f"{name} {size / 2**20:,.0f} MiB" for name, size in least.at_peak[:3])
+        holds = ", ".join(f"{name} {bytes_told(size)}" for name, size in least.at_peak[:3])
         raise Problem(
-            f"{memory / 2**30:.2f} GiB are too few for the activations of a {type(network).__name__} at {clip.frames} frames of {clip.width}x{clip.height}.",
-            why=f"with the smallest slices it takes {least.peak / 2**30:.2f} GiB ({plain.peak / 2**30:.2f} without any), and holds {holds}.",
-            fix=f"at least {least.peak / 2**30:.2f} GiB, fewer frames, or guidance branch by branch.",
+            f"{bytes_told(memory)} are too few for the activations of a {type(network).__name__} at {clip.frames} frames of {clip.width}x{clip.height}.",
+            why=f"with the smallest slices it takes {bytes_told(least.peak)} ({bytes_told(plain.peak)} without any), and holds {holds}.",
+            fix=f"at least {bytes_told(least.peak)}, fewer frames, or guidance branch by branch.",
             code=Exit.OUT_OF_BUDGET,
         )
     return Plan(Slices(LADDER[low], donate), found[low], plain)

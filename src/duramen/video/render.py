@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -23,11 +22,12 @@ from torch import Tensor
 from duramen.evaluate.intervals import paired_interval
 from duramen.hardware.machine import describe, fastest_device
 from duramen.problem import Exit, Problem
-from duramen.rundir import write_json
+from duramen.rundir import replacing, write_json
 from duramen.video.calibrate import Choice, choose_schedule
 from duramen.video.plan import Clip, Plan, streamline_within
 from duramen.video.rehash import Rehash
-from duramen.video.streamline import Streamlined
+from duramen.video.schedules import check_count
+from duramen.video.streamline import Streamlined, need_diffusers
 
 LEARN, CHOOSE = 2, 6
 """Seeds that schedules are learned on, and others that choose; none of them is the seed of a video below 1,000,000."""
@@ -85,7 +85,12 @@ def render(folder: Path, out: Path, wish: Wish, tell: Tell = lambda said: None) 
 
     pipeline = open_pipeline(folder)
     studio = _Studio(pipeline, wish, tell)
-    out.mkdir(parents=True, exist_ok=True)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise Problem(
+            f"{out} cannot be a folder: {error.strerror}.", why="the video goes into it.", fix="choose another OUT folder."
+        ) from None
     plans: list[Plan] = []
     handle: Streamlined | None = None
     if wish.memory is not None:
@@ -118,10 +123,7 @@ def open_pipeline(folder: Path) -> Any:
     Raises:
         Problem: If there is none, or one that is not known.
     """
-    if find_spec("diffusers") is None:
-        raise Problem(
-            "Video needs diffusers, which is not installed.", why="it is an extra.", fix="`pip install duramen[video]`"
-        )
+    need_diffusers()
     file = folder / "model_index.json"
     if not file.is_file():
         raise Problem(
@@ -161,6 +163,13 @@ class _Studio:
                 f"{frames} frames of {width}x{height} pixels cannot be.", why=f"a latent stands for {factor} by {factor} pixels.",
                 fix=f"at least one frame, and sides that {factor} divides.",
             )  # fmt: skip
+        most = pipeline.scheduler.config.num_train_timesteps
+        if wish.steps > most:
+            raise Problem(
+                f"{wish.steps} denoising steps cannot be.", why=f"the model learned {most} times.", fix=f"1 to {most}."
+            )
+        if wish.full is not None:
+            check_count(wish.steps, wish.full)
         self.clip = Clip(height, width, frames, GUIDED[name], factor)
         self.asked: dict[str, Any] = {"height": height, "width": width, "num_frames": frames, "num_inference_steps": wish.steps}
         if name == "StableVideoDiffusionPipeline":
@@ -249,15 +258,14 @@ def write_video(images: list[Any], out: Path) -> list[str]:
         out: Folder.
     """
     made = ["video.gif"]
-    partial_file = out / f"video.{os.getpid()}.partial.gif"
-    images[0].save(partial_file, save_all=True, append_images=images[1:], duration=125, loop=0)
-    partial_file.replace(out / "video.gif")
+    with replacing(out / "video.gif") as file:
+        images[0].save(file, "gif", save_all=True, append_images=images[1:], duration=125, loop=0)
     if find_spec("imageio") is not None and find_spec("imageio_ffmpeg") is not None:
         import imageio.v3
 
-        partial_file = partial_file.with_suffix(".mp4")
-        imageio.v3.imwrite(partial_file, np.stack([np.asarray(image) for image in images]), fps=8, macro_block_size=2)
-        partial_file.replace(out / "video.mp4")
+        frames = np.stack([np.asarray(image) for image in images])
+        with replacing(out / "video.mp4") as file:
+            imageio.v3.imwrite(file, frames, extension=".mp4", fps=8, macro_block_size=2, output_params=["-f", "mp4"])
         made.append("video.mp4")
     return made
 

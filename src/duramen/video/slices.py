@@ -80,12 +80,13 @@ def _whole(part: Tensor) -> bool:
     return part.untyped_storage().nbytes() == part.nbytes
 
 
-def piecewise(function: Callable[[slice], Tensor], length: int, size: int, slices: Slices) -> Tensor:
-    """Runs a function on slices of the first axis of a feature of so many bytes, and writes what it gives into one feature."""
-    out: Tensor | None = None
+def piecewise(
+    function: Callable[[slice], Tensor], length: int, size: int, slices: Slices, *, out: Tensor | None = None
+) -> Tensor:
+    """Runs a function on slices of the first axis of a feature of so many bytes, and writes what it gives into one feature: a new one, or over ``out``."""
     for chosen in slices.of(length, size):
         found = function(chosen)
-        if chosen.stop - chosen.start == length:
+        if out is None and chosen.stop - chosen.start == length:
             return found.contiguous()
         if out is None:
             out = found.new_empty(length, *found.shape[1:])

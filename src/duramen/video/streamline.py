@@ -98,16 +98,27 @@ def streamline(pipeline: Any, *, piece: int = PIECE, donate: bool = True) -> Str
     return Streamlined(known_networks(pipeline), Slices(piece, donate))
 
 
+def need_diffusers() -> None:
+    """Stops where it is not installed.
+
+    Raises:
+        Problem: Then.
+    """
+    if find_spec("diffusers") is None:
+        raise Problem(
+            "Video needs diffusers, which is not installed.",
+            why="it is an extra.",
+            fix="`python -m pip install diffusers imageio[ffmpeg]`",
+        )
+
+
 def known_networks(pipeline: Any) -> list[nn.Module]:
     """The parts of a pipeline whose blocks are known, and the decoder of single images beside one.
 
     Raises:
         Problem: If there are none.
     """
-    if find_spec("diffusers") is None:
-        raise Problem(
-            "Video needs diffusers, which is not installed.", why="it is an extra.", fix="`python -m pip install diffusers`"
-        )
+    need_diffusers()
     parts = [pipeline] if isinstance(pipeline, nn.Module) else list(getattr(pipeline, "components", {}).values())
     networks = [part for part in parts if isinstance(part, nn.Module)]
     known = [part for part in networks if any(type(each).__name__ in BLOCKS for each in part.modules())]

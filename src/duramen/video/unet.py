@@ -46,13 +46,9 @@ def res_block(
         found: Tensor = inner(part, None if temb is None else temb[chosen])
         return found
 
-    size = parts.nbytes * 4 ** len(larger)
-    if parts.owned(slices) and not larger and inner.in_channels == inner.out_channels:
-        (x,) = parts.parts
-        for chosen in slices.of(parts.frames, size):
-            x[chosen] = run(chosen)
-    else:
-        x = piecewise(run, parts.frames, size, slices)
+    over = parts.owned(slices) and not larger and inner.in_channels == inner.out_channels
+    x = piecewise(run, parts.frames, parts.nbytes * 4 ** len(larger), slices, out=parts.parts[0] if over else None)
+    if not over:
         parts.given_back(slices)
     _temporal_res_block(block, x, temb, indicator, slices)
     return x
@@ -294,9 +290,7 @@ def temporal_decoder(
 
 def in_place(function: Callable[[Tensor], Tensor], x: Tensor, slices: Slices) -> Tensor:
     """Changes a fresh feature over frames by what keeps its shape."""
-    for chosen in slices.of(len(x), x.nbytes):
-        x[chosen] = function(x[chosen])
-    return x
+    return piecewise(lambda chosen: function(x[chosen]), len(x), x.nbytes, slices, out=x)
 
 
 def feed_forward(before: Callable[[Tensor], Tensor], block: Block, slices: Slices, x: Tensor) -> Tensor:
