@@ -18,11 +18,11 @@ from transformers import AutoTokenizer
 import rows
 from duramen.assets import open_model
 from duramen.calibrate.tokens import evaluation_tokens
-from duramen.evaluate.intervals import wilson_interval
 from duramen.evaluate.likelihood import grade, load_requests, score_requests
 from duramen.evaluate.perplexity import final_hidden, perplexity, token_losses
 from duramen.families.model import BlockModel
 from duramen.hardware.machine import forward_dtype
+from duramen.intervals import wilson_interval
 from wikitext import literature
 
 PERPLEXITY = 21.62

@@ -20,11 +20,11 @@ from transformers import AutoModelForCausalLM
 
 import rows
 from duramen.attention import Seen, attention_paths, watch
-from duramen.evaluate.intervals import mean_interval
 from duramen.evaluate.perplexity import divergence, final_hidden, perplexity
 from duramen.families.model import BlockModel
 from duramen.grids import Inputs
 from duramen.hardware.machine import fastest_device
+from duramen.intervals import mean_interval
 from duramen.registry import get_method
 from duramen.rounding import round_inputs
 from pruning_quality import Bench, arguments

@@ -25,10 +25,10 @@ import rows
 from duramen.assets import open_model
 from duramen.calibrate.tokens import calibration_tokens, evaluation_tokens
 from duramen.calibrate.walker import Walk
-from duramen.evaluate.intervals import Measured, mean_interval
 from duramen.evaluate.perplexity import divergence, final_hidden, perplexity
 from duramen.families.model import BlockModel
 from duramen.hardware.machine import forward_dtype
+from duramen.intervals import Measured, mean_interval
 from duramen.registry import get_method
 from wikitext import literature
 

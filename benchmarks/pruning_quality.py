@@ -21,10 +21,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import rows
 from duramen.assets import open_model
 from duramen.calibrate.tokens import calibration_tokens, evaluation_tokens
-from duramen.evaluate.intervals import Measured, mean_interval
 from duramen.evaluate.perplexity import Divergence, divergence, final_hidden, perplexity
 from duramen.families.model import BlockModel
 from duramen.hardware.machine import fastest_device
+from duramen.intervals import Measured, mean_interval
 from duramen.registry import get_method
 from wikitext import literature
 

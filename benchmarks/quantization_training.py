@@ -15,8 +15,8 @@ from pathlib import Path
 
 import duramen
 import rows
-from duramen.evaluate.intervals import mean_interval
 from duramen.evaluate.perplexity import divergence, final_hidden, perplexity
+from duramen.intervals import mean_interval
 from duramen.opening import open_blocks
 from pruning_quality import CORPORA, Bench, arguments, exactly
 

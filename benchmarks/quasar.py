@@ -16,7 +16,7 @@ import torch
 
 import rows
 from duramen.assets import cache_folder
-from duramen.train.loop import Schedule
+from duramen.train.schedule import Schedule
 from duramen.vision import ElasticViTForImageClassification
 from duramen.vision.elastic import Architecture
 from duramen.vision.images import Arrays, open_images

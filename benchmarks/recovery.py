@@ -34,11 +34,11 @@ import rows
 from duramen.assets import open_model
 from duramen.calibrate.tokens import calibration_tokens, evaluation_tokens
 from duramen.calibrate.walker import set_aside
-from duramen.evaluate.intervals import mean_interval
 from duramen.evaluate.perplexity import divergence, final_hidden, perplexity
 from duramen.families.model import BlockModel
 from duramen.hardware.clock import now
 from duramen.hardware.machine import fastest_device, forward_dtype
+from duramen.intervals import mean_interval
 from duramen.recover.rora import Settings, adapted, groups
 from duramen.rundir import write_json
 from duramen.train.data import Rows

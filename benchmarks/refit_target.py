@@ -14,10 +14,10 @@ from pathlib import Path
 from transformers import AutoModelForCausalLM
 
 import rows
-from duramen.evaluate.intervals import mean_interval
 from duramen.evaluate.perplexity import divergence, final_hidden, perplexity
 from duramen.families.model import BlockModel
 from duramen.hardware.machine import fastest_device
+from duramen.intervals import mean_interval
 from duramen.registry import get_method
 from pruning_quality import Bench, arguments
 

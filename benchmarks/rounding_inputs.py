@@ -14,11 +14,11 @@ from pathlib import Path
 from transformers import AutoModelForCausalLM
 
 import rows
-from duramen.evaluate.intervals import mean_interval
 from duramen.evaluate.perplexity import divergence, final_hidden, perplexity
 from duramen.families.model import BlockModel
 from duramen.grids import parse_format
 from duramen.hardware.machine import fastest_device
+from duramen.intervals import mean_interval
 from duramen.quantize.model import formats_of
 from duramen.registry import get_method
 from duramen.rounding import start_rounding

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from duramen.evaluate.intervals import wilson_interval
+from duramen.intervals import wilson_interval
 
 COLUMNS = [
     "case",

@@ -31,10 +31,10 @@ from transformers import AutoConfig, AutoModelForCausalLM
 import rows
 from duramen.calibrate.backward import walk_back
 from duramen.calibrate.walker import Walk
-from duramen.evaluate.intervals import mean_interval
 from duramen.evaluate.perplexity import divergence, final_hidden, perplexity
 from duramen.families.model import BlockModel
 from duramen.hardware.machine import fastest_device, forward_dtype
+from duramen.intervals import mean_interval
 from duramen.rundir import Finished
 from duramen.shrink import flap, fusion, wanda_sp
 from duramen.shrink.groups import Units, find_units

@@ -24,10 +24,10 @@ import numpy as np
 
 import rows
 from duramen.calibrate.walker import Walk
-from duramen.evaluate.intervals import mean_interval
 from duramen.evaluate.perplexity import divergence, final_hidden, perplexity
 from duramen.families.model import BlockModel
 from duramen.hardware.machine import fastest_device, forward_dtype
+from duramen.intervals import mean_interval
 from duramen.registry import get_method
 from duramen.shrink.plan import Plan
 from duramen.shrink.surgery import masked

@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import rows
 from duramen.calibrate.tokens import evaluation_tokens
-from duramen.evaluate.intervals import mean_interval
+from duramen.intervals import mean_interval
 from duramen.ssm.mixer import ExactScans
 from duramen.tokens.model import Reduced, Reduction, continuation_losses
 

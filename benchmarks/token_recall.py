@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, Mamba2Config
 
 import rows
-from duramen.evaluate.intervals import mean_interval
+from duramen.intervals import mean_interval
 from duramen.ssm.mixer import ExactScans
 from duramen.tokens.model import Reduced, Reduction
 

@@ -18,9 +18,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import rows
 from duramen.assets import read_text
 from duramen.calibrate.walker import Walk
-from duramen.evaluate.intervals import mean_interval
 from duramen.evaluate.perplexity import divergence, final_hidden
 from duramen.families.model import BlockModel
+from duramen.intervals import mean_interval
 from duramen.registry import get_method
 
 LENGTH, TRAINED, HELD_OUT, STEPS = 96, 4096, 512, 1500

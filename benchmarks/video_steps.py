@@ -22,8 +22,8 @@ import torch
 from torch import Tensor
 
 import rows
-from duramen.evaluate.intervals import mean_interval
 from duramen.hardware.machine import fastest_device
+from duramen.intervals import mean_interval
 from duramen.override import override
 from duramen.video.calibrate import EVEN, candidates, choose_schedule, predictions
 from duramen.video.rehash import Rehash

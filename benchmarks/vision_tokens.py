@@ -19,7 +19,7 @@ from pydantic import ValidationError
 import rows
 from duramen.assets import cache_folder
 from duramen.tokens.schedule import solve_keep
-from duramen.train.loop import Schedule
+from duramen.train.schedule import Schedule
 from duramen.vision import PlainMambaConfig, PlainMambaForImageClassification, VimConfig, VimForImageClassification
 from duramen.vision.cost import patch_costs, sequence_length
 from duramen.vision.images import open_images

@@ -56,7 +56,7 @@ def test_a_debian_package_is_found_unpacked_and_listed(tmp_path, monkeypatch):
     monkeypatch.setenv("DURAMEN_CACHE", str(tmp_path / "cache"))
     asset = assets.DebianAsset("set", "dataset-set", "usr/share/no-such-set", "MIT")
     monkeypatch.setitem(assets.DEBIAN, "set", asset)
-    with pytest.raises(Problem, match="`set` are not installed") as caught:
+    with pytest.raises(Problem, match="`set` cannot be found") as caught:
         asset.path()
     assert "duramen assets install set" in caught.value.fix
     tools = tmp_path / "bin"

@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 
 import duramen
 import tiny
-from duramen import api
+from duramen import engine
 from duramen.hardware import machine
 from duramen.vision import opening, story, supernet
 from pretend import CPU, DEVICE, OnDevice, Places
@@ -51,8 +51,8 @@ def gpu(monkeypatch):
     """A device, and the context in which it works."""
     if REAL:
         return nullcontext()
-    monkeypatch.setattr(api, "fastest_device", lambda: DEVICE)
-    monkeypatch.setattr(api, "free_memory", lambda device: 2**40)
+    monkeypatch.setattr(engine, "fastest_device", lambda: DEVICE)
+    monkeypatch.setattr(engine, "free_memory", lambda device: 2**40)
     return Places()
 
 
@@ -79,7 +79,7 @@ def test_a_method_gives_the_same_model_on_either_device(name, gpu, llama, texts,
     recipe = write_recipe(tmp_path / "recipe.yaml", texts, steps=[*steps, measured], evaluate=False)
     with gpu:
         there = duramen.run(recipe, str(llama), tmp_path / "there")
-    monkeypatch.setattr(api, "fastest_device", lambda: CPU)
+    monkeypatch.setattr(engine, "fastest_device", lambda: CPU)
     monkeypatch.setattr(machine, "_has_native_bfloat16", lambda: True)  # as the other device has it, so that both round alike
     here = duramen.run(recipe, str(llama), tmp_path / "here")
     if not REAL or "best" not in name:  # among random weights rounding decides which mask a search ends with
@@ -100,7 +100,7 @@ def test_every_kind_of_family_runs_on_either_device(name, gpu, texts, tmp_path, 
     recipe = write_recipe(tmp_path / "recipe.yaml", texts, steps=[{"method": "sparsegpt", "sparsity": 0.5}], evaluate=False)
     with gpu:
         duramen.run(recipe, str(folder), tmp_path / "there")
-    monkeypatch.setattr(api, "fastest_device", lambda: CPU)
+    monkeypatch.setattr(engine, "fastest_device", lambda: CPU)
     duramen.run(recipe, str(folder), tmp_path / "here")
     assert REAL or tensors_of(tmp_path / "there") == tensors_of(tmp_path / "here")
 
@@ -110,7 +110,7 @@ def test_tokens_leave_on_either_device(gpu, texts, tmp_path, monkeypatch):
     folder = tiny.save("mamba2", tmp_path / "model")
     with gpu:
         there = duramen.run(token_recipe(texts, token_step(choose=False, sites=[0])), str(folder), tmp_path / "there")
-    monkeypatch.setattr(api, "fastest_device", lambda: CPU)
+    monkeypatch.setattr(engine, "fastest_device", lambda: CPU)
     here = duramen.run(token_recipe(texts, token_step(choose=False, sites=[0])), str(folder), tmp_path / "here")
     assert similar(there["evaluations"][0]["perplexity"], here["evaluations"][0]["perplexity"])
 

@@ -12,9 +12,9 @@ from duramen.assets import get_asset
 from duramen.evaluate import likelihood
 from duramen.evaluate.evaluate import TASK_SETS, open_subject
 from duramen.evaluate.evaluate import apply as measure
-from duramen.evaluate.intervals import mean_interval, mean_of, paired_interval, wilson_interval
 from duramen.evaluate.perplexity import divergence, final_hidden, perplexity, token_losses
 from duramen.families.model import BlockModel
+from duramen.intervals import mean_interval, mean_of, paired_interval, wilson_interval
 
 
 @pytest.mark.parametrize("name", ["llama", "bloom", "gemma3_text"])

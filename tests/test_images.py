@@ -10,7 +10,7 @@ from transformers import AutoModelForImageClassification, ViTConfig, ViTForImage
 import duramen
 import tiny
 from duramen.problem import Problem
-from duramen.train.loop import Schedule
+from duramen.train.schedule import Schedule
 from duramen.vision import VimConfig, VimForImageClassification, evaluate_images
 from duramen.vision.images import SHAPES, open_images, seen_by, shapes, shapes_with_masks
 from duramen.vision.train import Classification, train_classifier

@@ -4,6 +4,7 @@ import pytest
 
 from duramen.problem import Problem
 from duramen.recipe import dump_yaml, load_recipe, shipped_folder
+from duramen.registry import get_method
 
 
 def recipe(**step):
@@ -24,6 +25,9 @@ def test_shipped_recipes_resolve_and_say_how_to_run_them(file):
     assert loaded.name == file.stem
     assert loaded.resolved()
     header = [line for line in file.read_text().splitlines() if line.startswith("#")]
+    if any(get_method(step.method).kind == "train" for step in loaded.resolved()):
+        assert f"duramen train recipes/{file.name} out/{file.stem}" in "\n".join(header)
+        return
     model = {"token_reduction": "path/to/mamba2", "patch_pruning": "new", "quasar": "new", "quasar-zcu102": "new"}.get(
         file.stem, "smollm2-135m"
     )

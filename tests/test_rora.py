@@ -136,7 +136,7 @@ def test_killed_it_ends_with_the_same_bytes(tmp_path):
     worker = subprocess.Popen(
         [sys.executable, "-c", slow, str(recipe), str(folder), str(tmp_path / "out")], stderr=subprocess.DEVNULL
     )
-    while worker.poll() is None and not list((tmp_path / "out").glob(".duramen/*/training.pt")):
+    while worker.poll() is None and not list((tmp_path / "out").glob(".duramen/*/checkpoints/step-*/manifest.json")):
         time.sleep(0.01)
     time.sleep(0.3)
     worker.send_signal(signal.SIGKILL)

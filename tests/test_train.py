@@ -1,10 +1,14 @@
 """The loop: its schedule, stops and resumes to the bit, gradients that add up, and a loss that is not finite."""
 
+import json
+
 import pytest
 import torch
 
 from duramen.problem import Problem
-from duramen.train.loop import STATE, Schedule, train
+from duramen.train.checkpoint import FACTS
+from duramen.train.loop import train
+from duramen.train.schedule import Schedule
 
 
 class Regression:
@@ -98,6 +102,50 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_checkpoint(tmp_path)
     with pytest.raises(Problem, match="step 13") as caught:
         run(task, tmp_path)
     assert "learning_rate" in caught.value.fix
-    state = torch.load(tmp_path / STATE, weights_only=True)
-    assert len(state["losses"]) == 10
-    assert run(Regression(), tmp_path).losses[:10] == state["losses"]
+    kept = json.loads((tmp_path / "checkpoints" / "step-00000010" / FACTS).read_text())["facts"]
+    assert len(kept["losses"]) == 10
+    assert run(Regression(), tmp_path).losses[:10] == kept["losses"]
+
+
+def test_a_step_that_jumps_is_left_out_and_counted():
+    task, jumps = Regression(), {140, 150}
+    honest = task.loss
+
+    def loss(indices):
+        found = honest(indices)
+        step = len(task.seen) - 1
+        return found * (1e6 if step in jumps else 1.0) * (float("nan") if step == 160 else 1.0)
+
+    task.loss = loss
+    history = run(task, steps=170, skip=True, shape="wsd", best=False)
+    assert history.skipped == [140, 150, 160]
+    assert len(history.losses) == 170
+    assert history.losses[-1] < 1
+
+
+def test_too_many_jumps_stop():
+    task = Regression()
+    honest = task.loss
+    task.loss = lambda indices: honest(indices) * (float("nan") if len(task.seen) > 20 else 1.0)
+    with pytest.raises(Problem, match="11 of the last 128 steps"):
+        run(task, steps=100, skip=True)
+
+
+def test_a_stretch_and_its_decay_are_the_whole(tmp_path):
+    """A run that goes on from the stable stretch and decays is the run that was planned so."""
+    whole, branched = Regression(), Regression()
+    expected = run(whole, steps=40, shape="wsd", decay=0.5, best=False)
+    honest = branched.loss
+
+    def loss(indices):
+        if len(branched.seen) == 20:
+            raise Stopped
+        return honest(indices)
+
+    branched.loss = loss
+    with pytest.raises(Stopped):
+        run(branched, tmp_path, steps=40, shape="wsd", decay=0.5, best=False)
+    last = Regression()
+    assert run(last, tmp_path, steps=40, shape="wsd", decay=0.5, best=False) == expected
+    assert len(last.seen) == 20
+    assert torch.equal(last.weight, whole.weight)

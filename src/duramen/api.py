@@ -1,76 +1,39 @@
-"""The story: plan, run, evaluate, compare, inspect, report. Thin; read it from top to bottom."""
+"""The story: train, plan, run, evaluate, compare, inspect, report. Thin; read it from top to bottom."""
 
 from __future__ import annotations
 
-import importlib.metadata
-import json
 import shlex
-import shutil
-from collections import Counter
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from duramen.assets import open_model
 from duramen.calibrate import ranks
-from duramen.calibrate.tokens import calibration_tokens
-from duramen.calibrate.walker import SCRATCH, Memo, Records, Walk
+from duramen.engine import Progress, carry_out, load_results, opening, prepare, silent, versions
 from duramen.evaluate.evaluate import Settings as EvaluateSettings
-from duramen.evaluate.evaluate import Subject, check_texts, open_subject
 from duramen.evaluate.evaluate import apply as measure
-from duramen.export.card import write_card
+from duramen.evaluate.evaluate import open_subject
 from duramen.export.codes import check_codes
-from duramen.export.hf import annotate, assemble, check_masks, copy_other_files, publish, verify_logits
+from duramen.export.hf import check_masks
 from duramen.export.step import Settings as ExportSettings
 from duramen.export.step import apply as export_to
-from duramen.families.checkpoint import Checkpoint
 from duramen.families.inventory import inventory
 from duramen.families.model import BlockModel
 from duramen.forecast import forecast
-from duramen.hardware.machine import describe, fastest_device, forward_dtype, free_memory, gigaflops, peak_memory
+from duramen.hardware.machine import describe, forward_dtype, gigaflops
 from duramen.opening import load
-from duramen.problem import Exit, Problem
-from duramen.recipe import Recipe, Step, load_recipe, parse_settings, write_recipe
+from duramen.problem import Problem
+from duramen.recipe import Recipe, load_recipe, parse_settings
 from duramen.registry import get_method
 from duramen.report.images import write_image_report
 from duramen.report.page import write_report
-from duramen.rundir import BlockStore, RunDirectory, hash_model, hash_tokens, read_formats, write_json
+from duramen.report.stages import write_live
+from duramen.rundir import RunDirectory
 from duramen.shrink.groups import find_units, known_kinds
-from duramen.tokens.folder import no_likelihood
+from duramen.stages import STAGES, divided, forecast_stages, run_stages
 
-__all__ = ["compare", "evaluate", "export", "inspect", "load", "load_results", "plan", "report", "run", "versions"]
-
-Progress = Callable[[str, dict[str, Any]], None]
-"""(event, fields); events are step, layer, trained, part, evaluating, saved and done."""
-
-
-def _silent(event: str, fields: dict[str, Any]) -> None:
-    return
-
-
-@dataclass
-class Context:
-    """What the steps of one run share: the folders, the recipe, the tokens and where to report."""
-
-    recipe: Recipe
-    source: Path
-    directory: RunDirectory
-    tokens: Tensor
-    dtype: torch.dtype
-    allow_generic: bool
-    progress: Progress
-    workers: int = 0
-    address: str = ""
-
-    def tell(self, event: str, **fields: Any) -> None:
-        """Reports an event to the display and to ``log.jsonl``."""
-        if ranks.leads():
-            self.directory.log(event, **fields)
-            self.progress(event, fields)
+__all__ = ["compare", "evaluate", "export", "inspect", "load", "load_results", "plan", "report", "run", "train", "versions"]
 
 
 def run(
@@ -80,7 +43,7 @@ def run(
     *,
     overrides: list[str] | None = None,
     allow_generic: bool = False,
-    progress: Progress = _silent,
+    progress: Progress = silent,
     workers: int = 0,
     address: str = "",
 ) -> dict[str, Any]:
@@ -108,13 +71,58 @@ def run(
         if loaded.images is not None:
             from duramen.vision.story import run_images
 
-            command = _command(recipe, model, out, overrides)
+            command = _command("run", recipe, model, out, overrides)
             run_images(loaded, model, Path(out), command=command, versions=versions(), progress=progress)
             return load_results(Path(out))
         _check_workers(loaded, workers, address)
-        context, steps = _prepare(loaded, model, Path(out), allow_generic, progress)
+        context, steps = prepare(loaded, model, Path(out), allow_generic, progress)
         context.workers, context.address = workers, address
-        return _run(context, steps, model, _command(recipe, model, out, overrides))
+        return carry_out(context, steps, model, _command("run", recipe, model, out, overrides))
+
+
+def train(
+    recipe: str | Path | dict[str, Any],
+    out: str | Path,
+    *,
+    overrides: list[str] | None = None,
+    progress: Progress = silent,
+) -> dict[str, Any]:
+    """Trains a model from text: the recipe's stages, and then its other steps on what they leave; the same line again goes on.
+
+    Args:
+        recipe: Path, shipped name, or dictionary; it begins with stages.
+        out: The run directory; becomes a Hugging Face folder with a report, and ``stages`` beside it.
+        overrides: ``step.key=value``, as with ``--set``.
+        progress: Called with events.
+
+    Returns:
+        The content of ``results.json``.
+
+    Raises:
+        Problem: On a user's mistake; what was finished is kept.
+    """
+    with ranks.joined():
+        loaded = load_recipe(recipe, overrides)
+        stages, rest = divided(loaded)
+        directory = RunDirectory(Path(out))
+
+        curves: dict[str, list[tuple[int, float]]] = {}
+
+        def tell(event: str, **fields: Any) -> None:
+            if not ranks.leads():
+                return
+            progress(event, fields)
+            if event == "step":
+                curves[f"{fields['number'] + 1}. {fields['method']}"] = []
+            if event == "trained":
+                list(curves.values())[-1].append((fields["steps"], fields["loss"]))
+                write_live(directory.out / STAGES, {name: points for name, points in curves.items() if points})
+
+        trained = run_stages(loaded, stages, directory.out, versions=versions(), tell=tell)
+        after = loaded.model_copy(update={"steps": tuple(rest)})
+        context, steps = prepare(after, str(trained.model), directory.out, False, progress)
+        made = trained.model.relative_to(directory.out).as_posix()
+        return carry_out(context, steps, made, _command("train", recipe, "", out, overrides), trained.stages)
 
 
 def _check_workers(recipe: Recipe, workers: int, address: str) -> None:
@@ -129,277 +137,28 @@ def _check_workers(recipe: Recipe, workers: int, address: str) -> None:
         )
 
 
-def _run(context: Context, steps: list[Step], model: str, command: str) -> dict[str, Any]:
-    """The run; under torchrun all ranks walk together, and the first one measures and writes."""
-    out = context.directory.out
-    finished = out / "manifest.json"
-    if ranks.shared(finished.is_file()):
-        context.tell("done", out=str(out), again=True)
-        return load_results(out)
-    folder, results = context.source, _new_results(context, model, command)
-    for number, step in enumerate(steps):
-        place = f"step-{number:02d}-{step.id}"
-        context.tell("step", method=step.method, number=number, of=len(steps))
-        kind = get_method(step.method).kind
-        if kind == "export":
-            results["exports"].append(_export(context, folder, step, place))
-        elif kind == "reduce":
-            folder = _reduce(context, folder, step, place, results)
-        elif kind != "evaluate":
-            folder = _transform(context, folder, step, place, results)
-        elif ranks.leads():
-            subjects = _subjects(context, folder)
-            results["evaluations"].append(measure(subjects, memo=_told(context, place), **step.settings.model_dump()))
-    if ranks.leads():
-        _finish(context, folder, model, results)
-    ranks.wait()
-    return load_results(out)
-
-
-def _prepare(recipe: Recipe, model: str, out: Path, allow_generic: bool, progress: Progress) -> tuple[Context, list[Step]]:
-    steps = recipe.resolved()
-    for step in steps:
-        if get_method(step.method).kind == "images":
-            raise Problem(
-                f"`{step.method}` needs images.",
-                why="this recipe has texts.",
-                fix="`images:` with `data: fashion-mnist`, or a folder, in the recipe.",
-            )
-    source = ranks.shared(open_model(model) if ranks.leads() else None)
-    Checkpoint(source)
-    tokens = _tokens(recipe, source)
-    directory = RunDirectory(out)
-    wanted = directory.recorded("recipe", "dtype") if recipe.dtype == "auto" else recipe.dtype
-    dtype = ranks.shared(forward_dtype(wanted) if ranks.leads() else None)
-    shortened = False
-    for step in steps:
-        shortened = shortened or get_method(step.method).kind == "reduce"
-        if isinstance(step.settings, EvaluateSettings):
-            check_texts(step.settings, recipe.calibration.text)
-            if shortened and step.settings.text and not step.settings.context:
-                raise no_likelihood()
-    context = Context(recipe, source, directory, tokens, dtype, allow_generic, progress)
-    if ranks.leads():
-        _claim(context, _lock(recipe, steps, dtype))
-    ranks.wait()
-    return context, steps
-
-
-def _claim(context: Context, lock: dict[str, Any]) -> None:
-    """Takes the run directory for this run and writes down what it is."""
-    directory, source = context.directory, context.source
-    directory.claim({
-        "model": hash_model(source, ".json", ".safetensors"),
-        "calibration tokens": hash_tokens(context.tokens),
-        "recipe": lock,
-        "versions": versions(),
-    })  # fmt: skip
-    for left_over in directory.state.glob(f"{SCRATCH}*"):
-        shutil.rmtree(left_over)
-    write_recipe(directory.out, context.recipe.model_dump(mode="json"), lock)
-
-
-def _tokenizer(folder: Path) -> Any:
-    from transformers import AutoTokenizer
-
-    try:
-        return AutoTokenizer.from_pretrained(folder)
-    except (OSError, ValueError) as error:
-        raise Problem(
-            f"{folder} has no tokenizer that opens.", why="recipes of texts read them by the model's own.",
-            fix="the folder with its `tokenizer.json`; a model of images needs a recipe with `images`.",
-            code=Exit.INCOMPATIBLE,
-        ) from error  # fmt: skip
-
-
-def _tokens(recipe: Recipe, source: Path) -> Tensor:
-    wanted = recipe.calibration
-    return calibration_tokens(
-        _tokenizer(source), wanted.text, sequences=wanted.sequences, length=wanted.length, seed=recipe.seed
-    )
-
-
-def _lock(recipe: Recipe, steps: list[Step], dtype: torch.dtype) -> dict[str, Any]:
-    whole = recipe.model_dump(mode="json")
-    del whole["calibration"]["activation_memory"]
-    return whole | {"dtype": str(dtype).removeprefix("torch."), "steps": [step.lock() for step in steps]}
-
-
-def versions() -> dict[str, str]:
-    """Versions of the packages that decide a result."""
-    return {name: importlib.metadata.version(name) for name in ("duramen", "torch", "transformers", "safetensors")}
-
-
-def _command(recipe: str | Path | dict[str, Any], model: str, out: str | Path, overrides: list[str] | None) -> str:
+def _command(verb: str, recipe: str | Path | dict[str, Any], model: str, out: str | Path, overrides: list[str] | None) -> str:
     named = "recipe.yaml" if isinstance(recipe, dict) else str(recipe)
-    return shlex.join(["duramen", "run", named, model, str(out), *(f"--set={item}" for item in overrides or [])])
-
-
-def _new_results(context: Context, model: str, command: str) -> dict[str, Any]:
-    return {
-        "schema": "duramen-results/1",
-        "command": command,
-        "recipe": context.recipe.name,
-        "model": model,
-        "machine": describe(),
-        "versions": versions(),
-        "calibration": context.recipe.calibration.model_dump(mode="json") | {"tokens": context.tokens.numel()},
-        "steps": [],
-        "evaluations": [],
-        "exports": [],
-    }
-
-
-def _told(context: Context, place: str) -> Callable[[str, Callable[[], Any]], Any]:
-    """The memo of an evaluation, which also reports each part."""
-    remember = context.directory.memo(place)
-
-    def part(key: str, compute: Callable[[], Any]) -> Any:
-        context.tell("evaluating", part=key)
-        return remember(key, compute)
-
-    return part
-
-
-def _kept(context: Context, place: str) -> Memo:
-    """The memo of an editing step: all ranks compute together, the first one keeps."""
-    remember = context.directory.memo(place)
-
-    def part(key: str, compute: Callable[[], Any]) -> Any:
-        if not ranks.shared(context.directory.remembers(place, key)):
-            found = compute()
-            if ranks.leads():
-                remember(key, lambda: found)
-            context.tell("part", part=key)
-            ranks.wait()
-        return remember(key, dict)
-
-    return part
-
-
-def _opening(dtype: torch.dtype, allow_generic: bool) -> dict[str, Any]:
-    """How models are opened to compute with."""
-    return {"dtype": dtype, "device": fastest_device(), "allow_generic": allow_generic}
-
-
-def _subjects(context: Context, folder: Path) -> dict[str, Subject]:
-    options = _opening(context.dtype, context.allow_generic)
-    before = open_subject(context.source, **options)
-    return {"before": before} if folder == context.source else {"before": before, "after": open_subject(folder, **options)}
-
-
-def _transform(context: Context, folder: Path, step: Step, place: str, results: dict[str, Any]) -> Path:
-    """Applies one editing step: walks the blocks; then one rank assembles the folder, reopens it and compares logits."""
-    opened = BlockModel.from_folder(folder, **_opening(context.dtype, context.allow_generic))
-    assert opened.checkpoint is not None
-    store = BlockStore(context.directory.state / place, opened.stored_name)
-    walk = Walk(
-        activation_memory=round(context.recipe.calibration.activation_memory * 2**30),
-        scratch=context.directory.state,
-        store=store,
-        memo=_kept(context, place),
-        folder=context.directory.state / place,
-        parent=None if folder == context.source else context.source,
-        workers=context.workers,
-        address=context.address,
-        told=lambda step, loss: context.tell("trained", steps=step, loss=loss),
-        progress=lambda record: context.tell("layer", blocks=len(opened.blocks), **record),
-    )
-    records = get_method(step.method).apply(opened, context.tokens, walk=walk, **step.settings.model_dump())
-    target = context.directory.state / place / "model"
-    if ranks.leads():
-        results["steps"].append(_assemble(context, opened, store, step, walk, records, target))
-    ranks.wait()
-    return target
-
-
-def _reduce(context: Context, folder: Path, step: Step, place: str, results: dict[str, Any]) -> Path:
-    """Applies a step that changes how a model reads: the weights stay, and a file beside them says how."""
-    opened = BlockModel.from_folder(folder, **_opening(context.dtype, context.allow_generic))
-    walk, target = Walk(memo=_kept(context, place)), context.directory.state / place / "model"
-    found = get_method(step.method).apply(opened, context.tokens, walk=walk, **step.settings.model_dump())
-    if ranks.leads():
-        annotate(folder, target, walk.files)
-        check = _reopened(context, opened, walk, target, last=1)
-        sample, tokenizer = found["sample"], _tokenizer(folder)
-        sample["pieces"] = [tokenizer.decode([token]) for token in sample.pop("ids")]
-        record = {"id": step.id, "method": step.method, "settings": step.lock(), "reopened": check, "layers": []}
-        results["steps"].append(record | {"reduction": found})
-    ranks.wait()
-    return target
-
-
-def _export(context: Context, folder: Path, step: Step, place: str) -> dict[str, Any]:
-    """Writes what there is so far for another program, into ``exports``; once finished it is not written again."""
-    assert isinstance(step.settings, ExportSettings)
-    name = f"{step.id}.gguf" if step.settings.form == "gguf" else step.id
-    target = context.directory.out / "exports" / name
-
-    def write() -> dict[str, Any]:
-        shutil.rmtree(target, ignore_errors=True)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        found: dict[str, Any] = export_to(folder, target, **step.settings.model_dump())
-        return {"file": f"exports/{name}"} | found
-
-    found: dict[str, Any] = dict(_told(context, place)("export", write)) if ranks.leads() else {}
-    ranks.wait()
-    return found
-
-
-def _assemble(
-    context: Context, opened: BlockModel, store: BlockStore, step: Step, walk: Walk, records: Records, target: Path
-) -> dict[str, Any]:
-    assert opened.checkpoint is not None
-    copied = assemble(
-        opened.checkpoint, store, len(opened.blocks), target, walk.reshape, walk.files, opened.by_stored_name(walk.outside)
-    )
-    check = _reopened(context, opened, walk, target)
-    edited = {record["layer"] for record in records}
-    return {
-        "id": step.id, "method": step.method, "settings": step.lock(), "reopened": check, "layers": records,
-        "skipped": [name for name in opened.layer_names() if name not in edited], "copied_unchanged": copied,
-        "shape": walk.reshape.summary if walk.reshape else None, "training": walk.training, "said": walk.said,
-        "rounds": dict(Counter(each.text for each in read_formats(target).values() if each.runs)),
-    }  # fmt: skip
-
-
-def _reopened(context: Context, opened: BlockModel, walk: Walk, target: Path, **options: int) -> dict[str, Any]:
-    """What the check of a saved folder found."""
-    assert walk.final_hidden is not None
-    assert walk.first_batch is not None
-    fits = min(peak_memory(), free_memory(opened.device))
-    check = verify_logits(target, opened, walk.final_hidden, walk.first_batch, whole_up_to=fits, **options)
-    context.tell("saved", folder=str(target), **check)
-    return check
-
-
-def _finish(context: Context, folder: Path, model: str, results: dict[str, Any]) -> None:
-    directory = context.directory
-    if folder == context.source:
-        copy_other_files(folder, directory.out)
-    else:
-        publish(folder, directory.out)
-    results["peak_memory_bytes"] = peak_memory()
-    write_json(directory.out / "results.json", results)
-    write_card(directory.out, results)
-    write_report(directory.out, results)
-    source = hash_model(context.source, ".safetensors")
-    directory.write_manifest(parent={"model": model, "files": source}, versions=versions(), seed=context.recipe.seed)
-    context.tell("done", out=str(directory.out), again=False)
+    words = [named, model, str(out), *(f"--set={item}" for item in overrides or [])]
+    return shlex.join(["duramen", verb, *filter(None, words)])
 
 
 def plan(
-    recipe: str | Path | dict[str, Any], model: str, *, overrides: list[str] | None = None, allow_generic: bool = False
+    recipe: str | Path | dict[str, Any], model: str = "", *, overrides: list[str] | None = None, allow_generic: bool = False
 ) -> dict[str, Any]:
     """What a run would touch, need and take; see ``duramen.forecast``.
 
     Args:
         recipe: Path, shipped name, or dictionary.
-        model: Folder, embedded name, GGUF file or hub id.
+        model: Folder, embedded name, GGUF file or hub id; none for a recipe that begins with stages of training.
         overrides: ``step.key=value``.
         allow_generic: Whether to guess the layout of an unknown architecture.
     """
     loaded = load_recipe(recipe, overrides)
+    if any(get_method(step.method).kind == "train" for step in loaded.resolved()):
+        return forecast_stages(loaded)
+    if not model:
+        raise Problem("A model is missing.", why="this recipe changes one that is there.", fix="`duramen plan RECIPE MODEL`")
     if loaded.images is not None:
         raise Problem(
             "Runs on images are not forecast.",
@@ -429,7 +188,7 @@ def evaluate(model: str, *, allow_generic: bool = False, dtype: str = "auto", **
         **settings: As in the step ``evaluate``.
     """
     chosen = parse_settings(EvaluateSettings, settings, "evaluate")
-    subject = open_subject(open_model(model), **_opening(forward_dtype(dtype), allow_generic))
+    subject = open_subject(open_model(model), **opening(forward_dtype(dtype), allow_generic))
     measured: dict[str, Any] = measure({"before": subject}, **chosen.model_dump())
     return {"model": model, "machine": describe()} | measured
 
@@ -437,7 +196,7 @@ def evaluate(model: str, *, allow_generic: bool = False, dtype: str = "auto", **
 def compare(first: str, second: str, *, allow_generic: bool = False, dtype: str = "auto", **settings: Any) -> dict[str, Any]:
     """Measures two models of one tokenizer on the same tokens, with paired differences; KL is taken from the first."""
     chosen = parse_settings(EvaluateSettings, settings, "compare")
-    options = _opening(forward_dtype(dtype), allow_generic)
+    options = opening(forward_dtype(dtype), allow_generic)
     subjects = {name: open_subject(open_model(model), **options) for name, model in (("before", first), ("after", second))}
     measured: dict[str, Any] = measure(subjects, **chosen.model_dump())
     return {"before": first, "after": second, "machine": describe()} | measured
@@ -465,18 +224,3 @@ def report(run_folder: str | Path) -> Path:
     folder = Path(run_folder)
     results = load_results(folder)
     return write_image_report(folder, results) if "images" in results else write_report(folder, results)
-
-
-def load_results(folder: Path) -> dict[str, Any]:
-    """Reads ``results.json`` of a run.
-
-    Raises:
-        Problem: If the folder holds no finished run.
-    """
-    file = folder / "results.json"
-    if not file.is_file():
-        raise Problem(
-            f"{folder} has no results.json.", why="the run is not finished, or this is no run directory.",
-            fix="run the same `duramen run` line again; it goes on where it stopped.",
-        )  # fmt: skip
-    return dict(json.loads(file.read_text(encoding="utf-8")))

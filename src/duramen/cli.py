@@ -54,13 +54,33 @@ def run(
 
 
 @app.command()
+def train(
+    recipe: RecipeName,
+    out: Annotated[Path, typer.Argument(help="Folder of the model and its stages. The same line again resumes.")],
+    overrides: Overrides = None,
+) -> None:
+    """Trains a model from text: curation, tokenizer, pretraining, and what follows; the same line again goes on."""
+    from duramen import api
+    from duramen.progress import display
+
+    _quiet()
+    with display() as progress:
+        api.train(recipe, out, overrides=overrides, progress=progress)
+
+
+@app.command()
 def plan(
-    recipe: RecipeName, model: Model, overrides: Overrides = None, allow_generic: Generic = False, as_json: Json = False
+    recipe: RecipeName,
+    model: Annotated[str, typer.Argument(help="As for run; none where the recipe trains one.")] = "",
+    overrides: Overrides = None,
+    allow_generic: Generic = False,
+    as_json: Json = False,
 ) -> None:
     """Says what a run would touch, need and take."""
     from duramen import api, tables
 
-    _show(api.plan(recipe, model, overrides=overrides, allow_generic=allow_generic), tables.plan_tables, as_json)
+    found = api.plan(recipe, model, overrides=overrides, allow_generic=allow_generic)
+    _show(found, tables.stage_tables if "stages" in found else tables.plan_tables, as_json)
 
 
 @app.command()

@@ -10,7 +10,7 @@ import errno
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -46,11 +46,11 @@ def replacing(path: Path) -> Iterator[Path]:
         temporary.replace(path)
     except OSError as error:
         temporary.unlink(missing_ok=True)
-        raise _cannot_write(path, error) from error
+        raise cannot_write(path, error) from error
     except BaseException as error:
         temporary.unlink(missing_ok=True)
         if "No space left" in str(error):
-            raise _cannot_write(path, OSError(errno.ENOSPC, str(error))) from error
+            raise cannot_write(path, OSError(errno.ENOSPC, str(error))) from error
         raise
 
 
@@ -81,7 +81,8 @@ def write_tensors(path: Path, tensors: dict[str, Tensor], note: tuple[str, str] 
         save_file({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, temporary, dict([note]))
 
 
-def _cannot_write(path: Path, error: OSError) -> Problem:
+def cannot_write(path: Path, error: OSError) -> Problem:
+    """What is said where a file cannot be written."""
     full = error.errno in (errno.ENOSPC, errno.EDQUOT)
     return Problem(
         f"{path} cannot be written: {error.strerror or error}.",
@@ -115,15 +116,19 @@ class RunDirectory:
         self.out = Path(out)
         self.state = self.out / STATE
 
-    def claim(self, fingerprint: dict[str, Any]) -> None:
+    def claim(self, fingerprint: dict[str, Any], *, beside: Sequence[str] = ()) -> None:
         """Takes the folder for a run with this fingerprint, or goes on with an earlier one.
+
+        Args:
+            fingerprint: All that decides the result.
+            beside: Names in the folder that may be there already.
 
         Raises:
             Problem: If the folder holds something else, or a run that differs; the differences are listed.
         """
         file = self.state / "fingerprint.json"
         if not file.is_file():
-            if self.out.is_dir() and any(item.name != STATE for item in self.out.iterdir()):
+            if self.out.is_dir() and any(item.name not in (STATE, *beside) for item in self.out.iterdir()):
                 raise Problem(
                     f"{self.out} is not empty and holds no Duramen run.",
                     why="a run writes a whole model folder and would mix it with what is there.",

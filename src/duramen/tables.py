@@ -24,6 +24,21 @@ def _table(title: str, *columns: str, rows: Iterable[tuple[Any, ...]]) -> Table:
     return table
 
 
+def stage_tables(found: dict[str, Any]) -> list[Printable]:
+    """Stages of training, and of a new model the memory of every process."""
+    names = [each["id"] for each in found["stages"]] + found["then"]
+    parts: list[Printable] = [f"{found['recipe']}: {', '.join(names)}"]
+    for each in (stage for stage in found["stages"] if "bytes" in stage):
+        parts.append(
+            f"{each['id']}: {each['parameters'] / 1e9:.3f} billion parameters, {each['tokens'] / 1e9:,.3f} billion tokens, "
+            f"{each['flops_per_token'] / 1e9:.3g} GFLOP a token, {each['flops']:.2e} FLOP"
+        )
+        rows = [(ranks, *(f"{size / 2**30:.2f}" for size in sizes.values())) for ranks, sizes in each["bytes"].items()]
+        head = ("processes", *(name.replace("_", " ") for name in next(iter(each["bytes"].values()))))
+        parts.append(_table(f"{each['id']}: predicted GiB of every process", *head, rows=rows))
+    return parts
+
+
 def plan_tables(found: dict[str, Any]) -> list[Printable]:
     """Output of ``duramen plan``."""
     parts: list[Printable] = [f"{found['recipe']} on {found['model']}: family {found['family']}, {found['blocks']} blocks"]

@@ -20,8 +20,8 @@ from torch import Tensor
 from duramen.assets import get_asset
 from duramen.calibrate.tokens import evaluation_tokens, opening
 from duramen.evaluate import likelihood, perplexity, speed
-from duramen.evaluate.intervals import Measured, mean_interval, mean_of, paired_interval, wilson_interval
 from duramen.families.model import BlockModel
+from duramen.intervals import Measured, mean_interval, mean_of, paired_interval, wilson_interval
 from duramen.opening import load, open_blocks
 from duramen.problem import Problem
 from duramen.registry import Settings as MethodSettings

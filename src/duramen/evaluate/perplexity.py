@@ -13,8 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from duramen.evaluate.intervals import Measured, mean_interval
 from duramen.families.model import BlockModel
+from duramen.intervals import Measured, mean_interval
 
 
 @torch.no_grad()

@@ -28,18 +28,19 @@ def write_card(folder: Path, results: dict[str, Any]) -> Path:
 
 
 def _metadata(results: dict[str, Any]) -> dict[str, Any]:
-    return {
-        "library_name": "transformers",
-        "base_model": results["model"],
-        "tags": ["duramen", *(step["method"] for step in results["steps"])],
-    }
+    stages = results.get("stages", [])
+    tags = ["duramen", *(step["method"] for step in [*stages, *results["steps"]])]
+    return {"library_name": "transformers"} | ({} if stages else {"base_model": results["model"]}) | {"tags": tags}
 
 
 def _body(results: dict[str, Any]) -> str:
     shapes = [step["shape"] for step in results["steps"] if step.get("shape")]
     masked = any(layer["removed"] for step in results["steps"] if not step.get("shape") for layer in step["layers"])
     opens = shapes[-1]["opens_in"] if shapes else "plain transformers"
-    parts = [f"# {results['model']}, {results['recipe']}", f"Made with Duramen. Opens in {opens}."]
+    stages = results.get("stages", [])
+    name = results["recipe"] if stages else f"{results['model']}, {results['recipe']}"
+    parts = [f"# {name}", f"Made with Duramen. Opens in {opens}."]
+    parts += [_stage(stage) for stage in stages]
     parts += [_step(step) for step in results["steps"]]
     if results.get("exports"):
         parts.append(
@@ -56,9 +57,28 @@ def _body(results: dict[str, Any]) -> str:
         (MASKED if masked else "") + "Quality was measured only on what the table names.",
         "## How to repeat it",
         f"```\n{results['command']}\n```",
-        "Licence and intended use are those of the base model.",
+        _licences(stages) if stages else "Licence and intended use are those of the base model.",
     ]
     return "\n\n".join(parts) + "\n"
+
+
+def _stage(stage: dict[str, Any]) -> str:
+    """A stage of training: what it saw and what it took."""
+    found, said = stage["found"], f"{stage['seconds'] / 60:.1f} minutes."
+    if "sources" in found and "parameters" in found:
+        seen = ", ".join(f"{count:,} of {name}" for name, count in found["sources"].items())
+        said = f"{found['parameters']:,} parameters; target tokens seen: {seen}. Held-out loss {found['held_out'][-1][1]:.3f}. {said}"
+    return f"## {stage['id']}\n\n{said} Settings: {_settings(stage)}."
+
+
+def _licences(stages: list[dict[str, Any]]) -> str:
+    """Under which terms the text came."""
+    found = {name: terms for stage in stages for name, terms in stage["found"].get("licences", {}).items()}
+    return (
+        "Licences of the text: " + ", ".join(f"{name} {terms}" for name, terms in found.items()) + "."
+        if found
+        else "See the data."
+    )
 
 
 def _step(step: dict[str, Any]) -> str:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from duramen.report.charts import heat_map, line_chart, range_chart, width_chart
+from duramen.report.stages import stage_sections
 from duramen.rundir import write_text
 
 Row = dict[str, str]
@@ -27,6 +28,8 @@ def write_report(folder: Path, results: dict[str, Any]) -> Path:
     page = render(
         "page.html.jinja",
         results=results,
+        title=results["recipe"] if results.get("stages") else f"{results['model']}: {results['recipe']}",
+        stages=stage_sections(results.get("stages", [])),
         verdict=verdict(results),
         rows=measured_rows(evaluation) if evaluation else [],
         steps=[_step(step) for step in results["steps"]],
@@ -62,6 +65,13 @@ def verdict(results: dict[str, Any]) -> str:
     gone = f"{removed / max(size, 1):.1%} of the {size / 1e6:,.1f} million weights in {len(layers)} layers are gone"
     rounded = [layer for layer in layers if "bits" in layer]
     parts = [gone] if removed else []
+    if results.get("stages"):
+        pretrained = [stage["found"] for stage in results["stages"] if "parameters" in stage["found"]]
+        seen = sum(sum(found["sources"].values()) for found in pretrained)
+        size = f"{pretrained[-1]['parameters'] / 1e6:,.1f} million parameters" if pretrained else "a model"
+        parts.append(
+            f"{size}, trained on {seen / 1e6:,.2f} million tokens in {sum(stage['seconds'] for stage in results['stages']) / 60:,.0f} minutes"
+        )
     if rounded:
         bits = sum(layer["bits"] * layer["size"] for layer in rounded) / sum(layer["size"] for layer in rounded)
         parts.append(f"the weights of {len(rounded)} layers are {bits:.2f} bits each")

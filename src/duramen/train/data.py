@@ -73,7 +73,7 @@ def read_rows(file: str, tokenizer: Any, length: int, *, packed: bool) -> Rows:
     Raises:
         Problem: If there is no such file, a line is no example, or nothing is left to learn.
     """
-    documents = [tokenise(parts, tokenizer, length) for parts in _examples(Path(file), tokenizer)]
+    documents = [tokenise(parts, tokenizer, length) for parts in examples(file, tokenizer)]
     documents = [document for document in documents if any(learned for _, learned in document[1:])]
     if not documents:
         raise Problem(
@@ -119,8 +119,13 @@ def tokenise(parts: Parts, tokenizer: Any, length: int) -> list[tuple[int, bool]
     return found[:length]
 
 
-def _examples(file: Path, tokenizer: Any) -> Iterator[Parts]:
-    """The documents of a file, in parts."""
+def examples(name: str, tokenizer: Any) -> Iterator[Parts]:
+    """The documents of a jsonl file, in parts.
+
+    Raises:
+        Problem: If there is no such file, or a line is no example.
+    """
+    file = Path(name)
     if not file.is_file():
         raise Problem(f"There is no file {file}.", why="`data` names the examples to learn.", fix=f"a jsonl file with {FORMS}.")
     for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), 1):

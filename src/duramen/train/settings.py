@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from duramen.registry import Settings
-from duramen.train.loop import Schedule
+from duramen.train.schedule import Schedule
 
 
 class ScheduleSettings(Settings):

@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from duramen.evaluate.intervals import paired_interval
+from duramen.intervals import paired_interval
 from duramen.problem import Problem
 from duramen.video.rehash import Rehash, course_of
 from duramen.video.schedules import check_count, optimal_schedule, reuse_cost, similarity, threshold_for, uniform_schedule

@@ -19,8 +19,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from duramen.evaluate.intervals import paired_interval
 from duramen.hardware.machine import describe, fastest_device
+from duramen.intervals import paired_interval
 from duramen.problem import Exit, Problem
 from duramen.rundir import replacing, write_json
 from duramen.video.calibrate import Choice, choose_schedule

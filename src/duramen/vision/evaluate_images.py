@@ -10,8 +10,8 @@ import torch
 from pydantic import Field
 from torch import nn
 
-from duramen.evaluate.intervals import paired_interval, wilson_interval
 from duramen.hardware.clock import repeated
+from duramen.intervals import paired_interval, wilson_interval
 from duramen.registry import Settings as MethodSettings
 from duramen.registry import method
 from duramen.vision.images import Images, seen_by

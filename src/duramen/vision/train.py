@@ -14,7 +14,8 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, kl_div, log_softmax
 
-from duramen.train.loop import History, Schedule, train
+from duramen.train.loop import History, train
+from duramen.train.schedule import Schedule
 from duramen.train.settings import ScheduleSettings
 from duramen.vision.images import Images, in_parts, seen_by
 
