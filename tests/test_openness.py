@@ -8,7 +8,19 @@ from hypothesis import strategies as st
 
 from duramen.problem import Problem
 from duramen.release.components import BY_NAME, COMPONENTS, PAPER, REPORT, required
-from duramen.release.licences import FITTING, NEWER, OPEN_DATA, fits, is_open, open_to_the_evaluator, parse, spdx, suggest
+from duramen.release.licences import (
+    FITTING,
+    NEWER,
+    OPEN_DATA,
+    PHRASES,
+    detect,
+    fits,
+    is_open,
+    open_to_the_evaluator,
+    parse,
+    spdx,
+    suggest,
+)
 from duramen.release.openness import PROFILES, advise, evaluate
 
 THREE, TWO, ONE = (required(level) for level in (3, 2, 1))
@@ -160,3 +172,23 @@ def test_unknown_licences_are_named(text, words):
     with pytest.raises(Problem) as caught:
         parse(text)
     assert words in f"{caught.value.what} {caught.value.fix}"
+
+
+def test_licences_of_installed_packages_are_told_by_their_texts():
+    """Of every installed package that states one known licence, its own text says the same."""
+    from importlib.metadata import distributions
+
+    told = {}
+    for package in distributions():
+        stated = package.metadata.get("License-Expression")
+        files = [
+            file
+            for file in package.files or []
+            if file.name.upper().startswith(("LICENSE", "LICENCE", "COPYING")) and "vendor" not in str(file)
+        ]
+        if stated in PHRASES and len(files) == 1:
+            found = detect(package.locate_file(files[0]).read_text(errors="replace"))
+            told[package.metadata["Name"]] = stated in found
+    assert len(told) > 40
+    wrong = [name for name, right in told.items() if not right]
+    assert len(wrong) <= 0.03 * len(told), wrong

@@ -23,6 +23,7 @@ from duramen.train.checkpoint import Checkpoints
 from duramen.train.data import Rows, pack
 from duramen.train.folder import open_causal
 from duramen.train.forecast import forecast_pretraining
+from duramen.train.objective import surprise
 from duramen.train.order import sample_index
 from duramen.train.schedule import Schedule
 from duramen.train.stage import Stage
@@ -60,6 +61,17 @@ def test_the_rate_ends_at_its_floor(shape):
     if shape == "wsd":
         assert set(rates[9:80]) == {1.0}
         assert rates[85] == pytest.approx(0.1 + 0.9 * (1 - math.sqrt(0.25)))
+
+
+def test_surprise_has_the_gradient_of_what_it_is():
+    logits = torch.randn(3, 5, 11, dtype=torch.float64, requires_grad=True)
+    tokens = torch.randint(0, 11, (3, 5))
+    found, size = surprise(logits, tokens)
+    torch.testing.assert_close(size, logits.logsumexp(-1))
+    torch.testing.assert_close(
+        found, torch.nn.functional.cross_entropy(logits.flatten(0, 1), tokens.flatten(), reduction="none").view(3, 5)
+    )
+    assert torch.autograd.gradcheck(lambda logits: surprise(logits, tokens), logits)
 
 
 def corpus(lengths, room, shared=True):

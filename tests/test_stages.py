@@ -1,4 +1,4 @@
-"""The story of a training: text to a tuned model by one line, killed at any moment and gone on with, checked, measured and reported."""
+"""The story of a training and its release: text to a tuned model by one line, killed at any moment and gone on with, checked, measured, reported and classed."""
 
 import json
 import os
@@ -15,6 +15,11 @@ import duramen
 from duramen import api, stages
 from duramen.problem import Problem
 from duramen.recipe import load_recipe
+from duramen.release.evidence import Wish
+from duramen.release.openness import evaluate
+from duramen.release.provenance import check_sums
+from duramen.release.release import release, verify
+from duramen.rundir import hash_file
 from test_curate import document
 
 MODEL = {
@@ -26,12 +31,11 @@ MODEL = {
 def recipe(tmp_path_factory):
     folder = tmp_path_factory.mktemp("corpus")
     (folder / "corpus.jsonl").write_text("".join(json.dumps({"text": document(seed)}) + "\n" for seed in range(60)))
-    (folder / "exam.txt").write_text(" ".join(document(seed) for seed in range(200, 204)))
     small = {"data": "exercises", "batch": 8, "at_once": 8, "length": 64, "every": 2, "learning_rate": 1e-3}
     steps = [
         {
             "method": "curate", "sources": [{"text": str(folder / "corpus.jsonl"), "licence": "CC0-1.0"}], "held_out": 0.1, "shards": 1,
-            "decontaminate": [str(folder / "exam.txt")],
+            "decontaminate": ["boolq"],
         },
         {"method": "tokenize", "vocabulary": 420},
         {"method": "pretrain", "model": MODEL, "context": 64, "steps": 6, "batch": 4, "at_once": 4, "every": 2, "held_out_rows": 2},
@@ -39,7 +43,7 @@ def recipe(tmp_path_factory):
         {"method": "sft", "examples": 64, "epochs": 1, "measure": 3, **small},
         {"method": "dpo", "examples": 40, **small},
         {"method": "grpo", "examples": 32, "reward": "near", "steps": 2, "answers": 4, "longest": 8, **small | {"every": 1}},
-        {"method": "evaluate", "text": [str(folder / "exam.txt")], "windows": 2, "length": 32, "prompts": ["the"], "latency": False},
+        {"method": "evaluate", "text": ["boolq"], "windows": 2, "length": 32, "prompts": ["the"], "latency": False},
     ]  # fmt: skip
     file = folder / "recipe.yaml"
     file.write_text(yaml.safe_dump({"name": "small", "steps": steps}, sort_keys=False))
@@ -87,7 +91,10 @@ def test_every_stage_says_what_went_in_and_came_out(whole):
     assert set(pretrained["inputs"]) == {"data", "tokens", "tokenizer"}
     assert "model/model.safetensors" in pretrained["outputs"]
     assert any(name.startswith("checkpoints/") for name in pretrained["outputs"])
-    assert json.loads((out / "manifest.json").read_text())["files"]["stages/02-pretrain/manifest.json"]
+    kept = json.loads((out / "manifest.json").read_text())
+    assert "stages/02-pretrain/manifest.json" in kept["measured"]
+    assert "stages/02-pretrain/model/model.safetensors" in kept["files"]
+    assert not any("/work/" in name for name in kept["files"]), "what stages need only while they run is gone"
 
 
 def test_the_report_tells_the_story(whole):
@@ -176,3 +183,174 @@ def test_a_plan_says_what_it_will_take(capsys):
     (pretrained,) = (stage for stage in found["stages"] if "bytes" in stage)
     assert 9e6 < pretrained["parameters"] < 11e6
     assert found["then"] == ["evaluate"]
+
+
+@pytest.fixture
+def released(whole, tmp_path):
+    out = tmp_path / "out"
+    shutil.copytree(whole[0], out)
+    (out / "report.md").write_text("# How it was made\n\nBy the recipe.\n")
+    return out, release(out, Wish(report="report.md", paper="report.md", producer="the tests"))
+
+
+def test_its_own_manifests_make_it_class_one(released, whole):
+    out, found = released
+    assert (found["class"], found["label"]) == (1, "Class I - Open Science Model")
+    assert found["profiles"]["mot"]["class"] == 1
+    assert found["missing"]["1"] == []
+    listed = {each["name"]: each for each in found["components"]}
+    for each in listed.values():
+        assert all((out / file).is_file() for file in each["files"]), each["name"]
+    assert listed["Datasets"]["licence"] == "CC0-1.0"
+    assert listed["Evaluation data"]["licence"] == "CC-BY-SA-3.0"
+    assert release(whole[0], Wish())["class"] == 0, "without a report"
+    assert release(whole[0], Wish())["missing"]["3"] == ["Technical report: add it (what the model can do and how to use it)."]
+    shutil.rmtree(whole[0] / "release")
+
+
+def test_the_same_folder_gives_the_same_bytes(released):
+    out, _ = released
+    before = {file.name: file.read_bytes() for file in (out / "release").iterdir()}
+    shutil.rmtree(out / "release")
+    release(out, Wish(report="report.md", paper="report.md", producer="the tests"))
+    assert {file.name: file.read_bytes() for file in (out / "release").iterdir()} == before
+
+
+def test_what_it_writes_is_what_others_read(released):
+    from cyclonedx.schema import SchemaVersion
+    from cyclonedx.validation.json import JsonStrictValidator
+    from huggingface_hub import DatasetCard, ModelCard
+
+    out, _ = released
+    text = (out / "release" / "sbom.cdx.json").read_text()
+    assert JsonStrictValidator(SchemaVersion.V1_6).validate_str(text) is None
+    assert {part["name"] for part in json.loads(text)["components"]} >= {"duramen", "torch", "transformers"}
+    assert ModelCard.load(out / "README.md").data.library_name == "transformers"
+    card = DatasetCard.load(out / "release" / "DATA_CARD.md")
+    assert card.data.license_name == "CC0-1.0"
+    assert "near duplicates" in card.text
+    framework = yaml.safe_load((out / "release" / "mof.yml").read_text())
+    check_framework(framework)
+    assert evaluate(framework["release"]).level == 1
+    described = json.loads((out / "release" / "croissant.json").read_text())
+    assert described["distribution"][0]["sha256"] == hash_file(out / described["distribution"][0]["name"])
+    said = subprocess.run(
+        [sys.executable, str(out / "release" / "inference.py"), "the"], capture_output=True, text=True, check=True
+    )
+    assert said.stdout.startswith("the")
+    page = (out / "release" / "index.html").read_text()
+    assert "Class I - Open Science Model" in page
+    assert "Evaluation data" in page
+
+
+def check_framework(found):
+    """The constraints of the evaluator's schema, in our words."""
+    assert found["framework"]["name"] == "Model Openness Framework"
+    assert all(isinstance(found["framework"][key], str) for key in ("name", "version", "date"))
+    inner = found["release"]
+    assert {"name", "license", "producer", "components"} <= set(inner)
+    assert inner["name"]
+    assert inner["type"] in ("", "language", "vision", "image", "audio", "video", "3d", "code", "multimodal", "other")
+    assert inner.get("treatment", "pre-trained") in ("pre-trained", "instruct fine-tuned", "chat fine-tuned")
+    assert len(inner["components"]) <= 17
+    for each in inner["components"]:
+        assert all(
+            isinstance(each.get(key, ""), str) for key in ("name", "description", "license", "license_path", "component_path")
+        )
+    for each in inner["license"].values():
+        assert all(each[key] is None or isinstance(each[key], str) for key in ("name", "path"))
+
+
+def sums_again(out):
+    (out / "release" / "SHA256SUMS").write_text(check_sums(out))
+
+
+def changed(file, old, new):
+    text = file.read_text()
+    assert old in text
+    file.unlink()
+    file.write_text(text.replace(old, new, 1))
+
+
+@pytest.mark.parametrize("case", ["none", "byte", "missing", "new", "licence", "verdict", "shard", "truncated", "result"])
+def test_verify_finds(case, released):
+    out, _ = released
+    shard = next((out / "stages" / "00-curate" / "data" / "train").iterdir())
+    if case == "byte":
+        changed(out / "config.json", "llama", "lIama")
+    elif case == "missing":
+        (out / "tokenizer.json").unlink()
+    elif case == "new":
+        (out / "extra.txt").write_text("?")
+    elif case == "licence":
+        changed(out / "release" / "mof.yml", "Apache-2.0", "MIT")
+        sums_again(out)
+    elif case == "verdict":
+        changed(out / "release" / "verdict.json", '"class": 1', '"class": 2')
+        sums_again(out)
+    elif case in ("shard", "truncated"):
+        content = shard.read_bytes()
+        shard.unlink()
+        shard.write_bytes(content[:-40])
+        if case == "shard":
+            sums_again(out)
+    elif case == "result":
+        changed(out / "results.json", '"samples": 2', '"samples": 3')
+    wrong = verify(out)
+    expected = {
+        "none": "", "byte": "config.json was changed", "missing": "tokenizer.json is missing", "new": "extra.txt is not listed",
+        "licence": "mof.yml does not say what the files prove", "verdict": "the verdict's class is 2, and the files give 1",
+        "shard": "is not what was made", "truncated": "was changed", "result": "results.json was changed",
+    }[case]  # fmt: skip
+    assert wrong == [] if case == "none" else any(expected in line for line in wrong), wrong
+
+
+def test_a_release_gates(released, capsys):
+    out, _ = released
+    assert release(out, Wish(report="report.md", paper="report.md"), required=1)["class"] == 1
+    with pytest.raises(Problem, match="class II is required") as caught:
+        release(out, Wish(), required=2)
+    assert "Technical report" in caught.value.what
+
+
+@pytest.mark.parametrize(
+    ("wish", "words"),
+    [
+        (Wish(licences={"code": "Apache 2"}), "no SPDX licence"),
+        (Wish(report="nowhere.md"), "no file"),
+    ],
+)
+def test_wishes_that_cannot_be(wish, words, released):
+    with pytest.raises(Problem, match=words):
+        release(released[0], wish)
+
+
+def test_a_model_that_was_compressed_keeps_its_base_s_terms(llama, texts, tmp_path):
+    steps = [
+        {"method": "magnitude", "sparsity": 0.5},
+        {"method": "evaluate", "text": [str(texts[1])], "length": 32, "windows": 2, "latency": False},
+    ]
+    base = tmp_path / "base"
+    shutil.copytree(llama, base)
+    recipe = {"calibration": {"text": [str(texts[0])], "sequences": 4, "length": 32}, "steps": steps}
+    duramen.run(recipe, str(base), tmp_path / "out")
+    found = release(tmp_path / "out", Wish(base_licence="Apache-2.0"))
+    assert found["class"] == 0
+    assert {line.split(":")[0] for line in found["missing"]["3"]} == {"Data card", "Technical report"}
+    assert {"Datasets", "Training code"} <= {name for name, status in found["statuses"].items() if status == "missing"}
+    weights = next(each for each in found["components"] if each["name"] == "Model parameters (Final)")
+    assert weights["licence"] == "Apache-2.0"
+    bill = json.loads((tmp_path / "out" / "release" / "sbom.cdx.json").read_text())
+    assert any(part["type"] == "machine-learning-model" and part["name"] == str(base) for part in bill["components"])
+    with pytest.raises(Problem, match="cannot be put under MIT"):
+        release(tmp_path / "out", Wish(base_licence="Apache-2.0", licences={"data": "MIT"}))
+    (tmp_path / "out" / "LICENSE").write_text("Apache License\nVersion 2.0, January 2004\n")
+    with pytest.raises(Problem, match="Two licences conflict"):
+        release(tmp_path / "out", Wish(base_licence="MIT"))
+    (tmp_path / "out" / "secret").symlink_to("/etc/hostname")
+    with pytest.raises(Problem, match="is a link to"):
+        release(tmp_path / "out", Wish())
+    with pytest.raises(Problem, match="is no model"):
+        release(tmp_path, Wish())
+    with pytest.raises(Problem, match="has no release"):
+        verify(llama)

@@ -225,6 +225,11 @@ ASSETS: dict[str, Asset] = {
         _requests("social_iqa", "task", "socialiqa/rc_0shot", "CC-BY-4.0"),
         _requests("winogrande", "task", "winogrande/rc_0shot", "Apache-2.0 (code), CC-BY (data)"),
         _requests("lambada", "task", "lambada/bpb_0shot", "CC-BY-4.0"),
+        _requests("piqa_5shot", "task", "piqa/rc_5shot", "AFL-3.0"),
+        _requests("hellaswag_5shot", "task", "hellaswag/rc_5shot", "MIT"),
+        _requests("arc_easy_5shot", "task", "arc_easy/rc_5shot", "CC-BY-SA-4.0"),
+        _requests("arc_challenge_5shot", "task", "arc_challenge/rc_5shot", "CC-BY-SA-4.0"),
+        _requests("winogrande_5shot", "task", "winogrande/rc_5shot", "Apache-2.0 (code), CC-BY (data)"),
     )
 }  # fmt: skip
 

@@ -194,6 +194,46 @@ def video(
 
 
 @app.command()
+def release(
+    folder: Annotated[Path, typer.Argument(metavar="MODEL", help="Folder of a model, best the OUT of `train` or `run`.")],
+    require: Annotated[
+        int, typer.Option(min=0, max=3, help="Class that it must reach, 1 the most open; exit code 1 otherwise.")
+    ] = 0,
+    profile: Annotated[
+        str, typer.Option(help="Rules: fixed, mot (the public evaluator's, with its faults) or paper.")
+    ] = "fixed",
+    licence: Annotated[
+        list[str] | None, typer.Option(metavar="KIND=SPDX", help="Of code, data or document; repeatable.")
+    ] = None,
+    base_licence: Annotated[str, typer.Option(help="Of the model that was compressed, where its folder does not say it.")] = "",
+    report_file: Annotated[str, typer.Option("--report", help="Technical report, a file in the folder.")] = "",
+    paper: Annotated[str, typer.Option(help="Research paper, a file in the folder; a detailed report may be it.")] = "",
+    producer: Annotated[str, typer.Option(help="Who releases it.")] = "unnamed",
+    as_json: Json = False,
+) -> None:
+    """Computes a model's openness class, says what is missing, and writes all that earns it into MODEL/release."""
+    from duramen import tables
+    from duramen.release.evidence import Wish
+    from duramen.release.release import release as write
+
+    wish = Wish(tables.licences_given(licence or []), base_licence, report_file, paper, producer)
+    _show(write(folder, wish, profile=tables.profile_given(profile), required=require), tables.release_tables, as_json)
+
+
+@app.command()
+def verify(folder: Annotated[Path, typer.Argument(metavar="MODEL", help="Folder with a release.")]) -> None:
+    """Takes every hash of a release again and derives its class anew; exit code 1 and what differs if anything does."""
+    from duramen.release.release import verify as check
+
+    wrong = check(folder)
+    for line in wrong:
+        typer.echo(line)
+    if wrong:
+        raise typer.Exit(Exit.CHECK_FAILED)
+    typer.echo("as it was released")
+
+
+@app.command()
 def methods(name: Annotated[str | None, typer.Argument()] = None, as_json: Json = False) -> None:
     """Lists the methods, or explains one with its settings."""
     from duramen import tables

@@ -26,6 +26,10 @@ from duramen.problem import Exit, Problem
 
 STATE = ".duramen"
 MASKS = "masks.safetensors"
+MEASURED = (
+    "log.jsonl", "results.json", "report.html", "README.md", "record.json", "metrics.jsonl", "progress.html", "manifest.json",
+)  # fmt: skip
+"""Names of files with times or measurements of a machine in them, which differ from run to run."""
 CODES, FORMATS = "codes.safetensors", "formats.json"
 
 
@@ -184,9 +188,9 @@ class RunDirectory:
         Returns:
             The manifest: ``files`` (name -> sha256), ``measured`` (names), and ``more``.
         """
-        measured = ["log.jsonl", "results.json", "report.html", "README.md"]
-        own = (*measured, "manifest.json")
-        files = {name: hash_file(file) for name, file in visible_files(self.out).items() if name not in own}
+        there = {name: file for name, file in visible_files(self.out).items() if name != "manifest.json"}
+        measured = [name for name, file in there.items() if file.name in MEASURED]
+        files = {name: hash_file(file) for name, file in there.items() if name not in measured}
         manifest = {"schema": "duramen-manifest/1", "files": files, "measured": measured} | more
         write_json(self.out / "manifest.json", manifest)
         return manifest

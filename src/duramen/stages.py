@@ -23,6 +23,7 @@ from duramen.registry import get_method
 from duramen.rundir import RunDirectory, hash_file, visible_files, write_json, write_text
 from duramen.train.checkpoint import FOLDER as CHECKPOINTS
 from duramen.train.forecast import forecast_pretraining
+from duramen.train.pretrain import METRICS
 from duramen.train.stage import DATA, MODEL, TOKENIZER, TOKENS, Stage
 
 STAGES, MANIFEST, RECORD = "stages", "manifest.json", "record.json"
@@ -31,8 +32,6 @@ ALONE = ("curate", "tokenize", "grow")
 """Stages that one process carries out while the others wait."""
 WORK = "work"
 """What a stage only needs while it runs."""
-MEASURED = (RECORD, "metrics.jsonl")
-"""Files of a stage with times in them, whose hashes differ from run to run."""
 
 
 @dataclass(frozen=True)
@@ -168,7 +167,7 @@ def _outputs(folder: Path) -> dict[str, str]:
     return {
         name: digest
         for name, digest in _hashes(folder).items()
-        if name not in (*MEASURED, MANIFEST) and not name.startswith(f"{WORK}/")
+        if name not in (RECORD, METRICS, MANIFEST) and not name.startswith(f"{WORK}/")
     }
 
 

@@ -51,7 +51,7 @@ class Settings(MethodSettings):
     windows: int | None = Field(default=16, ge=1)
     """Windows per text, from its start; null takes the whole text."""
     tasks: tuple[str, ...] = ()
-    """Embedded likelihood tasks: arc_challenge, arc_easy, boolq_questions, commonsense_qa, hellaswag, lambada, openbookqa, piqa, sciq, social_iqa, winogrande; or `commonsense` for the eight that are often averaged."""
+    """Embedded likelihood tasks: arc_challenge, arc_easy, boolq_questions, commonsense_qa, hellaswag, lambada, openbookqa, piqa, sciq, social_iqa, winogrande, and with five examples before each document arc_challenge_5shot, arc_easy_5shot, hellaswag_5shot, piqa_5shot, winogrande_5shot; or `commonsense` for the eight that are often averaged."""
     documents: int = Field(default=100, ge=1)
     """Documents per task, from the start."""
     prompts: tuple[str, ...] = ("The heartwood of a tree is", "Q: What is the capital of France?\nA:")

@@ -200,3 +200,58 @@ USUAL = {
     "openmdw": "OpenMDW-1.0", "psf": "PSF-2.0", "python software foundation": "PSF-2.0", "isc": "ISC", "mpl": "MPL-2.0", "unlicense": "Unlicense",
 }  # fmt: skip
 """What people write, and what they mean."""
+
+
+TAG = re.compile(r"SPDX-License-Identifier:\s*([\w.+() -]+)")
+_MIT, _BSD, _ISC = (
+    "permission is hereby granted, free of charge",
+    "redistribution and use in source and binary forms",
+    "permission to use, copy, modify, and",
+)
+PHRASES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
+    "Apache-2.0": (("apache license", "version 2.0, january 2004"), ()),
+    "MIT": (
+        (_MIT, "the above copyright notice and this permission notice"),
+        ("permission is hereby granted, free of charge, to any person or organization",),
+    ),
+    "BSL-1.0": (("boost software license - version 1.0",), ()),
+    "BSD-3-Clause": ((_BSD, "endorse or promote"), ("all advertising materials",)),
+    "BSD-2-Clause": ((_BSD,), ("endorse or promote", "may not be used")),
+    "ISC": ((_ISC, "provided that the above copyright notice"), ()),
+    "0BSD": ((_ISC,), ("provided that the above copyright notice",)),
+    "GPL-2.0-only": (("gnu general public license version 2, june 1991",), ()),
+    "GPL-3.0-only": (
+        ("gnu general public license version 3, 29 june 2007",),
+        ("gnu affero", "gnu lesser general public license version 3"),
+    ),
+    "LGPL-2.1-only": (("gnu lesser general public license version 2.1, february 1999",), ()),
+    "LGPL-3.0-only": (("gnu lesser general public license version 3, 29 june 2007",), ()),
+    "AGPL-3.0-only": (("gnu affero general public license version 3",), ()),
+    "MPL-2.0": (("mozilla public license version 2.0",), ()),
+    "PSF-2.0": (("python software foundation license version 2",), ()),
+    "Zlib": (("altered source versions must be plainly marked",), ()),
+    "Unlicense": (("this is free and unencumbered software released into the public domain",), ()),
+    "CC0-1.0": (("cc0 1.0 universal",), ()),
+    "CC-BY-4.0": (("attribution 4.0 international",), ("noncommercial", "sharealike", "noderivatives")),
+    "CC-BY-SA-4.0": (("attribution-sharealike 4.0 international",), ("noncommercial",)),
+    "CC-BY-NC-4.0": (("attribution-noncommercial 4.0 international",), ()),
+}
+"""What a licence's text has, and what it does not have."""
+
+
+def detect(text: str) -> list[str]:
+    """The licences whose text, or SPDX tag, stands in a file; several where it holds several."""
+    tagged = [each.strip() for each in TAG.findall(text)]
+    words = re.sub(r"[\s*#>]+", " ", text.lower()).replace("\u201c", '"').replace("\u201d", '"')
+    return list(
+        dict.fromkeys(
+            [
+                *tagged,
+                *(
+                    name
+                    for name, (has, lacks) in PHRASES.items()
+                    if all(each in words for each in has) and not any(each in words for each in lacks)
+                ),
+            ]
+        )
+    )

@@ -168,7 +168,7 @@ class _Run:
         chosen = self.schedule.sequences(step, self.task.sequences)
         targets = max(1, sum(map(self.task.targets, chosen)))
         mine, total = chosen[ranks.rank() :: ranks.count()], torch.zeros((), dtype=torch.float64)
-        self.optimizer.zero_grad(set_to_none=False)
+        self.optimizer.zero_grad()
         with drawn_anew(self.schedule.seed, step):
             for start in range(0, len(mine), self.schedule.at_once):
                 loss = self.task.loss(mine[start : start + self.schedule.at_once]) / targets

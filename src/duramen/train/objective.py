@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -23,6 +24,29 @@ def negative_log_likelihood(logs: Float[Tensor, "... V"], tokens: Int[Tensor, ".
 def divergence(teacher: Float[Tensor, "... V"], student: Float[Tensor, "... V"]) -> Float[Tensor, "..."]:
     """KL(teacher ‖ student) of log-probabilities."""
     return (teacher.exp() * (teacher - student)).sum(-1)
+
+
+def surprise(logits: Float[Tensor, "... V"], tokens: Int[Tensor, "..."]) -> tuple[Float[Tensor, "..."], Float[Tensor, "..."]]:
+    """Negative log-likelihood of every token, and the logarithm of its softmax' denominator, with one pass over the logits each way."""
+    found: tuple[Tensor, Tensor] = _Surprise.apply(logits, tokens)
+    return found
+
+
+class _Surprise(torch.autograd.Function):
+    """The gradient of both is the softmax times theirs, less that of the likelihood at the token."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        logs = logits.log_softmax(-1)
+        ctx.save_for_backward(logs, tokens)
+        likelihood = -logs.gather(-1, tokens[..., None])[..., 0]
+        return likelihood, logits.gather(-1, tokens[..., None])[..., 0] + likelihood
+
+    @staticmethod
+    def backward(ctx: Any, *of: Tensor) -> tuple[Tensor, None]:
+        logs, tokens = ctx.saved_tensors
+        gradient = logs.exp().mul_((of[0] + of[1])[..., None])
+        return gradient.scatter_add_(-1, tokens[..., None], -of[0][..., None]), None
 
 
 @dataclass(frozen=True)

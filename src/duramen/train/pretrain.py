@@ -28,6 +28,7 @@ from duramen.train.data import Rows, keeps_apart
 from duramen.train.folder import blocks_of, check_vocabulary, gathered, make_causal, open_causal, save_causal, share_out
 from duramen.train.grow import GROWN
 from duramen.train.loop import History, recomputed, train
+from duramen.train.objective import surprise
 from duramen.train.schedule import Schedule, Shape
 from duramen.train.settings import ScheduleSettings
 from duramen.train.stage import MODEL, TOKENIZER, TOKENS, Stage
@@ -145,14 +146,14 @@ class NextToken:
         """Negative log-likelihood and log of the softmax' denominator of every target token, [N] each."""
         device = next(self.network.parameters()).device
         rows = rows.to(device)
-        places = {"position_ids": rows.places} if self.apart else {}
+        several = rows.places is not None and bool((rows.places[:, -1] < rows.places.shape[1] - 1).any())
+        places = {"position_ids": rows.places} if self.apart and several else {}
         wanted = rows.learned[:, 1:]
         half = torch.autocast(device.type, self.dtype) if self.dtype != torch.float32 and ranks.count() == 1 else nullcontext()
         with half:
             logits = self.network(input_ids=rows.tokens, use_cache=False, **places).logits[:, :-1]
-        logits = logits[wanted].float()
-        size = logits.logsumexp(-1)
-        return size - logits.gather(-1, rows.tokens[:, 1:][wanted][:, None])[:, 0], size
+        likelihood, size = surprise(logits.float(), rows.tokens[:, 1:])
+        return likelihood[wanted], size[wanted]
 
 
 @method("pretrain", title="Pretraining", paper="arXiv 2412.06845, 2404.06395, 2203.03466", kind="train", settings=Settings)

@@ -89,7 +89,7 @@ class Corpus:
                 learned[row, start + 1 : end] = True
                 places[row, start:end] = torch.arange(len(piece))
                 start = end
-            places[row, start:] = torch.arange(self.length - start)
+            places[row, start:] = torch.arange(self.length - start) + (places[row, start - 1] + 1 if start else 0)
         return Rows(tokens, learned, places)
 
     def targets(self, source: str, number: int) -> int:

