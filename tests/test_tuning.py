@@ -2,6 +2,8 @@
 
 import json
 import math
+import random
+import re
 
 import numpy as np
 import pytest
@@ -241,23 +243,23 @@ def test_exercises_have_one_answer_and_a_miss_and_none_is_on_both_sides():
     asked = list(exercises(200, 1, held_out=True))
     assert len(learned) == 3000
     assert len(asked) == 200
-    assert not {row["prompt"] for row in learned} & {row["prompt"] for row in asked}
-    assert all(row["chosen"] != row["rejected"] for row in learned)
-    assert all(is_held_out(row["prompt"]) for row in asked)
-    by_prompt = {}
-    import random
-
-    draw = random.Random(5)
-    for _ in range(5000):
-        prompt, answer, _ = exercise(draw)
-        assert by_prompt.setdefault(prompt, answer) == answer
-    assert "Is 7 even or odd?" not in by_prompt or by_prompt["Is 7 even or odd?"] == "7 is odd."
+    assert not {each.prompt for each in learned} & {each.prompt for each in asked}
+    assert all(is_held_out(each.prompt) for each in asked)
+    for each in learned:
+        assert each.answer != each.miss
+        assert re.fullmatch(each.form, each.answer)
+        if not each.prompt.startswith("Is "):
+            assert not re.fullmatch(each.form, each.miss), each
+    answers, draw = {}, random.Random(5)
+    for each in (exercise(draw) for _ in range(5000)):
+        assert answers.setdefault(each.prompt, each.answer) == each.answer
 
 
 def test_answers_are_counted_with_their_interval(llama):
     found = answered(open_causal(llama), tiny.tokenizer(), 5, 0)
     assert (found["share"], found["count"]) == (0, 5)
     assert 0.3 < found["high"] < 0.6
+    assert found["form"]["share"] == 0
     assert answered(None, None, 0, 0) is None
 
 

@@ -114,11 +114,12 @@ def _tuned(found: Found) -> Found:
     rows: list[tuple[str, ...]] = []
     if found.get("exercises"):
         rows = [
-            (when, f"{each['share']:.1%}", f"{each['low']:.1%} to {each['high']:.1%}", f"{each['count']:,}")
-            for when, each in found["exercises"].items()
+            (f"{when}, {what}", f"{each['share']:.1%}", f"{each['low']:.1%} to {each['high']:.1%}", f"{counted['count']:,}")
+            for when, counted in found["exercises"].items()
+            for what, each in (("to the letter", counted), ("in the form asked for", counted["form"]))
         ]
         samples = [(asked, said or "nothing") for asked, _, said in found["exercises"]["after"]["answers"][:SHOWN]]
-        words += " Held-out exercises that are answered to the letter:"
+        words += " Held-out exercises, answered greedily:"
     return {
         "words": words,
         "head": ("", "Right", "95 % interval", "Exercises") if rows else (),

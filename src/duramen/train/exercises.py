@@ -8,7 +8,9 @@ from __future__ import annotations
 import hashlib
 import json
 import random
+import re
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -119,35 +121,61 @@ WORDS = [
 ]
 
 
-def exercise(draw: random.Random) -> tuple[str, str, str]:
-    """One exercise: its text, its answer, and a near miss."""
+@dataclass(frozen=True)
+class Exercise:
+    """One exercise.
+
+    Attributes:
+        prompt: What is asked.
+        answer: To the letter.
+        miss: A near miss.
+        form: What every answer of the right form matches.
+    """
+
+    prompt: str
+    answer: str
+    miss: str
+    form: str
+
+
+def exercise(draw: random.Random) -> Exercise:
+    """One exercise of five kinds."""
     kind = draw.randrange(5)
     if kind == 0:
         first, size = draw.randint(1, 90), draw.randint(3, 8)
         numbers = [str(first + number) for number in range(size)]
         wrong = numbers[:-1] if draw.random() < 0.5 else [*numbers, str(first + size)]
-        return f"Count from {numbers[0]} to {numbers[-1]}.", ", ".join(numbers) + ".", ", ".join(wrong) + "."
+        return Exercise(
+            f"Count from {numbers[0]} to {numbers[-1]}.",
+            ", ".join(numbers) + ".",
+            ", ".join(wrong) + ".",
+            rf"\d+(, \d+){{{size - 1}}}\.",
+        )
     if kind == 1:
         word, times = draw.choice(WORDS), draw.randint(2, 5)
-        return (
-            f"Say {word} {times} times.",
-            ", ".join([word] * times) + ".",
-            ", ".join([word] * (times + draw.choice((-1, 1)))) + ".",
-        )
+        said, missed = (", ".join([word] * count) + "." for count in (times, times + draw.choice((-1, 1))))
+        return Exercise(f"Say {word} {times} times.", said, missed, rf"(\w+)(, \1){{{times - 1}}}\.")
     if kind == 2:
         words = draw.sample(WORDS, draw.randint(2, 4))
-        lines = [f"- {word}" for word in words]
-        return f"List these words: {', '.join(words)}.", "\n".join(lines), ", ".join(words)
+        lines = "\n".join(f"- {word}" for word in words)
+        return Exercise(
+            f"List these words: {', '.join(words)}.", lines, ", ".join(words), rf"- \w+(\n- \w+){{{len(words) - 1}}}"
+        )
     if kind == 3:
         spelt = draw.choice(WORDS)
-        return f"Spell {spelt}.", "-".join(spelt), " ".join(spelt)
+        return Exercise(f"Spell {spelt}.", "-".join(spelt), " ".join(spelt), rf"\w(-\w){{{len(spelt) - 1}}}")
     number = draw.randint(1, 999)
     kinds = ("even", "odd")
-    return f"Is {number} even or odd?", f"{number} is {kinds[number % 2]}.", f"{number} is {kinds[1 - number % 2]}."
+    return Exercise(
+        f"Is {number} even or odd?",
+        f"{number} is {kinds[number % 2]}.",
+        f"{number} is {kinds[1 - number % 2]}.",
+        r"\d+ is (even|odd)\.",
+    )
 
 
-def exercises(count: int, seed: int, *, held_out: bool) -> Iterator[dict[str, str]]:
-    """So many different exercises: ``prompt``, ``chosen`` (the answer) and ``rejected`` (a near miss).
+def exercises(count: int, seed: int, *, held_out: bool) -> Iterator[Exercise]:
+    """So many different exercises.
 
     Args:
         count: How many at most; there are fewer where the kinds are exhausted.
@@ -158,10 +186,10 @@ def exercises(count: int, seed: int, *, held_out: bool) -> Iterator[dict[str, st
     for _ in range(50 * count):
         if len(seen) == count:
             return
-        prompt, answer, miss = exercise(draw)
-        if prompt not in seen and is_held_out(prompt) == held_out:
-            seen.add(prompt)
-            yield {"prompt": prompt, "chosen": answer, "rejected": miss}
+        found = exercise(draw)
+        if found.prompt not in seen and is_held_out(found.prompt) == held_out:
+            seen.add(found.prompt)
+            yield found
 
 
 def is_held_out(prompt: str) -> bool:
@@ -170,20 +198,23 @@ def is_held_out(prompt: str) -> bool:
 
 
 def exercises_file(folder: Path, seed: int) -> str:
-    """Writes exercises to learn as jsonl, also with ``completion`` and ``answer``; its path."""
+    """Writes exercises to learn as jsonl, with the fields of all stages that learn them; its path."""
     file = folder / "exercises.jsonl"
     if not file.is_file():
         rows = (
-            {**row, "answer": row["chosen"], "instruction": row["prompt"], "output": row["chosen"]}
-            for row in exercises(COUNT, seed, held_out=False)
-        )
+            {
+                "prompt": each.prompt, "completion": each.answer, "chosen": each.answer, "rejected": each.miss, "answer": each.answer,
+                "instruction": each.prompt, "output": each.answer,
+            }
+            for each in exercises(COUNT, seed, held_out=False)
+        )  # fmt: skip
         write_text(file, "".join(json.dumps(row) + "\n" for row in rows))
     return str(file)
 
 
 @torch.no_grad()
 def answered(network: Any, tokenizer: Any, count: int, seed: int) -> dict[str, Any] | None:
-    """How many held-out exercises a model answers to the letter, greedily.
+    """How many held-out exercises a model answers to the letter, and how many in the form that is asked for, greedily.
 
     Args:
         network: A causal language model.
@@ -192,7 +223,7 @@ def answered(network: Any, tokenizer: Any, count: int, seed: int) -> dict[str, A
         seed: Of what is drawn.
 
     Returns:
-        Share with its 95 % interval (Wilson), the number of exercises, and every one with its answer and what was said; None for no exercises.
+        ``share`` to the letter and ``form``, each with its 95 % interval (Wilson), the ``count`` of exercises, and every one with its answer and what was said; None for no exercises.
     """
     if not count:
         return None
@@ -201,15 +232,18 @@ def answered(network: Any, tokenizer: Any, count: int, seed: int) -> dict[str, A
     network.eval()
     said = [text for start in range(0, len(rows), AT_ONCE) for text in _said(network, tokenizer, rows[start : start + AT_ONCE])]
     network.train(was)
-    right = [text == row["chosen"] for row, text in zip(rows, said, strict=True)]
-    shown = [[row["prompt"], row["chosen"], text] for row, text in zip(rows, said, strict=True)]
-    share = wilson_interval(np.array(right, dtype=float))
-    return {"share": share.value, "low": share.low, "high": share.high, "count": len(rows), "answers": shown}
+    right = wilson_interval(np.array([text == row.answer for row, text in zip(rows, said, strict=True)], dtype=float))
+    formed = wilson_interval(
+        np.array([re.fullmatch(row.form, text) is not None for row, text in zip(rows, said, strict=True)], dtype=float)
+    )
+    answers = [[row.prompt, row.answer, text] for row, text in zip(rows, said, strict=True)]
+    found = {"share": right.value, "low": right.low, "high": right.high, "count": len(rows), "answers": answers}
+    return found | {"form": {"share": formed.value, "low": formed.low, "high": formed.high}}
 
 
-def _said(network: Any, tokenizer: Any, rows: list[dict[str, str]]) -> list[str]:
+def _said(network: Any, tokenizer: Any, rows: list[Exercise]) -> list[str]:
     """Greedy answers; prompts are padded on the left."""
-    asked = [prompt_ids(tokenizer, row["prompt"]) for row in rows]
+    asked = [prompt_ids(tokenizer, row.prompt) for row in rows]
     length = max(map(len, asked))
     filler = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     device = next(network.parameters()).device
