@@ -154,6 +154,10 @@ def test_a_mixture_is_kept_to_the_row():
         sum(count for (source, _), count in seen.items() if source == "a") == len([key for key in seen if key[0] == "a"]) == 18
     )
     assert {row for source, row in seen if source == "b"} == set(range(5)), "every row once before any twice"
+    expected = Counter()
+    for source, row in map(plan.place, range(24)):
+        expected[source] += two.targets(source, row)
+    assert plan.targets() == expected
     natural = make_plan(two, 35, {}, 0)
     assert natural.counts == {"a": 30, "b": 5}
     with pytest.raises(Problem, match="no mixture"):

@@ -28,11 +28,19 @@ def joined() -> Iterator[None]:
     if int(os.environ.get("WORLD_SIZE", "1")) < 2 or distributed.is_initialized():
         yield
         return
-    distributed.init_process_group("gloo", timeout=PATIENCE)
+    distributed.init_process_group(_backend(), timeout=PATIENCE)
     try:
         yield
     finally:
         distributed.destroy_process_group()
+
+
+def _backend() -> str:
+    """Gloo on processors, and NCCL beside it where every process of this machine has a GPU of its own."""
+    if torch.cuda.is_available() and torch.cuda.device_count() >= int(os.environ.get("LOCAL_WORLD_SIZE", "1")):
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+        return "cpu:gloo,cuda:nccl"
+    return "gloo"
 
 
 def count() -> int:

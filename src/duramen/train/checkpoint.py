@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, distributed
+from torch.distributed.tensor import DTensor
 
 from duramen.calibrate import ranks
 from duramen.problem import Exit, Problem
@@ -63,7 +64,7 @@ class Checkpoints:
         self.wait()
         if self._group is None and ranks.count() > 1:
             self._group = distributed.new_group(backend="gloo")
-        copies = {name: tensor.detach().clone() for name, tensor in tensors.items()}
+        copies = {name: _copied(tensor) for name, tensor in tensors.items()}
         self._writing = self._thread.submit(self._write, step, copies, facts)
 
     def wait(self) -> None:
@@ -131,7 +132,7 @@ class Checkpoints:
         try:
             partial.mkdir(parents=True, exist_ok=True)
             if self._group is None:
-                save_file({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, partial / "model.safetensors")
+                save_file(tensors, partial / "model.safetensors")
             else:
                 writer = _dcp().HuggingFaceStorageWriter(str(partial), save_distributed=True)
                 _dcp().save(tensors, storage_writer=writer, process_group=self._group)
@@ -158,6 +159,13 @@ class Checkpoints:
         for old in sorted(self.folder.glob("step-*[0-9]"))[: -self.keep]:
             if not self.milestones or int(old.name.removeprefix("step-")) % self.milestones:
                 shutil.rmtree(old)
+
+
+def _copied(tensor: Tensor) -> Tensor:
+    """A copy that training does not change: of a shard where it is, of anything else in main memory."""
+    if isinstance(tensor, DTensor):
+        return tensor.detach().clone()
+    return tensor.detach().to("cpu", copy=True).contiguous()
 
 
 def damaged(place: Path) -> str:

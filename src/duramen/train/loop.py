@@ -187,7 +187,9 @@ class _Run:
         """Whether a step is not finite, or more than six deviations above the mean of the last ones that were taken."""
         if not (math.isfinite(loss) and math.isfinite(norm)):
             return True
-        taken = [step for step in range(len(self.history.losses)) if step not in set(self.history.skipped)][-WINDOW:]
+        skipped, done = set(self.history.skipped), len(self.history.losses)
+        recent = range(done - 1, max(-1, done - 1 - WINDOW - MOST_SKIPPED), -1)
+        taken = [step for step in recent if step not in skipped][:WINDOW]
         if len(taken) < WINDOW:
             return False
         for value, before in ((loss, self.history.losses), (norm, self.history.norms)):

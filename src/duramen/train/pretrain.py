@@ -137,9 +137,11 @@ class NextToken:
     @torch.no_grad()
     def held_out(self) -> dict[str, float]:
         """Mean negative log-likelihood of the held-out target tokens, in nats."""
-        total = 0.0
+        learning, total = self.network.training, 0.0
+        self.network.eval()
         for start in range(0, len(self.aside), self.at_once):
             total += float(self.terms(self.aside[start : start + self.at_once])[0].double().sum())
+        self.network.train(learning)
         return {"loss": total / int(self.aside.learned.sum())}
 
     def terms(self, rows: Rows) -> tuple[Tensor, Tensor]:
@@ -219,19 +221,12 @@ def learn(stage: Stage, settings: Settings, network: Any, only: set[str] | None)
         only: Names of the parameters that are trained; None for all.
     """
     tokenizer, device = open_tokenizer(stage), fastest_device()
-    corpora = [
-        read_corpus(
-            stage.need(TOKENS, "pretrain"),
-            split,
-            settings.context,
-            tokenizer.pad_token_id or 0,
-            shared=keeps_apart(network, len(tokenizer)),
-        )
+    apart, filler = keeps_apart(network, len(tokenizer)), tokenizer.pad_token_id or 0
+    corpus, aside = (
+        read_corpus(stage.need(TOKENS, "pretrain"), split, settings.context, filler, shared=apart)
         for split in ("train", "held_out")
-    ]
-    corpus, aside = corpora
+    )
     plan = make_plan(corpus, settings.steps * settings.batch, settings.weights, settings.seed, epochs=settings.epochs)
-    apart = keeps_apart(network, len(tokenizer))
     flops = flops_per_token(network, settings.context)
     dtype = forward_dtype(settings.dtype)
     parameters = sum(each.numel() for each in network.parameters())
@@ -259,21 +254,11 @@ def learn(stage: Stage, settings: Settings, network: Any, only: set[str] | None)
     ranks.wait()
     return {
         "parameters": parameters, "trained_parameters": sum(each.numel() for group in trained for each in group["params"]),
-        "context": settings.context, "sources": realised(plan, settings), "epochs": plan.epochs(),
+        "context": settings.context, "sources": plan.targets(), "epochs": plan.epochs(),
         "utilisation": {name: each.utilisation for name, each in corpus.packed.items()}, "cut": {name: each.cut for name, each in corpus.packed.items()},
         "losses": history.losses, "held_out": history.held_out, "skipped": history.skipped, "last_rate": settings.schedule.rate(settings.steps - 1),
         "flops_per_token": flops, "keys_counted": "full",
     } | metrics.summary()  # fmt: skip
-
-
-def realised(plan: Plan, settings: Settings) -> dict[str, int]:
-    """Target tokens of every source in all steps."""
-    found = dict.fromkeys(plan.counts, 0)
-    for step in range(settings.steps):
-        for number in settings.schedule.sequences(step, plan.rows):
-            source, row = plan.place(number)
-            found[source] += plan.corpus.targets(source, row)
-    return found
 
 
 def first_rows(corpus: Corpus, most: int) -> Rows:

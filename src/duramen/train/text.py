@@ -163,6 +163,17 @@ class Plan:
             number -= count
         raise IndexError(number)
 
+    def targets(self) -> dict[str, int]:
+        """Target tokens of every source in all N rows: so many whole epochs, and the first rows of another."""
+        found = {}
+        for which, (source, count) in enumerate(self.counts.items()):
+            rows = len(self.corpus.packed[source].rows)
+            each = [self.corpus.targets(source, row) for row in range(rows)]
+            whole, rest = divmod(count, rows)
+            seed = self.seed * 1_009 + which
+            found[source] = whole * sum(each) + sum(each[sample_index(seed, whole, place, rows)] for place in range(rest))
+        return found
+
     def epochs(self) -> dict[str, float]:
         """How often every source is seen."""
         return {source: count / len(self.corpus.packed[source].rows) for source, count in self.counts.items()}
