@@ -92,7 +92,7 @@ def main() -> None:
 def tuned(place: Path, seed: int, epochs: float) -> tuple[Path, np.ndarray]:
     """A model tuned on exercises alone, and which held-out ones it does."""
     texts = [f"{row.prompt} {row.answer}" for row in exercises(4000, seed, held_out=False)]
-    inner = learn(iter(texts), 600)
+    inner = learn(iter(texts), 480)
     spoken = PreTrainedTokenizerFast(
         tokenizer_object=inner, eos_token=END, pad_token=PAD, additional_special_tokens=list(ROLES)
     )

@@ -3,7 +3,7 @@
     python benchmarks/training_resume.py --seeds 1 2
 
 Runs the miniature `train-ci` once, and again for every seed with kill -9 after random times, until it is done; counts kills and stages whose outputs differ. Writes
-benchmarks/results/training_resume.csv. About ten minutes a seed on 1 thread.
+benchmarks/results/training_resume.csv. About eight minutes a seed on 1 thread.
 """
 
 from __future__ import annotations
