@@ -178,8 +178,7 @@ def test_operations_are_those_that_torch_counts():
     tokens = torch.randint(0, 128, (1, 48))
     with FlopCounterMode(display=False) as counter:
         network(tokens).logits.sum().backward()
-    first_layer = 2 * 32 * (32 + 16 + 16) * 0  # inputs of the first block have a gradient too: the embedding learns
-    assert counter.get_total_flops() + first_layer == flops_per_token(network, 48) * 48
+    assert counter.get_total_flops() == flops_per_token(network, 48) * 48
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "mamba", "gpt_neox"])
@@ -323,9 +322,7 @@ with ranks.joined():
     if ranks.leads():
         out.mkdir(exist_ok=True)
     ranks.wait()
-    found = pretrain.apply(Stage(out, {name: Path(place) for name, place in given.items()}, 0), pretrain.Settings(**values))
-    if ranks.leads():
-        (out / "found.json").write_text(json.dumps(found))
+    pretrain.apply(Stage(out, {name: Path(place) for name, place in given.items()}, 0), pretrain.Settings(**values))
 """
 
 
@@ -377,19 +374,19 @@ def test_the_newest_whole_checkpoint_is_taken(checkpoints):
     kept, folder, said = checkpoints
     assert sorted(file.name for file in folder.iterdir()) == ["step-00000002", "step-00000003"]
     state = blank()
-    assert kept.restore(state) == (3, {"losses": [0.1] * 3})
+    assert kept.restore(lambda: state) == (3, {"losses": [0.1] * 3})
     assert state["weight"].tolist() == [3] * 3
     assert int(state["count"]) == 3
     file = folder / "step-00000003" / "model.safetensors"
     file.write_bytes(file.read_bytes()[:-1] + b"!")
     (folder / "step-00000004.partial").mkdir()
-    assert kept.restore(state)[0] == 2
+    assert kept.restore(lambda: state)[0] == 2
     assert state["weight"].tolist() == [2] * 3
     assert "step-00000003 is damaged (model.safetensors was changed)" in said[0]
     assert not (folder / "step-00000004.partial").exists()
     (folder / "step-00000002" / "facts.json").unlink()
     with pytest.raises(Problem, match="None of the 2 checkpoints"):
-        kept.restore(state)
+        kept.restore(lambda: state)
 
 
 def test_a_full_disk_leaves_the_checkpoint_before(checkpoints, monkeypatch):
@@ -404,12 +401,12 @@ def test_a_full_disk_leaves_the_checkpoint_before(checkpoints, monkeypatch):
         kept.wait()
     monkeypatch.undo()
     assert sorted(file.name for file in folder.iterdir()) == ["step-00000002", "step-00000003"]
-    assert kept.restore(blank())[0] == 3
+    assert kept.restore(blank)[0] == 3
 
 
 def test_a_checkpoint_of_another_model_is_refused(checkpoints):
     with pytest.raises(Problem, match="does not fit"):
-        checkpoints[0].restore({"weight": torch.zeros(4), "count": torch.tensor(0)})
+        checkpoints[0].restore(lambda: {"weight": torch.zeros(4), "count": torch.tensor(0)})
 
 
 def test_a_longer_context_is_shown_by_place(texts_as_tokens, tmp_path):

@@ -136,9 +136,7 @@ def test_preferences_are_weighed_as_the_papers_say(loss, tmp_path):
         output_dir=str(tmp_path), loss_type=[dpo.LOSSES[loss]], beta=0.3, report_to=[], use_cpu=True, bf16=False, activation_checkpointing=False,
         disable_dropout=True, per_device_train_batch_size=2,
     )  # fmt: skip
-    trainer = tuning.made(
-        lambda: DPOTrainer(policy, reference, config, train_dataset=Dataset.from_list(rows), processing_class=spoken)
-    )
+    trainer = DPOTrainer(policy, reference, config, train_dataset=Dataset.from_list(rows), processing_class=spoken)
     batch = next(iter(trainer.get_train_dataloader()))
     found = float(trainer.compute_loss(policy, batch).detach())
     total = []
@@ -168,10 +166,8 @@ def test_policies_are_moved_as_the_papers_say(variant, corrected, llama, tmp_pat
         per_device_train_batch_size=2, beta=0.05, use_bias_correction_kl=corrected, epsilon=0.2, **grpo.VARIANTS[variant],
     )  # fmt: skip
     rows = Dataset.from_list([{"prompt": "a", "answer": "b"}] * 2)
-    trainer = tuning.made(
-        lambda: GRPOTrainer(
-            policy, reward_funcs=[grpo.judge(rewards.exact)], args=config, train_dataset=rows, processing_class=spoken
-        )
+    trainer = GRPOTrainer(
+        policy, reward_funcs=[grpo.judge(rewards.exact)], args=config, train_dataset=rows, processing_class=spoken
     )
     trainer.current_gradient_accumulation_steps = 1
     generator = torch.Generator().manual_seed(0)

@@ -213,11 +213,11 @@ def release(
 ) -> None:
     """Computes a model's openness class, says what is missing, and writes all that earns it into MODEL/release."""
     from duramen import tables
-    from duramen.release.evidence import Wish
+    from duramen.release.evidence import Wish, licences_given
     from duramen.release.release import release as write
 
-    wish = Wish(tables.licences_given(licence or []), base_licence, report_file, paper, producer)
-    _show(write(folder, wish, profile=tables.profile_given(profile), required=require), tables.release_tables, as_json)
+    wish = Wish(licences_given(licence or []), base_licence, report_file, paper, producer)
+    _show(write(folder, wish, profile=profile, required=require), tables.release_tables, as_json)
 
 
 @app.command()

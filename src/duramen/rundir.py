@@ -218,6 +218,22 @@ def _short(value: Any) -> str:
     return text if len(text) < 80 else text[:77] + "..."
 
 
+def hash_folder(folder: Path) -> dict[str, str]:
+    """sha256 of the visible files of a folder and its folders, by their paths in it."""
+    return {name: hash_file(file) for name, file in visible_files(folder).items()}
+
+
+def unlike(folder: Path, hashes: dict[str, str]) -> dict[str, str]:
+    """What became of files since their hashes were taken: ``is missing`` or ``was changed``, by name; without those that are as they were."""
+    found = {}
+    for name, digest in hashes.items():
+        if not (folder / name).is_file():
+            found[name] = "is missing"
+        elif hash_file(folder / name) != digest:
+            found[name] = "was changed"
+    return found
+
+
 @dataclass(frozen=True)
 class Finished:
     """What is kept of a block that a step is done with.

@@ -20,8 +20,7 @@ from duramen.hardware.machine import describe
 from duramen.problem import Exit, Problem
 from duramen.recipe import Recipe, Step, dump_yaml
 from duramen.registry import get_method
-from duramen.rundir import RunDirectory, hash_file, visible_files, write_json, write_text
-from duramen.train.checkpoint import FOLDER as CHECKPOINTS
+from duramen.rundir import RunDirectory, hash_file, hash_folder, unlike, write_json, write_text
 from duramen.train.forecast import forecast_pretraining
 from duramen.train.pretrain import METRICS
 from duramen.train.stage import DATA, MODEL, TOKENIZER, TOKENS, Stage
@@ -146,7 +145,7 @@ def _finished(stage: Stage, step: Step, versions: dict[str, str]) -> dict[str, A
             write_json(stage.folder / RECORD, record)
             write_json(manifest, {
                 "schema": "duramen-stage/1", "id": step.id, "method": step.method, "settings": step.lock(), "seed": stage.seed,
-                "inputs": {name: _hashes(folder) for name, folder in stage.given.items()}, "outputs": _outputs(stage.folder),
+                "inputs": {name: hash_folder(folder) for name, folder in stage.given.items()}, "outputs": _outputs(stage.folder),
                 "versions": versions, "machine": describe(), "processes": ranks.count(), "seconds": spent,
                 "joules": None if energy is None or used is None else used - energy,
             })  # fmt: skip
@@ -158,15 +157,11 @@ def _finished(stage: Stage, step: Step, versions: dict[str, str]) -> dict[str, A
     return {key: kept[key] for key in ("id", "method", "settings", "seconds", "joules")} | {"found": record}
 
 
-def _hashes(folder: Path) -> dict[str, str]:
-    return {name: hash_file(file) for name, file in visible_files(folder).items()}
-
-
 def _outputs(folder: Path) -> dict[str, str]:
     """Hashes of what a stage left, but for what holds times."""
     return {
         name: digest
-        for name, digest in _hashes(folder).items()
+        for name, digest in hash_folder(folder).items()
         if name not in (RECORD, METRICS, MANIFEST) and not name.startswith(f"{WORK}/")
     }
 
@@ -178,13 +173,11 @@ def check_stage(folder: Path) -> None:
         Problem: If a file is missing or was changed; it is named.
     """
     kept = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-    for name, digest in kept["outputs"].items():
-        state = "is missing" if not (folder / name).is_file() else "was changed" if hash_file(folder / name) != digest else ""
-        if state:
-            raise Problem(
-                f"{folder.name}/{name} {state}.", why="the stages after it were made from it, or are about to be.",
-                fix=f"put the file back, or remove {folder} and the stages after it to make them anew.", code=Exit.CHECK_FAILED,
-            )  # fmt: skip
+    for name, state in unlike(folder, kept["outputs"]).items():
+        raise Problem(
+            f"{folder.name}/{name} {state}.", why="the stages after it were made from it, or are about to be.",
+            fix=f"put the file back, or remove {folder} and the stages after it to make them anew.", code=Exit.CHECK_FAILED,
+        )  # fmt: skip
 
 
 def named_files(value: Any) -> dict[str, str]:
@@ -195,7 +188,7 @@ def named_files(value: Any) -> dict[str, str]:
         if text and place.is_file():
             found[text] = hash_file(place)
         elif text and place.is_dir():
-            found |= {f"{text}/{name}": digest for name, digest in _hashes(place).items()}
+            found |= {f"{text}/{name}": digest for name, digest in hash_folder(place).items()}
     return found
 
 
@@ -222,8 +215,3 @@ def forecast_stages(recipe: Recipe) -> dict[str, Any]:
             entry |= forecast_pretraining(step.settings, vocabulary)
         found.append(entry)
     return {"recipe": recipe.name, "stages": found, "then": [step["method"] for step in rest]}
-
-
-def milestones(folder: Path) -> list[Path]:
-    """The checkpoints that a stage kept, in order."""
-    return sorted((folder / CHECKPOINTS).glob("step-*"))

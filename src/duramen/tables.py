@@ -12,7 +12,6 @@ from typing import Any
 
 from rich.table import Table
 
-from duramen.problem import Problem
 from duramen.registry import get_method, method_modules
 
 Printable = str | Table
@@ -40,36 +39,6 @@ def stage_tables(found: dict[str, Any]) -> list[Printable]:
     return parts
 
 
-def licences_given(given: list[str]) -> dict[str, str]:
-    """`KIND=SPDX` as a dictionary.
-
-    Raises:
-        Problem: If one reads otherwise.
-    """
-    found = dict(each.partition("=")[::2] for each in given)
-    for kind, licence in found.items():
-        if kind not in ("code", "data", "document") or not licence:
-            raise Problem(
-                f"`--licence {kind}={licence}` names no licence of a kind.",
-                why="it reads KIND=SPDX.",
-                fix="`--licence document=CC-BY-4.0`",
-            )
-    return found
-
-
-def profile_given(name: str) -> Any:
-    """A profile by its name.
-
-    Raises:
-        Problem: If there is none.
-    """
-    from duramen.release.openness import PROFILES
-
-    if name not in PROFILES:
-        raise Problem(f"There is no profile `{name}`.", why=f"they are {', '.join(PROFILES)}.", fix="`--profile fixed`")
-    return name
-
-
 def release_tables(found: dict[str, Any]) -> list[Printable]:
     """Output of ``duramen release``."""
     badges = ", ".join(f"class {'I' * int(level)}: {badge}" for level, badge in found["badges"].items())
@@ -86,9 +55,8 @@ def release_tables(found: dict[str, Any]) -> list[Printable]:
     ]
     parts: list[Printable] = [f"{found['name']}: {found['label']} ({badges}); {others}"]
     parts.append(_table("components", "component", "class", "state", "licence", "files", rows=rows))
-    further = next((level for level in (3, 2, 1) if found["class"] == 0 or level < found["class"]), None)
-    if further:
-        parts += [f"for class {'I' * further}:", *(f"- {line}" for line in found["missing"][str(further)])]
+    if found["next"]:
+        parts += [f"for class {'I' * found['next']}:", *(f"- {line}" for line in found["missing"][str(found["next"])])]
     return parts + [f"warning: {line}" for line in found["warnings"]]
 
 

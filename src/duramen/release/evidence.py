@@ -14,7 +14,6 @@ from typing import Any
 
 from duramen.assets import ASSETS, DEBIAN
 from duramen.problem import Problem
-from duramen.registry import get_method
 from duramen.release.components import PAPER, REPORT, WEIGHTS
 from duramen.release.licences import detect, parse, suggest
 from duramen.rundir import visible_files
@@ -77,6 +76,23 @@ class Gathered:
     stages: list[dict[str, Any]]
     base: tuple[str, str] | None
     licences: dict[str, str]
+
+
+def licences_given(given: list[str]) -> dict[str, str]:
+    """`KIND=SPDX` as a dictionary.
+
+    Raises:
+        Problem: If one reads otherwise.
+    """
+    found = dict(each.partition("=")[::2] for each in given)
+    for kind, licence in found.items():
+        if kind not in USUAL or not licence:
+            raise Problem(
+                f"`--licence {kind}={licence}` names no licence of a kind.",
+                why="it reads KIND=SPDX.",
+                fix="`--licence document=CC-BY-4.0`",
+            )
+    return found
 
 
 def gather(folder: Path, wish: Wish) -> Gathered:
@@ -186,14 +202,6 @@ def _licences(wish: Wish, base: tuple[str, str] | None) -> dict[str, str]:
     }
 
 
-def _there(folder: Path, *patterns: str) -> tuple[str, ...]:
-    """Visible files of a folder that match, by their paths in it."""
-    names = visible_files(folder)
-    return tuple(
-        name for name, file in names.items() if any(file.match(pattern) and Path(name).match(pattern) for pattern in patterns)
-    )
-
-
 def _top(folder: Path, *patterns: str) -> tuple[str, ...]:
     """Files of the folder itself."""
     return tuple(sorted(file.name for pattern in patterns for file in folder.glob(pattern)))
@@ -281,9 +289,3 @@ def _measured(folder: Path, results: Mapping[str, Any]) -> dict[str, Evidence]:
     if any(each.get("generations") for each in results["evaluations"]):
         found["Sample model outputs"] = Evidence((f"{FOLDER}/samples.md",), "greedy continuations")
     return found
-
-
-def methods_used(gathered: Gathered) -> list[str]:
-    """Names of the methods, in order, with where they come from."""
-    used = [each["method"] for each in [*gathered.stages, *gathered.results.get("steps", [])]]
-    return [f"{name} ({get_method(name).paper})" for name in dict.fromkeys(used)]

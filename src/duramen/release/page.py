@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from duramen.report.page import render
 from duramen.rundir import write_text
 
 MARKS = {"included": "there", "missing": "missing", "unlicensed": "no licence", "invalid": "licence not open"}
@@ -17,18 +18,4 @@ def write_page(file: Path, found: dict[str, Any]) -> None:
         file: To write.
         found: Of ``duramen.release.release.release``.
     """
-    from jinja2 import Environment, PackageLoader, StrictUndefined
-
-    environment = Environment(
-        loader=PackageLoader("duramen.release", "."),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    style = Path(__file__).parents[1] / "report" / "style.css"
-    further = next((level for level in (3, 2, 1) if found["class"] == 0 or level < found["class"]), None)
-    page = environment.get_template("page.html.jinja").render(
-        found=found, style=style.read_text(encoding="utf-8"), marks=MARKS, roman={1: "I", 2: "II", 3: "III"}, further=further,
-    )  # fmt: skip
-    write_text(file, page)
+    write_text(file, render("release.html.jinja", found=found, marks=MARKS, roman={1: "I", 2: "II", 3: "III"}))

@@ -14,7 +14,7 @@ from typing import Any
 
 from duramen.assets import ASSETS, DEBIAN
 from duramen.release.evidence import FOLDER, Gathered
-from duramen.rundir import hash_file, visible_files
+from duramen.rundir import hash_file, hash_folder
 
 SUMS = "SHA256SUMS"
 
@@ -139,4 +139,4 @@ def evaluation_data(gathered: Gathered) -> dict[str, Any]:
 def check_sums(folder: Path) -> str:
     """``SHA256SUMS`` of all visible files of a folder but itself, as ``sha256sum`` reads it."""
     own = f"{FOLDER}/{SUMS}"
-    return "".join(f"{hash_file(file)}  {name}\n" for name, file in sorted(visible_files(folder).items()) if name != own)
+    return "".join(f"{digest}  {name}\n" for name, digest in hash_folder(folder).items() if name != own)

@@ -14,12 +14,12 @@ from duramen.release.components import COMPONENTS, FRAMEWORK
 from duramen.release.evidence import FOLDER, Gathered, Wish, check_links, gather
 from duramen.release.openness import PROFILES, Profile, Verdict, advise, evaluate
 from duramen.release.page import write_page
-from duramen.rundir import hash_file, visible_files, write_json, write_text
+from duramen.rundir import hash_file, unlike, visible_files, write_json, write_text
 
 FILE, VERDICT, WISH = "mof.yml", "verdict.json", "wish.json"
 
 
-def release(folder: Path, wish: Wish, *, profile: Profile = "fixed", required: int = 0) -> dict[str, Any]:
+def release(folder: Path, wish: Wish, *, profile: Any = "fixed", required: int = 0) -> dict[str, Any]:
     """Writes the release of a model.
 
     Args:
@@ -32,8 +32,10 @@ def release(folder: Path, wish: Wish, *, profile: Profile = "fixed", required: i
         The verdict: class, progress, status and files of every component, what is missing, warnings.
 
     Raises:
-        Problem: If the folder is no model, a licence is unknown, or the class is not reached; what is missing is named.
+        Problem: If the folder is no model, a profile or licence is unknown, or the class is not reached; what is missing is named.
     """
+    if profile not in PROFILES:
+        raise Problem(f"There is no profile `{profile}`.", why=f"they are {', '.join(PROFILES)}.", fix="`--profile fixed`")
     gathered = gather(folder, wish)
     name = str(gathered.results.get("recipe") or folder.resolve().name)
     place = folder / FOLDER
@@ -121,8 +123,9 @@ def verdict(found: dict[str, Any], profile: Profile) -> dict[str, Any]:
     """The class by one profile, what is missing for each, and what the other profiles say."""
     all_of_them: dict[str, Verdict] = {each: evaluate(found, each) for each in PROFILES}
     mine = all_of_them[profile]
+    further = next((level for level in (3, 2, 1) if mine.level == 0 or level < mine.level), None)
     return {
-        "profile": profile, "class": mine.level, "label": mine.label, "progress": {str(level): round(each, 2) for level, each in mine.progress.items()},
+        "profile": profile, "class": mine.level, "next": further, "label": mine.label, "progress": {str(level): round(each, 2) for level, each in mine.progress.items()},
         "badges": {str(level): mine.badge(level) for level in (3, 2, 1)}, "statuses": mine.statuses, "warnings": mine.warnings,
         "missing": {str(level): advise(found, level, profile) for level in (3, 2, 1)},
         "profiles": {each: {"class": other.level, "label": other.label} for each, other in all_of_them.items()},
@@ -160,8 +163,7 @@ def verify(folder: Path) -> list[str]:
     lines = [line.partition("  ") for line in (place / provenance.SUMS).read_text(encoding="utf-8").splitlines()]
     claimed = {name: digest for digest, _, name in lines if name}
     there = visible_files(folder)
-    wrong = [f"{name} is missing" for name in claimed if name not in there]
-    wrong += [f"{name} was changed" for name, digest in claimed.items() if name in there and hash_file(there[name]) != digest]
+    wrong = [f"{name} {state}" for name, state in unlike(folder, claimed).items()]
     wrong += [f"{name} is not listed" for name in there if name not in claimed and name != f"{FOLDER}/{provenance.SUMS}"]
     return wrong or _rederived(folder)
 
@@ -170,15 +172,6 @@ def _made(folder: Path) -> dict[str, str]:
     """Hashes that the run wrote down of its files."""
     file = folder / "manifest.json"
     return dict(json.loads(file.read_text(encoding="utf-8")).get("files", {})) if file.is_file() else {}
-
-
-def _unlike(folder: Path, place: str, hashes: dict[str, str]) -> list[str]:
-    """Files that are not what a manifest says it wrote."""
-    return [
-        f"{place}{name} is not what was made"
-        for name, digest in hashes.items()
-        if not (folder / place / name).is_file() or hash_file(folder / place / name) != digest
-    ]
 
 
 def _rederived(folder: Path) -> list[str]:
@@ -191,10 +184,10 @@ def _rederived(folder: Path) -> list[str]:
     kept = json.loads((place / VERDICT).read_text(encoding="utf-8"))
     framework = framework_file(gathered, kept["name"], wish)
     found = verdict(framework["release"], profile)
-    wrong = [
-        *_unlike(folder, "", _made(folder)),
-        *(line for stage in gathered.stages for line in _unlike(folder, f"stages/{stage['folder']}/", stage["outputs"])),
-    ]
+    made = _made(folder) | {
+        f"stages/{stage['folder']}/{name}": digest for stage in gathered.stages for name, digest in stage["outputs"].items()
+    }
+    wrong = [f"{name} is not what was made: it {state}" for name, state in unlike(folder, made).items()]
     if (place / FILE).read_text(encoding="utf-8") != dump(framework):
         wrong.append(f"{FILE} does not say what the files prove")
     return wrong + [

@@ -24,7 +24,7 @@ from torch.distributed.tensor import DTensor
 
 from duramen.calibrate import ranks
 from duramen.problem import Exit, Problem
-from duramen.rundir import cannot_write, hash_file, write_json
+from duramen.rundir import cannot_write, hash_folder, unlike, write_json
 
 FOLDER, FACTS, MANIFEST = "checkpoints", "facts.json", "manifest.json"
 
@@ -77,11 +77,11 @@ class Checkpoints:
             writing, self._writing = self._writing, None
             writing.result()
 
-    def restore(self, tensors: dict[str, Tensor]) -> tuple[int, dict[str, Any]] | None:
-        """Fills the tensors from the newest checkpoint that is whole.
+    def restore(self, state: Callable[[], dict[str, Tensor]]) -> tuple[int, dict[str, Any]] | None:
+        """Fills tensors from the newest checkpoint that is whole.
 
         Args:
-            tensors: By name, as they were saved; those that are missing in it stay.
+            state: Gives them by name, as they were saved; not called where there is no checkpoint. Those that are missing in it stay.
 
         Returns:
             Steps done, and the facts; None if there is no checkpoint.
@@ -96,7 +96,7 @@ class Checkpoints:
             return None
         place = Path(chosen)
         facts = json.loads((place / FACTS).read_text(encoding="utf-8"))
-        present = {name: tensor for name, tensor in tensors.items() if name in facts["names"]}
+        present = {name: tensor for name, tensor in state().items() if name in facts["names"]}
         with warnings.catch_warnings(), torch.no_grad():
             warnings.filterwarnings("ignore", message="torch.distributed is disabled")
             try:
@@ -141,7 +141,7 @@ class Checkpoints:
                 write_json(partial / FACTS, {"step": step, "names": sorted(tensors), "facts": facts})
                 for file in partial.iterdir():
                     _flush(file)
-                write_json(partial / MANIFEST, {file.name: hash_file(file) for file in sorted(partial.iterdir())})
+                write_json(partial / MANIFEST, hash_folder(partial))
                 shutil.rmtree(final, ignore_errors=True)
                 partial.rename(final)
                 _flush(self.folder)
@@ -174,12 +174,7 @@ def damaged(place: Path) -> str:
         digests = json.loads((place / MANIFEST).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return f"{MANIFEST} cannot be read"
-    for name, digest in digests.items():
-        if not (place / name).is_file():
-            return f"{name} is missing"
-        if hash_file(place / name) != digest:
-            return f"{name} was changed"
-    return ""
+    return ", ".join(f"{name} {state}" for name, state in unlike(place, digests).items())
 
 
 def _flush(place: Path) -> None:

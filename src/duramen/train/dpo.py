@@ -6,15 +6,16 @@ before the first step.
 
 from __future__ import annotations
 
+from functools import partial
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
 from duramen.problem import Problem
 from duramen.registry import method
-from duramen.train.exercises import EXERCISES, answered, exercises_file
 from duramen.train.stage import Stage
-from duramen.train.tuning import TuningSettings, as_turns, divided, made, need_trl, opened, quietly, read_pairs, tune
+from duramen.train.tuning import TuningSettings, as_turns, divided, read_pairs, tuned
 
 LOSSES = {"length_normalised": "sigmoid_norm", "plain": "sigmoid"}
 """TRL's names."""
@@ -49,18 +50,14 @@ def apply(stage: Stage, settings: Settings) -> dict[str, Any]:
     Raises:
         Problem: If a pair is two of the same, or an answer is empty.
     """
-    need_trl()
-    with quietly():
-        return _tuned(stage, settings)
+    return tuned(stage, settings, partial(_trainer, settings=settings, work=stage.folder / "work"))
 
 
-def _tuned(stage: Stage, settings: Settings) -> dict[str, Any]:
+def _trainer(network: Any, tokenizer: Any, file: str, *, settings: Settings, work: Path) -> tuple[Any, dict[str, Any]]:
+    """The trainer, and counts for the report."""
     from datasets import Dataset
     from trl import DPOConfig, DPOTrainer
 
-    network, tokenizer, folder = opened(stage, settings)
-    before = answered(network, tokenizer, settings.measure, settings.seed)
-    file = exercises_file(stage.folder, settings.seed) if settings.data == EXERCISES else settings.data
     rows = read_pairs(file, ("prompt", "chosen", "rejected"))
     pairs = []
     for number, row in enumerate(rows, 1):
@@ -75,12 +72,8 @@ def _tuned(stage: Stage, settings: Settings) -> dict[str, Any]:
     train, aside = (Dataset.from_list(part) for part in divided(pairs, settings))
     config = DPOConfig(
         loss_type=[LOSSES[settings.loss]], beta=settings.beta, max_length=settings.length, precompute_ref_log_probs=True, eval_strategy="steps",
-        eval_steps=settings.every, disable_dropout=True, **settings.arguments(stage.folder / "work"),
+        eval_steps=settings.every, disable_dropout=True, **settings.arguments(work),
     )  # fmt: skip
-    trainer = made(
-        lambda: DPOTrainer(network, None, config, train_dataset=train, eval_dataset=aside, processing_class=tokenizer)
-    )
-    found = tune(stage, trainer, folder)
-    after = answered(trainer.model, tokenizer, settings.measure, settings.seed)
+    trainer = DPOTrainer(network, None, config, train_dataset=train, eval_dataset=aside, processing_class=tokenizer)
     counts = {"examples": len(train), "held_out_examples": len(aside)}
-    return counts | found | {"exercises": {"before": before, "after": after} if settings.measure else None}
+    return trainer, counts

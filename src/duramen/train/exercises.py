@@ -203,7 +203,7 @@ def exercises_file(folder: Path, seed: int) -> str:
     if not file.is_file():
         rows = (
             {
-                "prompt": each.prompt, "completion": each.answer, "chosen": each.answer, "rejected": each.miss, "answer": each.answer,
+                "prompt": each.prompt, "chosen": each.answer, "rejected": each.miss, "answer": each.answer,
                 "instruction": each.prompt, "output": each.answer,
             }
             for each in exercises(COUNT, seed, held_out=False)

@@ -9,16 +9,17 @@ clip upwards, mean over tokens, answers that were cut off do not count), GSPO (o
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
 from duramen.problem import Exit, Problem
 from duramen.registry import method
-from duramen.train.exercises import EXERCISES, answered, exercises_file
 from duramen.train.rewards import REWARDS, Reward
 from duramen.train.stage import Stage
-from duramen.train.tuning import TuningSettings, as_turns, made, need_trl, opened, quietly, read_pairs, tune
+from duramen.train.tuning import TuningSettings, as_turns, read_pairs, tuned
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "grpo": {"loss_type": "grpo", "scale_rewards": "group", "importance_sampling_level": "token"},
@@ -86,51 +87,39 @@ def apply(stage: Stage, settings: Settings) -> dict[str, Any]:
     Raises:
         Problem: If groups do not fit the batch, or a reward cannot be taken; the row is shown.
     """
-    need_trl()
-    with quietly():
-        return _tuned(stage, settings)
-
-
-def _tuned(stage: Stage, settings: Settings) -> dict[str, Any]:
-    from datasets import Dataset
-    from trl import GRPOConfig, GRPOTrainer
-
     if settings.batch % settings.answers or settings.at_once % settings.answers:
         raise Problem(
             f"Groups of {settings.answers} answers do not fill a batch of {settings.batch}, {settings.at_once} at once.",
             why="a group is judged as a whole.",
             fix=f"multiples of {settings.answers}.",
         )
-    network, tokenizer, folder = opened(stage, settings)
-    before = answered(network, tokenizer, settings.measure, settings.seed)
-    file = exercises_file(stage.folder, settings.seed) if settings.data == EXERCISES else settings.data
+    found = tuned(stage, settings, partial(_trainer, settings=settings, work=stage.folder / "work"))
+    even = found["logged"].get("frac_reward_zero_std", [])
+    return found | {"rewards": found["logged"].get("reward", []), "groups_without_difference": sum(even) / max(1, len(even))}
+
+
+def _trainer(network: Any, tokenizer: Any, file: str, *, settings: Settings, work: Path) -> tuple[Any, dict[str, Any]]:
+    """The trainer, and counts for the report."""
+    from datasets import Dataset
+    from trl import GRPOConfig, GRPOTrainer
+
     rows = [
         {"prompt": as_turns(tokenizer, row["prompt"], "")[0], "answer": str(row["answer"])}
         for row in read_pairs(file, ("prompt", "answer"))[: settings.examples or None]
     ]
     config = GRPOConfig(
-        **settings.arguments(stage.folder / "work") | {"num_train_epochs": 1, "max_steps": settings.steps}, **VARIANTS[settings.variant],
+        **settings.arguments(work) | {"num_train_epochs": 1, "max_steps": settings.steps}, **VARIANTS[settings.variant],
         num_generations=settings.answers, max_completion_length=settings.longest, temperature=settings.temperature, beta=settings.beta,
         epsilon=settings.clip_ratio, use_bias_correction_kl=settings.penalty == "corrected", steps_per_generation=settings.parts, num_iterations=1,
     )  # fmt: skip
-    trainer = made(
-        lambda: GRPOTrainer(
-            network,
-            reward_funcs=[judge(REWARDS[settings.reward])],
-            args=config,
-            train_dataset=Dataset.from_list(rows),
-            processing_class=tokenizer,
-        )
+    trainer = GRPOTrainer(
+        network,
+        reward_funcs=[judge(REWARDS[settings.reward])],
+        args=config,
+        train_dataset=Dataset.from_list(rows),
+        processing_class=tokenizer,
     )
-    found = tune(stage, trainer, folder)
-    after = answered(trainer.model, tokenizer, settings.measure, settings.seed)
-    even = found["logged"].get("frac_reward_zero_std", [])
-    counts = {
-        "prompts": len(rows),
-        "rewards": found["logged"].get("reward", []),
-        "groups_without_difference": sum(even) / max(1, len(even)),
-    }
-    return counts | found | {"exercises": {"before": before, "after": after} if settings.measure else None}
+    return trainer, {"prompts": len(rows)}
 
 
 def judge(reward: Reward) -> Callable[..., list[float]]:

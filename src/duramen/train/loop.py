@@ -244,7 +244,7 @@ class _Run:
             found[name] = parameter.detach()
             found |= {f"{each}.{name}": tensor for each, tensor in kept.items()}
             if self.schedule.best:
-                found[f"best.{name}"] = self.best[number] if self.best else torch.zeros_like(parameter)
+                found[f"best.{name}"] = self.best[number]
         return found
 
     def save(self, done: int) -> None:
@@ -253,15 +253,13 @@ class _Run:
 
     def resume(self) -> None:
         """Puts the last checkpoint in place, if there is one."""
-        state = self.state()
-        found = self.checkpoints.restore(state)
+        if self.schedule.best:
+            self.best = [torch.empty_like(parameter) for parameter in self.parameters]
+        found = self.checkpoints.restore(self.state)
         if found is None:
-            self.optimizer.state.clear()
             return
         _, kept = found
         self.history = History(**kept | {"held_out": [(done, loss) for done, loss in kept["held_out"]]})
-        if self.schedule.best:
-            self.best = [state[f"best.{name}"] for name in self.names]
 
 
 @contextmanager

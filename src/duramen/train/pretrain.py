@@ -146,9 +146,9 @@ class NextToken:
 
     def terms(self, rows: Rows) -> tuple[Tensor, Tensor]:
         """Negative log-likelihood and log of the softmax' denominator of every target token, [N] each."""
+        several = rows.places is not None and bool((rows.places[:, -1] < rows.places.shape[1] - 1).any())
         device = next(self.network.parameters()).device
         rows = rows.to(device)
-        several = rows.places is not None and bool((rows.places[:, -1] < rows.places.shape[1] - 1).any())
         places = {"position_ids": rows.places} if self.apart and several else {}
         wanted = rows.learned[:, 1:]
         half = torch.autocast(device.type, self.dtype) if self.dtype != torch.float32 and ranks.count() == 1 else nullcontext()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+from pathlib import Path
 from typing import Annotated, Any
 
 from pydantic import Field
@@ -9,9 +11,8 @@ from pydantic import Field
 from duramen.problem import Problem
 from duramen.registry import method
 from duramen.train.data import examples, tokenise
-from duramen.train.exercises import EXERCISES, answered, exercises_file
 from duramen.train.stage import Stage
-from duramen.train.tuning import TuningSettings, divided, made, need_trl, opened, quietly, tune
+from duramen.train.tuning import TuningSettings, divided, tuned
 
 
 class Settings(TuningSettings):
@@ -39,18 +40,14 @@ def apply(stage: Stage, settings: Settings) -> dict[str, Any]:
     Raises:
         Problem: If the data is not there, or has nothing to learn.
     """
-    need_trl()
-    with quietly():
-        return _tuned(stage, settings)
+    return tuned(stage, settings, partial(_trainer, settings=settings, work=stage.folder / "work"))
 
 
-def _tuned(stage: Stage, settings: Settings) -> dict[str, Any]:
+def _trainer(network: Any, tokenizer: Any, file: str, *, settings: Settings, work: Path) -> tuple[Any, dict[str, Any]]:
+    """The trainer, and counts for the report."""
     from datasets import Dataset
     from trl import SFTConfig, SFTTrainer
 
-    network, tokenizer, folder = opened(stage, settings)
-    before = answered(network, tokenizer, settings.measure, settings.seed)
-    file = exercises_file(stage.folder, settings.seed) if settings.data == EXERCISES else settings.data
     documents = [tokenise(parts, tokenizer, settings.length) for parts in examples(file, tokenizer)]
     fine = [each for each in documents if any(learned for _, learned in each[1:])]
     if len(fine) < 2:
@@ -65,10 +62,8 @@ def _tuned(stage: Stage, settings: Settings) -> dict[str, Any]:
     train, aside = (Dataset.from_list(part) for part in divided(rows, settings))
     config = SFTConfig(
         max_length=settings.length, packing=settings.packing, eval_packing=False, eval_strategy="steps", eval_steps=settings.every,
-        average_tokens_across_devices=True, **settings.arguments(stage.folder / "work"),
+        average_tokens_across_devices=True, **settings.arguments(work),
     )  # fmt: skip
-    trainer = made(lambda: SFTTrainer(network, config, train_dataset=train, eval_dataset=aside, processing_class=tokenizer))
-    found = tune(stage, trainer, folder)
-    after = answered(trainer.model, tokenizer, settings.measure, settings.seed)
+    trainer = SFTTrainer(network, config, train_dataset=train, eval_dataset=aside, processing_class=tokenizer)
     counts = {"examples": len(train), "held_out_examples": len(aside), "without_target": len(documents) - len(fine)}
-    return counts | found | {"exercises": {"before": before, "after": after} if settings.measure else None}
+    return trainer, counts

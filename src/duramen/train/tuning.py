@@ -24,8 +24,9 @@ from duramen.calibrate import ranks
 from duramen.hardware.machine import forward_dtype
 from duramen.problem import Exit, Problem
 from duramen.registry import Settings as Base
-from duramen.rundir import hash_file, write_json
+from duramen.rundir import hash_folder, write_json
 from duramen.train.checkpoint import MANIFEST, damaged
+from duramen.train.exercises import EXERCISES, answered, exercises_file
 from duramen.train.folder import check_vocabulary, gathered, open_causal, save_causal
 from duramen.train.stage import MODEL, Stage
 
@@ -33,6 +34,8 @@ from duramen.train.stage import MODEL, Stage
 class TuningSettings(Base):
     """What every stage takes that tunes a model on TRL."""
 
+    data: str
+    """What is learned."""
     model: str = ""
     """Folder of the model; empty for that of the stage before."""
     learning_rate: Annotated[float, Field(gt=0)] = 5e-6
@@ -119,12 +122,6 @@ def quietly() -> Iterator[None]:
         yield
 
 
-def made(trainer: Callable[[], Any]) -> Any:
-    """A trainer of TRL, which shows its own bars while it reads the data."""
-    with contextlib.redirect_stderr(io.StringIO()):
-        return trainer()
-
-
 def opened(stage: Stage, settings: TuningSettings) -> tuple[Any, Any, Path]:
     """The model that is tuned, its tokenizer, and their folder.
 
@@ -139,6 +136,34 @@ def opened(stage: Stage, settings: TuningSettings) -> tuple[Any, Any, Path]:
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return network, tokenizer, folder
+
+
+def tuned(
+    stage: Stage, settings: TuningSettings, make: Callable[[Any, Any, str], tuple[Any, dict[str, Any]]]
+) -> dict[str, Any]:
+    """Tunes the model of a stage with a trainer of TRL, and writes ``model``.
+
+    Args:
+        stage: Has the model.
+        settings: What all tuning takes.
+        make: Of model, tokenizer and file of the data the trainer, not yet run, and counts for the report.
+
+    Returns:
+        The counts, what ``tune`` returns, and what exercises the model could do before and after.
+
+    Raises:
+        Problem: If TRL is not installed, or what ``make`` and ``tune`` raise.
+    """
+    need_trl()
+    with quietly():
+        network, tokenizer, folder = opened(stage, settings)
+        before = answered(network, tokenizer, settings.measure, settings.seed)
+        file = exercises_file(stage.folder, settings.seed) if settings.data == EXERCISES else settings.data
+        with contextlib.redirect_stderr(io.StringIO()):  # TRL shows bars of its own while it reads the data
+            trainer, counts = make(network, tokenizer, file)
+        found = tune(stage, trainer, folder)
+        after = answered(trainer.model, tokenizer, settings.measure, settings.seed)
+    return counts | found | {"exercises": {"before": before, "after": after} if settings.measure else None}
 
 
 def tune(stage: Stage, trainer: Any, source: Path) -> dict[str, Any]:
@@ -166,8 +191,7 @@ def tune(stage: Stage, trainer: Any, source: Path) -> dict[str, Any]:
             ranks.wait()
             if ranks.leads():
                 place = work / f"checkpoint-{state.global_step}"
-                files = sorted(file for file in place.rglob("*") if file.is_file())
-                write_json(place / MANIFEST, {str(file.relative_to(place)): hash_file(file) for file in files})
+                write_json(place / MANIFEST, hash_folder(place))
 
         def on_log(self, args: Any, state: Any, *_: Any, logs: dict[str, float], **more: Any) -> None:
             loss = logs.get("loss", 0.0)
