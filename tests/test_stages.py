@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 
+import mlcroissant
 import pytest
 import yaml
 
@@ -215,6 +216,7 @@ def test_the_same_folder_gives_the_same_bytes(released):
     assert {file.name: file.read_bytes() for file in (out / "release").iterdir()} == before
 
 
+@pytest.mark.filterwarnings("ignore:ConjunctiveGraph:DeprecationWarning")
 def test_what_it_writes_is_what_others_read(released):
     from cyclonedx.schema import SchemaVersion
     from cyclonedx.validation.json import JsonStrictValidator
@@ -233,6 +235,13 @@ def test_what_it_writes_is_what_others_read(released):
     assert evaluate(framework["release"]).level == 1
     described = json.loads((out / "release" / "croissant.json").read_text())
     assert described["distribution"][0]["sha256"] == hash_file(out / described["distribution"][0]["name"])
+    whole = mlcroissant.Dataset(out / "release" / "croissant.json")
+    assert not whole.metadata.issues.errors
+    first = described["distribution"][0]["name"]
+    document = json.loads((out / first).read_text().splitlines()[0])
+    read = next(iter(whole.records(f"{first}#documents")))
+    assert read[f"{first}#text"].decode() == document["text"]
+    assert read[f"{first}#source"].decode() == document["metadata"]["source"]
     said = subprocess.run(
         [sys.executable, str(out / "release" / "inference.py"), "the"], capture_output=True, text=True, check=True
     )

@@ -66,12 +66,16 @@ def _licence(text: str) -> dict[str, Any]:
 
 CROISSANT = {
     "@language": "en", "@vocab": "https://schema.org/", "sc": "https://schema.org/", "cr": "http://mlcommons.org/croissant/", "dct": "http://purl.org/dc/terms/",
-    "conformsTo": "dct:conformsTo", "citeAs": "cr:citeAs", "column": "cr:column", "data": {"@id": "cr:data", "@type": "@json"},
-    "dataType": {"@id": "cr:dataType", "@type": "@vocab"}, "extract": "cr:extract", "field": "cr:field", "fileObject": "cr:fileObject", "fileProperty": "cr:fileProperty",
-    "fileSet": "cr:fileSet", "format": "cr:format", "includes": "cr:includes", "jsonPath": "cr:jsonPath", "key": "cr:key", "md5": "cr:md5", "recordSet": "cr:recordSet",
-    "references": "cr:references", "regex": "cr:regex", "repeated": "cr:repeated", "replace": "cr:replace", "separator": "cr:separator", "source": "cr:source",
-    "subField": "cr:subField", "transform": "cr:transform",
+    "rai": "http://mlcommons.org/croissant/RAI/", "conformsTo": "dct:conformsTo",
+    "data": {"@id": "cr:data", "@type": "@json"}, "dataType": {"@id": "cr:dataType", "@type": "@vocab"}, "examples": {"@id": "cr:examples", "@type": "@json"},
+} | {
+    name: f"cr:{name}"
+    for name in (
+        "citeAs", "column", "equivalentProperty", "extract", "field", "fileObject", "fileProperty", "fileSet", "format", "includes", "isLiveDataset", "jsonPath", "key",
+        "md5", "parentField", "path", "recordSet", "references", "regex", "repeated", "replace", "samplingRate", "separator", "source", "subField", "transform",
+    )
 }  # fmt: skip
+"""The vocabulary of Croissant 1.0, which every description repeats."""
 
 
 def croissant(gathered: Gathered, name: str, hashes: Mapping[str, str], sizes: Mapping[str, int]) -> dict[str, Any]:
@@ -92,15 +96,13 @@ def croissant(gathered: Gathered, name: str, hashes: Mapping[str, str], sizes: M
         for file in evidence.files
     ]  # fmt: skip
 
+    def field(file: str, name: str, column: str, inside: dict[str, Any]) -> dict[str, Any]:
+        source = {"fileObject": {"@id": file}, "extract": {"column": column}} | inside
+        return {"@type": "cr:Field", "@id": f"{file}#{name}", "name": name, "dataType": "sc:Text", "source": source}
+
     def fields(file: str) -> list[dict[str, Any]]:
-        paths = {"id": "$.id", "text": "$.text", "source": "$.metadata.source"}
-        return [
-            {
-                "@type": "cr:Field", "@id": f"{file}#{each}", "name": each, "dataType": "sc:Text",
-                "source": {"fileObject": {"@id": file}, "extract": {"jsonPath": path}},
-            }
-            for each, path in paths.items()
-        ]  # fmt: skip
+        within = {"transform": {"jsonPath": "$.source"}}
+        return [field(file, "id", "id", {}), field(file, "text", "text", {}), field(file, "source", "metadata", within)]
 
     sets = [
         {"@type": "cr:RecordSet", "@id": f"{file}#documents", "name": f"{file}#documents", "field": fields(file)}
