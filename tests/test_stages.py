@@ -11,6 +11,7 @@ import time
 import mlcroissant
 import pytest
 import yaml
+from PIL import Image
 
 import duramen
 from duramen import api, stages
@@ -21,7 +22,9 @@ from duramen.release.openness import evaluate
 from duramen.release.provenance import check_sums
 from duramen.release.release import release, verify
 from duramen.rundir import hash_file
+from duramen.vision.images import SHAPES
 from test_curate import document
+from test_supernet import RECIPE as NETWORKS
 
 MODEL = {
     "model_type": "llama", "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 64,
@@ -362,3 +365,25 @@ def test_a_model_that_was_compressed_keeps_its_base_s_terms(llama, texts, tmp_pa
         release(tmp_path, Wish())
     with pytest.raises(Problem, match="has no release"):
         verify(llama)
+
+
+def test_a_model_of_images_is_released_too(tmp_path):
+    steps = [
+        {"method": "train_images", "steps": 1, "every": 1, "batch": 8, "at_once": 8},
+        {"method": "evaluate_images", "batches": [1]},
+    ]
+    out = tmp_path / "out"
+    duramen.run(NETWORKS | {"steps": steps}, "new", out)
+    found = release(out, Wish())
+    assert {line.split(":")[0] for line in found["missing"]["3"]} == {"Data card", "Technical report"}
+    assert {name for name in ("Training code", "Evaluation data") if found["statuses"][name] == "included"}
+    assert yaml.safe_load((out / "release" / "mof.yml").read_text())["release"]["type"] == "vision"
+    assert verify(out) == []
+    Image.new("RGB", (20, 30), "red").save(tmp_path / "red.png")
+    said = subprocess.run(
+        [sys.executable, str(out / "release" / "inference.py"), str(tmp_path / "red.png")],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert said.stdout.strip() in SHAPES

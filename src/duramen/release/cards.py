@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import yaml
 
+from duramen.opening import runs_plainly
 from duramen.release.evidence import Gathered
 
 
@@ -54,25 +56,43 @@ def samples(gathered: Gathered) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def inference_code(gathered: Gathered) -> str:
-    """``inference.py``: opens the folder above it and generates."""
-    trusted = (
-        ", trust_remote_code=True"
-        if any(name.startswith("modeling_") for name in gathered.components["Model architecture"].files)
-        else ""
-    )
-    return f'''"""Opens the model of the folder above and generates: python release/inference.py "a prompt"."""
+def inference_code(folder: Path, gathered: Gathered) -> str:
+    """``inference.py``: opens the folder above it, in plain transformers where that is the model that was measured, and runs it."""
+    if gathered.of_images:
+        return IMAGES
+    trusted = any(name.startswith("modeling_") for name in gathered.components["Model architecture"].files)
+    plain = runs_plainly(folder)
+    return TEXTS.format(
+        imports="from transformers import AutoModelForCausalLM, AutoTokenizer" if plain else "from duramen import load\nfrom transformers import AutoTokenizer",
+        opening=f"{'AutoModelForCausalLM.from_pretrained' if plain else 'load'}(folder{', trust_remote_code=True' if trusted else ''})",
+    )  # fmt: skip
+
+
+TEXTS = '''"""Opens the model of the folder above and generates: python release/inference.py "a prompt"."""
 
 import sys
 from pathlib import Path
 
-from transformers import AutoModelForCausalLM, AutoTokenizer
+{imports}
 
 folder = Path(__file__).parents[1]
 tokenizer = AutoTokenizer.from_pretrained(folder)
-model = AutoModelForCausalLM.from_pretrained(folder{trusted})
+model = {opening}
 inputs = tokenizer(" ".join(sys.argv[1:]) or "The", return_tensors="pt", return_token_type_ids=False)
 print(tokenizer.decode(model.generate(**inputs, max_new_tokens=64, do_sample=False)[0], skip_special_tokens=True))
+'''
+IMAGES = '''"""Opens the model of the folder above and names what it sees: python release/inference.py PICTURE."""
+
+import sys
+from pathlib import Path
+
+from duramen.vision.images import decode, seen_by
+from duramen.vision.opening import load_classifier
+
+model = load_classifier(Path(__file__).parents[1])
+pixels = decode(Path(sys.argv[1]), model.config.image_size, model.config.num_channels)[None]
+answer = int(model(pixel_values=seen_by(model, pixels)).logits.argmax())
+print(model.config.id2label[answer])
 '''
 
 

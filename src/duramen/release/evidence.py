@@ -22,6 +22,8 @@ FOLDER = "release"
 """In the model's folder: what ``duramen release`` writes."""
 USUAL = {"code": "Apache-2.0", "data": "CDLA-Permissive-2.0", "document": "CC-BY-4.0"}
 """Licences of what Duramen itself made of a training, where nothing else is said."""
+NEW, DRAWN = "new", "shapes"
+"""What a run on images says of a model that it began itself, and of images that Duramen draws."""
 WEIGHT_FILES = ("model*.safetensors", "model.safetensors.index.json")
 
 
@@ -69,6 +71,7 @@ class Gathered:
         stages: Manifests of a training from text, in order.
         base: Name and licence of the model that was compressed; None for a new one.
         licences: By kind, of what is not licensed apart.
+        architectures: That the model's configuration names.
     """
 
     components: dict[str, Evidence]
@@ -76,6 +79,12 @@ class Gathered:
     stages: list[dict[str, Any]]
     base: tuple[str, str] | None
     licences: dict[str, str]
+    architectures: tuple[str, ...]
+
+    @property
+    def of_images(self) -> bool:
+        """Whether the model reads images."""
+        return "images" in self.results
 
 
 def licences_given(given: list[str]) -> dict[str, str]:
@@ -112,9 +121,14 @@ def gather(folder: Path, wish: Wish) -> Gathered:
     check_links(folder)
     results = _json(folder / "results.json")
     stages = [_json(file) | {"folder": file.parent.name} for file in sorted(folder.glob("stages/*/manifest.json"))]
-    base = None if stages else _base(folder, results, wish)
+    new = bool(stages) or results.get("model") == NEW
+    base = None if new else _base(folder, results, wish)
     licences = _licences(wish, base)
     found = _model(folder, base) | (_trained(folder, stages) if stages else {}) | _measured(folder, results)
+    if new and not stages:
+        found["Training code"] = Evidence(
+            _top(folder, "recipe.lock.yaml"), "all steps, with every setting, carried out by Duramen"
+        )
     for name, given in ((REPORT, wish.report), (PAPER, wish.paper)):
         if given:
             if not (folder / given).is_file():
@@ -124,7 +138,7 @@ def gather(folder: Path, wish: Wish) -> Gathered:
                     fix="put it into the model's folder.",
                 )
             found[name] = Evidence((given,), "written by hand")
-    return Gathered(found, results, stages, base, licences)
+    return Gathered(found, results, stages, base, licences, tuple(_json(folder / "config.json").get("architectures") or ()))
 
 
 def check_links(folder: Path) -> None:
@@ -215,7 +229,7 @@ def _model(folder: Path, base: tuple[str, str] | None) -> dict[str, Evidence]:
             _top(folder, "config.json", "modeling_*.py"),
             f"{', '.join(config.get('architectures') or ['?'])} of transformers, with its configuration",
         ),
-        "Inference code": Evidence((f"{FOLDER}/inference.py",), "opens the folder with transformers and generates"),
+        "Inference code": Evidence((f"{FOLDER}/inference.py",), "opens the folder and runs it"),
         "Supporting libraries and tools": Evidence((f"{FOLDER}/sbom.cdx.json",), "what it was made with, as a CycloneDX bill"),
     }
     weights = _top(folder, *WEIGHT_FILES)
@@ -271,15 +285,24 @@ def plain(licence: str) -> str:
     return bare
 
 
+def measured_on(results: Mapping[str, Any]) -> list[str]:
+    """Names or files of the texts, tasks or images of a run's measurements."""
+    if "images" in results:
+        return [results["images"]["data"]]
+    return sorted({*(name for each in results["evaluations"] for name in (*each["perplexity"], *each["tasks"]))})
+
+
 def _measured(folder: Path, results: Mapping[str, Any]) -> dict[str, Evidence]:
     """What a run's measurements prove."""
     if not results.get("evaluations"):
         return {}
-    names = sorted({*(name for each in results["evaluations"] for name in (*each["perplexity"], *each["tasks"]))})
+    names = measured_on(results)
     licences = [asset.licence for name in names if (asset := (ASSETS | DEBIAN).get(name))]
+    if DRAWN in names:
+        licences.append(USUAL["code"])
     found = {
         "Evaluation code": Evidence(
-            _top(folder, "recipe.lock.yaml"), "the step `evaluate`, with every setting, carried out by Duramen"
+            _top(folder, "recipe.lock.yaml"), "the steps that measure, with every setting, carried out by Duramen"
         ),
         "Evaluation results": Evidence(_top(folder, "results.json", "report.html"), "figures with intervals and counts"),
         "Evaluation data": Evidence(

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from duramen.assets import ASSETS, DEBIAN
-from duramen.release.evidence import FOLDER, Gathered
+from duramen.release.evidence import DRAWN, FOLDER, USUAL, Gathered, measured_on
 from duramen.rundir import hash_file, hash_folder
 
 SUMS = "SHA256SUMS"
@@ -116,11 +116,8 @@ def croissant(gathered: Gathered, name: str, hashes: Mapping[str, str], sizes: M
 
 def evaluation_data(gathered: Gathered) -> dict[str, Any]:
     """What the figures were taken on: of every text and task its package, file, hash and terms."""
-    names = sorted(
-        {*(name for each in gathered.results.get("evaluations", []) for name in (*each["perplexity"], *each["tasks"]))}
-    )
     found: dict[str, Any] = {}
-    for name in names:
+    for name in measured_on(gathered.results):
         asset = ASSETS.get(name)
         if asset is not None:
             file = asset.locate()
@@ -132,6 +129,8 @@ def evaluation_data(gathered: Gathered) -> dict[str, Any]:
             }
         elif name in DEBIAN:
             found[name] = {"package": DEBIAN[name].package, "licence": DEBIAN[name].licence}
+        elif name == DRAWN:
+            found[name] = {"licence": USUAL["code"], "made": "drawn by Duramen from a seed"}
         else:
             place = Path(name)
             found[name] = {"file": place.name, "sha256": hash_file(place) if place.is_file() else None}

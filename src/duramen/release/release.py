@@ -61,7 +61,7 @@ def release(folder: Path, wish: Wish, *, profile: Any = "fixed", required: int =
 def _write_parts(folder: Path, place: Path, gathered: Gathered, name: str, wish: Wish) -> None:
     """Writes what components consist of and no run has written yet."""
     weights = {file: hash_file(folder / file) for file in gathered.components.get("Model parameters (Final)", Nothing).files}
-    write_text(place / "inference.py", cards.inference_code(gathered))
+    write_text(place / "inference.py", cards.inference_code(folder, gathered))
     write_text(place / "CITATION.cff", cards.citation(name, wish.producer, gathered.licences["data"]))
     write_json(place / "sbom.cdx.json", provenance.bill(gathered, name, weights))
     if "Evaluation data" in gathered.components:
@@ -108,10 +108,18 @@ def framework_file(gathered: Gathered, name: str, wish: Wish) -> dict[str, Any]:
     return {
         "framework": FRAMEWORK,
         "release": {
-            "name": name, "producer": wish.producer, "type": "language", "architecture": "transformer decoder", **treatment,
+            "name": name, "producer": wish.producer, **_kind(gathered), **treatment,
             "license": licences, "components": components,
         },
     }  # fmt: skip
+
+
+def _kind(gathered: Gathered) -> dict[str, str]:
+    """What the model reads and how it is built, in the framework's words; it has none for state spaces."""
+    if gathered.of_images:
+        return {"type": "vision", "architecture": "encoder"}
+    states = any("Mamba" in name for name in gathered.architectures)
+    return {"type": "language", "architecture": "other" if states else "transformer decoder"}
 
 
 def dump(value: dict[str, Any]) -> str:

@@ -426,6 +426,6 @@ def new_config(settings: Settings, images: Images) -> ElasticViTConfig:
     most = settings.space.largest
     return ElasticViTConfig(
         hidden_size=most.width, heads=list(most.heads), hidden=list(most.hidden), eight=[list(each) for each in most.eight],
-        head_size=settings.head_size, image_size=size, patch_size=settings.patch, num_channels=channels, num_labels=len(images.classes),
+        head_size=settings.head_size, image_size=size, patch_size=settings.patch, num_channels=channels, id2label=dict(enumerate(images.classes)),
         activation_bits=settings.activation_bits, layer_scale=settings.layer_scale, space=settings.space.model_dump(mode="json"),
     )  # fmt: skip

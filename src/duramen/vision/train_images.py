@@ -55,7 +55,7 @@ def apply(studio: Studio, settings: Settings) -> dict[str, Any]:
         studio.network = model(
             config(
                 hidden_size=settings.width, num_hidden_layers=settings.layers, image_size=size, patch_size=settings.patch,
-                num_channels=channels, state_size=settings.state_size, num_labels=len(studio.train.classes), **own,
+                num_channels=channels, state_size=settings.state_size, id2label=dict(enumerate(studio.train.classes)), **own,
             )
         )  # fmt: skip
     teacher = _parent(settings.parent, len(studio.train.classes)) if settings.parent else studio.dense
