@@ -24,6 +24,7 @@ from duramen.forecast import forecast
 from duramen.hardware.machine import describe, forward_dtype, gigaflops
 from duramen.opening import load
 from duramen.problem import Problem
+from duramen.reading import reading
 from duramen.recipe import Recipe, load_recipe, parse_settings
 from duramen.registry import get_method
 from duramen.report.images import write_image_report
@@ -223,4 +224,5 @@ def report(run_folder: str | Path) -> Path:
     """Writes ``report.html`` of a finished run anew from its ``results.json``."""
     folder = Path(run_folder)
     results = load_results(folder)
-    return write_image_report(folder, results) if "images" in results else write_report(folder, results)
+    with reading(folder / "results.json"):
+        return write_image_report(folder, results) if "images" in results else write_report(folder, results)

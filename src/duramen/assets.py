@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from duramen.problem import Exit, Problem
+from duramen.reading import reading
 
 
 def _install(requirement: str) -> str:
@@ -332,7 +333,8 @@ def _converted(file: Path, name: str) -> Path:
     folder = cache_folder() / "models" / f"{name}-{file_hash(file)[:12]}"
     if not folder.is_dir():
         partial = folder.with_name(f"{folder.name}.{os.getpid()}.partial")
-        _convert_gguf(file, partial)
+        with reading(file):
+            _convert_gguf(file, partial)
         try:
             partial.rename(folder)
         except OSError:

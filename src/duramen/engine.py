@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.metadata
-import json
 import shutil
 from collections import Counter
 from collections.abc import Callable
@@ -29,6 +28,7 @@ from duramen.families.checkpoint import Checkpoint
 from duramen.families.model import BlockModel
 from duramen.hardware.machine import describe, fastest_device, forward_dtype, free_memory, peak_memory
 from duramen.problem import Exit, Problem
+from duramen.reading import read_json
 from duramen.recipe import Recipe, Step, write_recipe
 from duramen.registry import get_method
 from duramen.report.page import write_report
@@ -366,4 +366,4 @@ def load_results(folder: Path) -> dict[str, Any]:
             f"{folder} has no results.json.", why="the run is not finished, or this is no run directory.",
             fix="run the same `duramen run` line again; it goes on where it stopped.",
         )  # fmt: skip
-    return dict(json.loads(file.read_text(encoding="utf-8")))
+    return read_json(file)

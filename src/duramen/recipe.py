@@ -152,10 +152,13 @@ def find_recipe(name: str, near: Path | None = None) -> Path:
     )
 
 
-def _read(path: Path) -> dict[str, Any]:
+def _read(path: Path, below: tuple[Path, ...] = ()) -> dict[str, Any]:
+    """A recipe with what it extends; ``below`` are those that extend it."""
+    if path.resolve() in below:
+        raise Problem(f"{path} extends itself.", why="a recipe begins with what it extends.", fix="a recipe that extends none.")
     try:
         raw = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)  # noqa: S506
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise Problem(
             f"{path} is not valid YAML: {error}.", why="usually the indentation, or a colon inside a plain value.",
             fix="quote the value, or compare with a shipped recipe.",
@@ -167,7 +170,7 @@ def _read(path: Path) -> dict[str, Any]:
             fix="compare with recipes/quickstart.yaml.",
         )
     base = raw.pop("extends", None)
-    return _merge(_read(find_recipe(str(base), path.parent)), raw) if base else raw
+    return _merge(_read(find_recipe(str(base), path.parent), (*below, path.resolve())), raw) if base else raw
 
 
 def _merge(base: dict[str, Any], child: dict[str, Any]) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from duramen.attention import change_kept
 from duramen.grids import Cache, Format, Inputs
+from duramen.problem import Problem
 
 HOOK = "_duramen_inputs"
 
@@ -71,7 +72,12 @@ def straight_through(x: Tensor, rounded: Tensor) -> Tensor:
 def start_rounding(module: nn.Module, formats: Mapping[str, Format]) -> None:
     """Makes modules inside ``module``, by their paths, round what their formats say from here on, instead of what they rounded before."""
     for path, each in formats.items():
-        target = module.get_submodule(path)
+        try:
+            target = module.get_submodule(path)
+        except AttributeError:
+            raise Problem(
+                f"There is no module `{path}` to round in.", why="the formats are those of another model.", fix="the folder as it was written.",
+            ) from None  # fmt: skip
         if each.cache is not None:
             change_kept(target, partial(_change, each.cache))
             continue

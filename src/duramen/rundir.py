@@ -23,6 +23,7 @@ from torch import Tensor
 
 from duramen.grids import Format, Quantized, parse_format
 from duramen.problem import Exit, Problem
+from duramen.reading import read_json, reading
 
 STATE = ".duramen"
 MASKS = "masks.safetensors"
@@ -140,7 +141,7 @@ class RunDirectory:
                 )
             write_json(file, fingerprint)
             return
-        old = json.loads(file.read_text(encoding="utf-8"))
+        old = read_json(file)
         differences = list(_differences(old, fingerprint))
         if differences:
             raise Problem(
@@ -153,7 +154,7 @@ class RunDirectory:
     def recorded(self, *keys: str) -> str:
         """What an earlier run measured and this one must keep to, from its fingerprint; ``auto`` if there is none."""
         file = self.state / "fingerprint.json"
-        found: Any = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else "auto"
+        found: Any = read_json(file) if file.is_file() else "auto"
         for key in keys:
             found = found.get(key, "auto") if isinstance(found, dict) else "auto"
         return str(found)
@@ -262,25 +263,19 @@ def read_formats(folder: Path) -> dict[str, Format]:
     file = folder / FORMATS
     if not file.is_file():
         return {}
-    try:
-        return {name: parse_format(text) for name, text in json.loads(file.read_text(encoding="utf-8")).items()}
-    except (ValueError, AttributeError) as error:
-        raise Problem(
-            f"{file} cannot be read: {error}.",
-            why="it was changed by hand, or is of another version.",
-            fix="run the recipe again; without it and `codes.safetensors` the folder is an ordinary model.",
-            code=Exit.INCOMPATIBLE,
-        ) from error
+    with reading(file):
+        return {name: parse_format(text) for name, text in read_json(file).items()}
 
 
 def read_codes(folder: Path) -> dict[str, Quantized]:
     """The codes of a folder by layer; empty without any."""
     grids = {name: each.weights for name, each in read_formats(folder).items() if each.weights}
-    tensors = load_file(folder / CODES) if grids else {}
-    return {
-        name: Quantized(tensors[f"{name}.codes"], tensors[f"{name}.steps"], tensors.get(f"{name}.zeros"), grid)
-        for name, grid in grids.items()
-    }
+    with reading(folder / CODES):
+        tensors = load_file(folder / CODES) if grids else {}
+        return {
+            name: Quantized(tensors[f"{name}.codes"], tensors[f"{name}.steps"], tensors.get(f"{name}.zeros"), grid)
+            for name, grid in grids.items()
+        }
 
 
 class BlockStore:
@@ -294,7 +289,7 @@ class BlockStore:
 
     def _kept(self, index: int) -> dict[str, Any]:
         """The record of a finished block."""
-        return dict(json.loads(self._record(index).read_text(encoding="utf-8")))
+        return read_json(self._record(index))
 
     def _files(self, index: int) -> dict[str, Path]:
         """What else is kept of it."""

@@ -6,7 +6,6 @@ it was.
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -18,19 +17,18 @@ from duramen.hardware.clock import now
 from duramen.hardware.energy import joules
 from duramen.hardware.machine import describe
 from duramen.problem import Exit, Problem
+from duramen.reading import read_json, reading
 from duramen.recipe import Recipe, Step, dump_yaml
 from duramen.registry import get_method
 from duramen.rundir import RunDirectory, hash_file, hash_folder, unlike, write_json, write_text
 from duramen.train.forecast import forecast_pretraining
 from duramen.train.pretrain import METRICS
-from duramen.train.stage import DATA, MODEL, TOKENIZER, TOKENS, Stage
+from duramen.train.stage import DATA, MODEL, TOKENIZER, TOKENS, WORK, Stage
 
 STAGES, MANIFEST, RECORD = "stages", "manifest.json", "record.json"
 PASSED_ON = (DATA, TOKENS, TOKENIZER, MODEL)
 ALONE = ("curate", "tokenize", "grow")
 """Stages that one process carries out while the others wait."""
-WORK = "work"
-"""What a stage only needs while it runs."""
 
 
 @dataclass(frozen=True)
@@ -152,8 +150,7 @@ def _finished(stage: Stage, step: Step, versions: dict[str, str]) -> dict[str, A
         ranks.wait()
     if ranks.leads():
         shutil.rmtree(stage.folder / WORK, ignore_errors=True)
-    kept = json.loads(manifest.read_text(encoding="utf-8"))
-    record = json.loads((stage.folder / RECORD).read_text(encoding="utf-8"))
+    kept, record = read_json(manifest), read_json(stage.folder / RECORD)
     return {key: kept[key] for key in ("id", "method", "settings", "seconds", "joules")} | {"found": record}
 
 
@@ -172,8 +169,9 @@ def check_stage(folder: Path) -> None:
     Raises:
         Problem: If a file is missing or was changed; it is named.
     """
-    kept = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-    for name, state in unlike(folder, kept["outputs"]).items():
+    with reading(folder / MANIFEST):
+        changed = unlike(folder, read_json(folder / MANIFEST)["outputs"])
+    for name, state in changed.items():
         raise Problem(
             f"{folder.name}/{name} {state}.", why="the stages after it were made from it, or are about to be.",
             fix=f"put the file back, or remove {folder} and the stages after it to make them anew.", code=Exit.CHECK_FAILED,

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from duramen.assets import read_text
 from duramen.problem import Problem
+from duramen.reading import reading
 
 
 def read_documents(source: str) -> list[str]:
@@ -24,14 +25,15 @@ def read_documents(source: str) -> list[str]:
     path = Path(source)
     if not path.is_file():
         return read_text(source)
-    if path.suffix == ".jsonl":
-        rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-        return [_text_of(row, path) for row in rows]
-    if path.suffix == ".parquet":
-        import pyarrow.parquet
+    with reading(path):
+        if path.suffix == ".jsonl":
+            rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+            return [_text_of(row, path) for row in rows]
+        if path.suffix == ".parquet":
+            import pyarrow.parquet
 
-        return [_text_of(row, path) for row in pyarrow.parquet.read_table(path).to_pylist()]
-    return [path.read_text(encoding="utf-8")]
+            return [_text_of(row, path) for row in pyarrow.parquet.read_table(path).to_pylist()]
+        return [path.read_text(encoding="utf-8")]
 
 
 def _text_of(row: dict[str, Any], path: Path) -> str:

@@ -25,6 +25,7 @@ from duramen.families.checkpoint import INDEX, Checkpoint
 from duramen.families.model import BlockModel
 from duramen.opening import load, open_blocks, runs_plainly
 from duramen.problem import Exit, Problem
+from duramen.reading import reading
 from duramen.rundir import (
     CODES,
     FORMATS,
@@ -232,10 +233,14 @@ def check_masks(model: BlockModel) -> dict[str, Any] | None:
     if not file.is_file():
         return None
     removed, size, broken = 0, 0, []
-    for name, packed in load_file(file).items():
-        stored = model.checkpoint.read(model.stored_name(f"{name}.weight"))
-        weight = stored.T if model.transposed(name) else stored
-        pruned = unpack_mask(packed, weight.shape[1])
+    with reading(file):
+        masks = load_file(file)
+    for name, packed in masks.items():
+        with reading(file):
+            stored = model.checkpoint.read(model.stored_name(f"{name}.weight"))
+            weight = stored.T if model.transposed(name) else stored
+            pruned = unpack_mask(packed, weight.shape[1])
+            assert pruned.shape == weight.shape, f"a mask of {tuple(pruned.shape)} for {name} of {tuple(weight.shape)}"
         removed, size = removed + int(pruned.sum()), size + pruned.numel()
         if bool((weight[pruned] != 0).any()):
             broken.append(name)

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from duramen.families import register_own
 from duramen.problem import Exit, Problem
+from duramen.reading import read_json, reading
 
 INDEX = "model.safetensors.index.json"
 
@@ -36,12 +37,12 @@ class Checkpoint:
         self.files = self._find_files()
         self._headers = {file: read_header(self.folder / file) for file in sorted(set(self.files.values()))}
         self._refuse_quantized()
-        register_own(self.config.get("model_type", "?"))
+        register_own(str(self.config.get("model_type", "?")))
 
     @cached_property
     def config(self) -> dict[str, Any]:
         """``config.json`` as it stands."""
-        return dict(json.loads((self.folder / "config.json").read_text(encoding="utf-8")))
+        return read_json(self.folder / "config.json")
 
     @property
     def names(self) -> list[str]:
@@ -50,7 +51,8 @@ class Checkpoint:
 
     def read(self, name: str) -> Tensor:
         """Reads one tensor into memory of its own, in its stored type."""
-        with safe_open(self.folder / self.files[name], framework="pt") as shard:
+        file = self.folder / self.files[name]
+        with reading(file), safe_open(file, framework="pt") as shard:
             tensor: Tensor = shard.get_tensor(name)
             return tensor.clone()
 
@@ -77,8 +79,7 @@ class Checkpoint:
                 fix="`duramen assets` lists the embedded models.",
             )
         if (self.folder / INDEX).is_file():
-            index = json.loads((self.folder / INDEX).read_text(encoding="utf-8"))
-            return dict(index["weight_map"])
+            return self._indexed()
         shards = sorted(self.folder.glob("model*.safetensors"))
         if not shards:
             raise Problem(
@@ -87,6 +88,15 @@ class Checkpoint:
                 fix="open it once in transformers and save it again with `save_pretrained`.",
             )
         return {name: file.name for file in shards for name in read_header(file)}
+
+    def _indexed(self) -> dict[str, str]:
+        """The file of every tensor, by the index; a file that is not in the folder is none of the model's."""
+        with reading(self.folder / INDEX):
+            found = dict(read_json(self.folder / INDEX)["weight_map"])
+            away = [file for file in set(found.values()) if Path(file).name != file or not file.endswith(".safetensors")]
+            if away:
+                raise ValueError(f"{', '.join(away)} is no safetensors file of this folder")
+        return found
 
     def _refuse_quantized(self) -> None:
         quantization = self.config.get("quantization_config")
@@ -114,10 +124,12 @@ def read_header(file: Path) -> dict[str, dict[str, Any]]:
         header = None
     if header is None:
         raise _truncated(file, size, "its header is incomplete")
-    header.pop("__metadata__", None)
-    for entry in header.values():
-        entry["data_offsets"] = [8 + length + offset for offset in entry["data_offsets"]]
-    expected = max((entry["data_offsets"][1] for entry in header.values()), default=8 + length)
+    with reading(file):
+        header.pop("__metadata__", None)
+        for entry in header.values():
+            entry["data_offsets"] = [8 + length + offset for offset in entry["data_offsets"]]
+            entry["shape"], entry["dtype"] = [int(size) for size in entry["shape"]], str(entry["dtype"])
+        expected = max((entry["data_offsets"][1] for entry in header.values()), default=8 + length)
     if size < expected:
         raise _truncated(file, size, f"its header promises {expected:,}")
     return dict(header)

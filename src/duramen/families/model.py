@@ -24,6 +24,7 @@ from duramen.families.generic import infer_family
 from duramen.families.table import Family, Projection, Sizes
 from duramen.grids import Quantized
 from duramen.problem import Exit, Problem
+from duramen.reading import reading
 from duramen.rounding import start_rounding
 from duramen.rundir import read_formats
 from duramen.ssm.mixer import ExactScans
@@ -145,10 +146,15 @@ class BlockModel:
         from transformers import AutoConfig, AutoModelForCausalLM
 
         checkpoint = Checkpoint(folder)
-        known = None if allow_generic else find_family(checkpoint.config.get("model_type", "?"))
-        config = AutoConfig.from_pretrained(folder)
-        with init_empty_weights(include_buffers=False):
-            network = AutoModelForCausalLM.from_config(config, dtype=dtype)
+        known = None if allow_generic else find_family(str(checkpoint.config.get("model_type", "?")))
+        with reading(folder / "config.json"):
+            config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+            if not 0 < config.num_hidden_layers <= len(checkpoint.names):
+                raise ValueError(
+                    f"it says {config.num_hidden_layers:,} blocks, and there are {len(checkpoint.names):,} tensors"
+                )
+            with init_empty_weights(include_buffers=False):
+                network = AutoModelForCausalLM.from_config(config, dtype=dtype)
         network.eval()
         if device.type == "cpu" or find_spec("mamba_ssm") is None:
             ExactScans(network)
@@ -311,7 +317,13 @@ class BlockModel:
             name: tensor.to(self.device, self.dtype if tensor.is_floating_point() else tensor.dtype, copy=True)
             for name, tensor in state.items()
         }
-        module.load_state_dict(cast, strict=False, assign=True)
+        try:
+            module.load_state_dict(cast, strict=False, assign=True)
+        except RuntimeError as error:
+            raise Problem(
+                f"Tensors do not fit their places: {str(error).splitlines()[-1].strip()}", why="`config.json` says other sizes than the weights have.",
+                fix="the config and the weights of one model.", code=Exit.INCOMPATIBLE,
+            ) from error  # fmt: skip
 
     def capture(self, tokens: Tensor) -> tuple[Tensor, list[Call]]:
         """Runs everything before the first block, and records what each block would be called with.

@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from duramen.problem import Exit, Problem
+
 
 @dataclass(frozen=True)
 class Projection:
@@ -136,9 +138,19 @@ class Family:
     stacked: tuple[Stacked, ...] = ()
 
     def writer(self, part: str) -> str:
-        """Path inside the block of the projection by which a part (``attention``, ``mlp``) writes to the residual stream."""
+        """Path inside the block of the projection by which a part (``attention``, ``mlp``) writes to the residual stream.
+
+        Raises:
+            Problem: If the blocks have no such part.
+        """
         role = {"attention": "o", "mlp": "down"}[part]
-        return next(item.path for stage in self.stages for item in stage if item.role == role)
+        found = [item.path for stage in self.stages for item in stage if item.role == role]
+        if not found:
+            raise Problem(
+                f"The blocks of the family {self.name} have no {part} that could leave.", why="its table lists none.", fix="`parts: block`.",
+                code=Exit.INCOMPATIBLE,
+            )  # fmt: skip
+        return found[0]
 
     def sizes(self, config: Any) -> Sizes:
         """Reads the widths from a transformers config."""

@@ -12,6 +12,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from duramen.problem import Problem
+
 ADVANTAGE = 1.5
 """How many times faster than float32 bfloat16 must be to be chosen."""
 
@@ -37,7 +39,11 @@ def gigaflops(dtype: torch.dtype) -> float:
 def forward_dtype(name: str) -> torch.dtype:
     """``auto`` is bfloat16 where this machine multiplies it clearly faster than float32; else the named type."""
     if name != "auto":
-        dtype: torch.dtype = getattr(torch, name)
+        dtype = getattr(torch, name, None)
+        if not isinstance(dtype, torch.dtype):
+            raise Problem(
+                f"`{name}` is no type of numbers.", why="forward passes run in one.", fix="float32, bfloat16 or float16."
+            )
         return dtype
     if torch.cuda.is_available():
         return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32

@@ -151,12 +151,12 @@ def _places(model: BlockModel, block: OpenBlock, norms: dict[str, str]) -> Itera
     """Where the inputs of a block's layers can be smoothed."""
     for norm in sorted(set(norms.values())):
         yield _Place([path for path, read in norms.items() if read == norm], norm)
-    sizes = model.sizes(block.index)
     for module in sorted({path.rpartition(".")[0] for path in block.layers}):
         inside = {layer.projection.role: path for path, layer in block.layers.items() if path.rpartition(".")[0] == module}
         if {"gate", "up", "down"} <= inside.keys():
             yield _Place([inside["down"]], inside["up"])
         if {"v", "o"} <= inside.keys():
+            sizes = model.sizes(block.index)
             yield _Place([inside["o"]], inside["v"], sizes.heads // sizes.groups)
 
 

@@ -6,7 +6,6 @@ Engines read the scale of an adapter differently: some know α/r only, whatever 
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from duramen.problem import Exit, Problem
+from duramen.reading import read_json, reading
 from duramen.recover.adapters import Adapter
 from duramen.recover.scaling import scale
 from duramen.rundir import write_json, write_tensors
@@ -115,13 +115,13 @@ def read_peft(folder: Path) -> dict[str, Change]:
     Raises:
         Problem: If it is no such folder, or holds more than low-rank changes.
     """
-    try:
-        config: dict[str, Any] = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-        tensors = load_file(folder / WEIGHTS)
-    except (OSError, ValueError) as error:
+    if not (folder / CONFIG).is_file() or not (folder / WEIGHTS).is_file():
         raise Problem(
-            f"{folder} is no adapter in PEFT's format.", why=f"{error}.", fix=f"a folder with {CONFIG} and {WEIGHTS}."
-        ) from None
+            f"{folder} is no adapter in PEFT's format.", why="a file is missing.", fix=f"a folder with {CONFIG} and {WEIGHTS}."
+        )
+    config = read_json(folder / CONFIG)
+    with reading(folder / WEIGHTS):
+        tensors = load_file(folder / WEIGHTS)
     odd = [key for key, value in config.items() if key not in KNOWN | HARMLESS and value not in (None, False, [], {}, "", 0)]
     odd += [
         key
@@ -142,8 +142,9 @@ def read_peft(folder: Path) -> dict[str, Change]:
     rule: Any = "alpha_over_sqrt_r" if config.get("use_rslora") else "alpha_over_r"
     for name in names:
         a, b = (tensors[f"{PREFIX}{name}.lora_{half}.weight"] for half in "AB")
-        alpha = _pattern(config.get("alpha_pattern") or {}, name, config["lora_alpha"])
-        found[name] = Change(a, b, scale(float(alpha), len(a), rule))
+        with reading(folder / CONFIG):
+            alpha = float(_pattern(config.get("alpha_pattern") or {}, name, config["lora_alpha"]))
+        found[name] = Change(a, b, scale(alpha, len(a), rule))
     return found
 
 

@@ -6,7 +6,6 @@ milestones) is not counted, and its weights keep the base's licence, which may n
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,6 +13,7 @@ from typing import Any
 
 from duramen.assets import ASSETS, DEBIAN
 from duramen.problem import Problem
+from duramen.reading import read_json, reading
 from duramen.release.components import PAPER, REPORT, WEIGHTS
 from duramen.release.licences import detect, parse, suggest
 from duramen.rundir import visible_files
@@ -124,7 +124,9 @@ def gather(folder: Path, wish: Wish) -> Gathered:
     new = bool(stages) or results.get("model") == NEW
     base = None if new else _base(folder, results, wish)
     licences = _licences(wish, base)
-    found = _model(folder, base) | (_trained(folder, stages) if stages else {}) | _measured(folder, results)
+    found = _model(folder, base) | (_trained(folder, stages) if stages else {})
+    with reading(folder / "results.json"):
+        found |= _measured(folder, results)
     if new and not stages:
         found["Training code"] = Evidence(
             _top(folder, "recipe.lock.yaml"), "all steps, with every setting, carried out by Duramen"
@@ -157,14 +159,7 @@ def check_links(folder: Path) -> None:
 
 
 def _json(file: Path) -> dict[str, Any]:
-    if not file.is_file():
-        return {}
-    try:
-        return dict(json.loads(file.read_text(encoding="utf-8")))
-    except (ValueError, TypeError) as error:
-        raise Problem(
-            f"{file} is damaged: {error}.", why="it was cut off or changed by hand.", fix="`duramen verify` names what differs."
-        ) from error
+    return read_json(file) if file.is_file() else {}
 
 
 def _base(folder: Path, results: Mapping[str, Any], wish: Wish) -> tuple[str, str]:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from duramen.problem import Exit, Problem
+from duramen.reading import read_json
 from duramen.release import cards, provenance
 from duramen.release.components import COMPONENTS, FRAMEWORK
 from duramen.release.evidence import FOLDER, Gathered, Wish, check_links, gather
@@ -179,17 +179,17 @@ def verify(folder: Path) -> list[str]:
 def _made(folder: Path) -> dict[str, str]:
     """Hashes that the run wrote down of its files."""
     file = folder / "manifest.json"
-    return dict(json.loads(file.read_text(encoding="utf-8")).get("files", {})) if file.is_file() else {}
+    return dict(read_json(file).get("files", {})) if file.is_file() else {}
 
 
 def _rederived(folder: Path) -> list[str]:
     """Differences between the verdict that is written down and the one that follows from the files."""
     place = folder / FOLDER
-    said = json.loads((place / WISH).read_text(encoding="utf-8"))
+    said = read_json(place / WISH)
     profile = said.pop("profile")
     wish = Wish(**said)
     gathered = gather(folder, wish)
-    kept = json.loads((place / VERDICT).read_text(encoding="utf-8"))
+    kept = read_json(place / VERDICT)
     framework = framework_file(gathered, kept["name"], wish)
     found = verdict(framework["release"], profile)
     made = _made(folder) | {

@@ -83,7 +83,7 @@ def read_header(file: Path) -> dict[str, Any]:
             header: dict[str, Any] = json.loads((stored.metadata() or {}).get("duramen", "{}"))
     except (OSError, ValueError, SafetensorError):
         return {}
-    return header if header.get("format") == FORMAT else {}
+    return header if isinstance(header, dict) and header.get("format") == FORMAT else {}
 
 
 def reader(file: Path, module: Module, level: int) -> tuple[Tensor, Tensor | None]:

@@ -47,7 +47,7 @@ def read(file: Path) -> dict[str, Any]:
         found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
-    return found if found.get("format") == FORMAT else {}
+    return found if isinstance(found, dict) and found.get("format") == FORMAT else {}
 
 
 def chosen_point(model: BlockModel, settings: Settings) -> tuple[Plan, list[Module], Genome]:

@@ -14,6 +14,7 @@ from typing import Any
 
 from duramen.families.model import BlockModel
 from duramen.problem import Problem
+from duramen.reading import reading
 from duramen.shrink.groups import Units
 
 PLAN = "pruning_plan.json"
@@ -96,7 +97,7 @@ class Plan:
             found = json.loads(text)
         except ValueError:
             found = {}
-        if found.pop("format", None) != FORMAT:
+        if not isinstance(found, dict) or found.pop("format", None) != FORMAT:
             raise Problem(
                 "This is no pruning plan.",
                 why=f"its `format` is not {FORMAT}.",
@@ -119,7 +120,8 @@ class Plan:
             raise Problem(
                 f"There is no plan {file}.", why="the path leads nowhere.", fix=f"`OUT/{PLAN}` of a run that cut units."
             )
-        return cls.from_json(file.read_text(encoding="utf-8"))
+        with reading(file):
+            return cls.from_json(file.read_text(encoding="utf-8"))
 
 
 def digest(model: BlockModel) -> str:

@@ -22,7 +22,7 @@ from duramen.problem import Exit, Problem
 from duramen.registry import Settings as Base
 from duramen.registry import method
 from duramen.rundir import write_json
-from duramen.train.stage import DATA, Stage
+from duramen.train.stage import DATA, WORK, Stage
 
 NEEDED = ("datatrove", "spacy", "py3langid", "orjson", "xxhash")
 SPLITS = ("train", "held_out")
@@ -101,7 +101,7 @@ def apply(stage: Stage, settings: Settings) -> dict[str, Any]:
     _check_sources(settings)
     from duramen.train.pipeline import run_pipeline
 
-    work = stage.folder / "work"
+    work = stage.folder / WORK
     counts = run_pipeline(settings, work, stage.said)
     found = _published(work, stage.folder, settings)
     if not found["documents"]["train"]:

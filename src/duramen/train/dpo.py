@@ -14,7 +14,7 @@ from pydantic import Field
 
 from duramen.problem import Problem
 from duramen.registry import method
-from duramen.train.stage import Stage
+from duramen.train.stage import WORK, Stage
 from duramen.train.tuning import TuningSettings, as_turns, divided, read_pairs, tuned
 
 LOSSES = {"length_normalised": "sigmoid_norm", "plain": "sigmoid"}
@@ -50,7 +50,7 @@ def apply(stage: Stage, settings: Settings) -> dict[str, Any]:
     Raises:
         Problem: If a pair is two of the same, or an answer is empty.
     """
-    return tuned(stage, settings, partial(_trainer, settings=settings, work=stage.folder / "work"))
+    return tuned(stage, settings, partial(_trainer, settings=settings, work=stage.folder / WORK))
 
 
 def _trainer(network: Any, tokenizer: Any, file: str, *, settings: Settings, work: Path) -> tuple[Any, dict[str, Any]]:

@@ -18,7 +18,7 @@ from pydantic import Field
 from duramen.problem import Exit, Problem
 from duramen.registry import method
 from duramen.train.rewards import REWARDS, Reward
-from duramen.train.stage import Stage
+from duramen.train.stage import WORK, Stage
 from duramen.train.tuning import TuningSettings, as_turns, read_pairs, tuned
 
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -93,7 +93,7 @@ def apply(stage: Stage, settings: Settings) -> dict[str, Any]:
             why="a group is judged as a whole.",
             fix=f"multiples of {settings.answers}.",
         )
-    found = tuned(stage, settings, partial(_trainer, settings=settings, work=stage.folder / "work"))
+    found = tuned(stage, settings, partial(_trainer, settings=settings, work=stage.folder / WORK))
     even = found["logged"].get("frac_reward_zero_std", [])
     return found | {"rewards": found["logged"].get("reward", []), "groups_without_difference": sum(even) / max(1, len(even))}
 

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from functools import partial
-from pathlib import Path
 from typing import Annotated, Any
 
+import numpy as np
 from pydantic import Field
 
 from duramen.problem import Problem
 from duramen.registry import method
 from duramen.train.data import examples, tokenise
-from duramen.train.stage import Stage
+from duramen.train.stage import TOKENS, WORK, Stage
+from duramen.train.text import read_corpus
 from duramen.train.tuning import TuningSettings, divided, tuned
 
 
@@ -24,6 +25,8 @@ class Settings(TuningSettings):
     """How often the examples are seen."""
     packing: bool = True
     """Whether examples share rows of `length`."""
+    replay: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Share of the tokens that are text of the stage `tokenize`, all of it learned, so that a model keeps what it learned from it; 0 for none."""
 
 
 @method("sft", title="Supervised tuning", paper="arXiv 2203.02155, 2411.15124", kind="train", settings=Settings)
@@ -40,10 +43,10 @@ def apply(stage: Stage, settings: Settings) -> dict[str, Any]:
     Raises:
         Problem: If the data is not there, or has nothing to learn.
     """
-    return tuned(stage, settings, partial(_trainer, settings=settings, work=stage.folder / "work"))
+    return tuned(stage, settings, partial(_trainer, stage=stage, settings=settings))
 
 
-def _trainer(network: Any, tokenizer: Any, file: str, *, settings: Settings, work: Path) -> tuple[Any, dict[str, Any]]:
+def _trainer(network: Any, tokenizer: Any, file: str, *, stage: Stage, settings: Settings) -> tuple[Any, dict[str, Any]]:
     """The trainer, and counts for the report."""
     from datasets import Dataset
     from trl import SFTConfig, SFTTrainer
@@ -59,11 +62,34 @@ def _trainer(network: Any, tokenizer: Any, file: str, *, settings: Settings, wor
         {"input_ids": [token for token, _ in each], "labels": [token if learned else -100 for token, learned in each]}
         for each in fine
     ]
-    train, aside = (Dataset.from_list(part) for part in divided(rows, settings))
+    learned, aside = divided(rows, settings)
+    replayed = text_again(stage, settings, sum(len(row["input_ids"]) for row in learned)) if settings.replay else []
     config = SFTConfig(
         max_length=settings.length, packing=settings.packing, eval_packing=False, eval_strategy="steps", eval_steps=settings.every,
-        average_tokens_across_devices=True, **settings.arguments(work),
+        average_tokens_across_devices=True, **settings.arguments(stage.folder / WORK),
     )  # fmt: skip
-    trainer = SFTTrainer(network, config, train_dataset=train, eval_dataset=aside, processing_class=tokenizer)
-    counts = {"examples": len(train), "held_out_examples": len(aside), "without_target": len(documents) - len(fine)}
-    return trainer, counts
+    trainer = SFTTrainer(
+        network, config, train_dataset=Dataset.from_list(learned + replayed), eval_dataset=Dataset.from_list(aside), processing_class=tokenizer,
+    )  # fmt: skip
+    counts = {"examples": len(learned), "held_out_examples": len(aside), "without_target": len(documents) - len(fine)}
+    return trainer, counts | {"replayed_pieces": len(replayed)}
+
+
+def text_again(stage: Stage, settings: Settings, tokens: int) -> list[dict[str, list[int]]]:
+    """Pieces of the text that the tokens are of, evenly spread over it, so many that they are `replay` of all beside the tokens of the examples.
+
+    Args:
+        stage: Has the text's tokens.
+        settings: See ``Settings``.
+        tokens: Of the examples.
+
+    Raises:
+        Problem: If no stage left any.
+    """
+    corpus = read_corpus(stage.need(TOKENS, "sft"), "train", settings.length, 0, shared=False)
+    pieces = [(source, number) for source, each in corpus.packed.items() for number in range(len(each.rows))]
+    there = sum(corpus.targets(*piece) + 1 for piece in pieces)
+    wanted = tokens * settings.replay / (1 - settings.replay)
+    chosen = np.linspace(0, len(pieces) - 1, round(len(pieces) * min(1, wanted / there))).astype(int)
+    whole = [corpus.row(*pieces[number])[0].astype(int).tolist() for number in chosen]
+    return [{"input_ids": piece, "labels": [-100, *piece[1:]]} for piece in whole]

@@ -10,6 +10,8 @@ from duramen.problem import Problem
 
 DATA, TOKENS, TOKENIZER, MODEL = "data", "tokens", "tokenizer", "model"
 """What stages leave, by the names of folders in theirs: documents, their token ids, a tokenizer, a model."""
+WORK = "work"
+"""Folder of a stage's own, which is not kept."""
 
 
 @dataclass(frozen=True)

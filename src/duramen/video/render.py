@@ -22,6 +22,7 @@ from torch import Tensor
 from duramen.hardware.machine import describe, fastest_device
 from duramen.intervals import paired_interval
 from duramen.problem import Exit, Problem
+from duramen.reading import read_json
 from duramen.rundir import replacing, write_json
 from duramen.video.calibrate import Choice, choose_schedule
 from duramen.video.plan import Clip, Plan, streamline_within
@@ -131,7 +132,7 @@ def open_pipeline(folder: Path) -> Any:
             why="it has no model_index.json.",
             fix="the folder that `pipeline.save_pretrained` wrote.",
         )
-    name = json.loads(file.read_text(encoding="utf-8")).get("_class_name", "")
+    name = str(read_json(file).get("_class_name", ""))
     if name not in GUIDED:
         raise Problem(
             f"A {name or 'pipeline without a name'} is not known.",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +11,7 @@ from torch import Tensor, nn
 
 from duramen.hardware.machine import fastest_device
 from duramen.problem import Exit, Problem
+from duramen.reading import read_json
 from duramen.vision.elastic import ElasticViTForImageClassification
 from duramen.vision.patches import PatchReduction, patches_across
 from duramen.vision.stream import VisionModel
@@ -40,7 +40,7 @@ def load_classifier(folder: Path) -> Any:
         transformer_layers(network)
     processor = folder / "preprocessor_config.json"
     if processor.is_file():
-        said = json.loads(processor.read_text(encoding="utf-8"))
+        said = read_json(processor)
         network.config.image_mean, network.config.image_std = said.get("image_mean"), said.get("image_std")
     reduction = getattr(network.config, "reduction", None)
     if reduction is not None:

@@ -1,0 +1,45 @@
+"""Files that may be anything: what cannot be understood is told by its name, whatever went wrong."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from duramen.problem import Exit, Problem
+
+
+@contextmanager
+def reading(file: Path) -> Iterator[None]:
+    """Whatever goes wrong inside is the file's fault.
+
+    Args:
+        file: Of which something is made inside.
+
+    Raises:
+        Problem: In the place of any other error.
+    """
+    try:
+        yield
+    except Problem:
+        raise
+    except Exception as error:
+        raise Problem(
+            f"{file} cannot be understood: {type(error).__name__}: {str(error)[:200]}.", why="it was cut off, changed by hand, or is of another version.",
+            fix="the file as it was written, or make it anew.", code=Exit.INCOMPATIBLE,
+        ) from error  # fmt: skip
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """A JSON file that holds an object.
+
+    Raises:
+        Problem: If it is not there, or holds something else.
+    """
+    with reading(file):
+        found = json.loads(file.read_text(encoding="utf-8"))
+        if not isinstance(found, dict):
+            raise TypeError(f"an object was expected, not {type(found).__name__}")
+    return found
