@@ -23,6 +23,7 @@ from duramen.families.model import BlockModel
 from duramen.forecast import forecast
 from duramen.hardware.machine import describe, forward_dtype, gigaflops
 from duramen.opening import load
+from duramen.order import check_order, marks_of
 from duramen.problem import Problem
 from duramen.reading import reading
 from duramen.recipe import Recipe, load_recipe, parse_settings
@@ -167,6 +168,7 @@ def plan(
             fix="`duramen run`; the same line again goes on where it stopped.",
         )
     steps = loaded.resolved()
+    check_order(steps, marks_of(open_model(model)))
     opened = BlockModel.from_folder(open_model(model), allow_generic=allow_generic)
     head = {"recipe": loaded.name, "model": model, "family": opened.family.name, "blocks": len(opened.blocks)}
     return head | {"machine": describe()} | forecast(opened, loaded, steps, gigaflops=gigaflops(torch.float32))

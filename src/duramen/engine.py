@@ -27,6 +27,7 @@ from duramen.export.step import apply as export_to
 from duramen.families.checkpoint import Checkpoint
 from duramen.families.model import BlockModel
 from duramen.hardware.machine import describe, fastest_device, forward_dtype, free_memory, peak_memory
+from duramen.order import check_order, marks_of
 from duramen.problem import Exit, Problem
 from duramen.reading import read_json
 from duramen.recipe import Recipe, Step, write_recipe
@@ -136,6 +137,7 @@ def prepare(recipe: Recipe, model: str, out: Path, allow_generic: bool, progress
                 fix="`images:` with `data: fashion-mnist`, or a folder, in the recipe.",
             )
     source = ranks.shared(open_model(model) if ranks.leads() else None)
+    check_order(steps, marks_of(source))
     Checkpoint(source)
     reading = any(get_method(step.method).kind not in ("evaluate", "export") for step in steps)
     tokens = _tokens(recipe, source) if reading else torch.zeros(0, 0, dtype=torch.long)

@@ -26,6 +26,16 @@ class Settings(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
+    @property
+    def leaves(self) -> tuple[str, ...]:
+        """What the step leaves in a model that no later one may undo; see ``duramen.order``."""
+        return ()
+
+    @property
+    def undoes(self) -> tuple[str, ...]:
+        """What it would undo if an earlier step had left it."""
+        return ()
+
 
 @dataclass(frozen=True)
 class Method:
@@ -36,7 +46,6 @@ class Method:
         title: For people.
         paper: Where it comes from.
         kind: prune, shrink, quantize, reduce, recover, evaluate.
-        needs: What it must be given (``tokens``).
         settings: The frozen settings model; its fields are the schema of the step.
         apply: The function that carries it out.
         summary: First line of the module's docstring.
@@ -46,20 +55,19 @@ class Method:
     title: str
     paper: str
     kind: str
-    needs: tuple[str, ...]
     settings: type[Settings]
     apply: Callable[..., Any]
     summary: str
 
 
 def method(
-    name: str, *, title: str, paper: str, kind: str, settings: type[Settings], needs: tuple[str, ...] = ()
+    name: str, *, title: str, paper: str, kind: str, settings: type[Settings]
 ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Registers the decorated function as the entry of a method."""
 
     def register(function: Callable[..., Any]) -> Callable[..., Any]:
         doc = importlib.import_module(function.__module__).__doc__ or ""
-        entry = Method(name, title, paper, kind, needs, settings, function, doc.strip().split("\n")[0])
+        entry = Method(name, title, paper, kind, settings, function, doc.strip().split("\n")[0])
         function.__dict__["method"] = entry
         return function
 

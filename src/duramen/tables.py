@@ -209,7 +209,7 @@ def explain_method(name: str) -> dict[str, Any]:
         for key, field in entry.settings.model_fields.items()
     ]
     head = {"name": entry.name, "kind": entry.kind, "title": entry.title, "paper": entry.paper}
-    return head | {"summary": entry.summary, "needs": list(entry.needs), "settings": settings}
+    return head | {"summary": entry.summary, "settings": settings}
 
 
 def type_words(annotation: Any) -> str:

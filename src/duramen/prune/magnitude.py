@@ -58,7 +58,7 @@ def prune(
     return finish(weight, weight, pruned, gram)
 
 
-@method("magnitude", title="Magnitude pruning", paper="arXiv 1506.02626", kind="prune", needs=("tokens",), settings=Settings)
+@method("magnitude", title="Magnitude pruning", paper="arXiv 1506.02626", kind="prune", settings=Settings)
 def apply(model: Model, tokens: Tensor, *, walk: Walk | None = None, **settings: object) -> Records:
     """Prunes every linear weight of the model's blocks; see ``prune_model``."""
     return prune_model(prune, model, tokens, Settings.model_validate(settings), walk=walk)

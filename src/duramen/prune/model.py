@@ -88,6 +88,16 @@ class PruneSettings(Settings):
         high = min(low + 1, len(self.sparsity) - 1)
         return {"sparsity": self.sparsity[low] + (place - low) * (self.sparsity[high] - self.sparsity[low]), "pattern": None}
 
+    @property
+    def leaves(self) -> tuple[str, ...]:
+        """See ``duramen.order``."""
+        return ("zeros", "pattern") if self.pattern else ("zeros",)
+
+    @property
+    def undoes(self) -> tuple[str, ...]:
+        """See ``duramen.order``."""
+        return ("codes", "reduction")
+
 
 def prune_model(
     prune: PruneFunction, model: Model, tokens: Tensor, settings: PruneSettings, *, walk: Walk | None = None

@@ -290,9 +290,7 @@ def _width(block: int | Literal["all"], target: Pattern, inputs: int, mask: Mask
     return width
 
 
-@method(
-    "multiweight", title="Multi-weight pruning", paper="arXiv 2410.15567", kind="prune", needs=("tokens",), settings=Settings
-)
+@method("multiweight", title="Multi-weight pruning", paper="arXiv 2410.15567", kind="prune", settings=Settings)
 def apply(model: Model, tokens: Tensor, *, walk: Walk | None = None, **settings: object) -> Records:
     """Prunes every linear weight of the model's blocks; see ``prune_model``."""
     return prune_model(prune, model, tokens, Settings.model_validate(settings), walk=walk)

@@ -103,7 +103,7 @@ def prune(
     return finish(weight, swept.weight, swept.pruned, gram, damping=factor.damping)
 
 
-@method("sparsegpt", title="SparseGPT", paper="arXiv 2301.00774", kind="prune", needs=("tokens",), settings=Settings)
+@method("sparsegpt", title="SparseGPT", paper="arXiv 2301.00774", kind="prune", settings=Settings)
 def apply(model: Model, tokens: Tensor, *, walk: Walk | None = None, **settings: object) -> Records:
     """Prunes every linear weight of the model's blocks; see ``prune_model``."""
     return prune_model(prune, model, tokens, Settings.model_validate(settings), walk=walk)

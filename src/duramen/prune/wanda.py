@@ -59,7 +59,7 @@ def prune(
     return finish(weight, weight, select(scores, target, scope=scope), gram)
 
 
-@method("wanda", title="Wanda", paper="arXiv 2306.11695", kind="prune", needs=("tokens",), settings=Settings)
+@method("wanda", title="Wanda", paper="arXiv 2306.11695", kind="prune", settings=Settings)
 def apply(model: Model, tokens: Tensor, *, walk: Walk | None = None, **settings: object) -> Records:
     """Prunes every linear weight of the model's blocks; see ``prune_model``."""
     return prune_model(prune, model, tokens, Settings.model_validate(settings), walk=walk)

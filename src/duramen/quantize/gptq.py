@@ -206,7 +206,7 @@ def _loss(delta: Tensor, hessian: Tensor) -> float:
     return float(((delta @ hessian) * delta).sum())
 
 
-@method("gptq", title="GPTQ, refined", paper="arXiv 2210.17323", kind="quantize", needs=("tokens",), settings=Settings)
+@method("gptq", title="GPTQ, refined", paper="arXiv 2210.17323", kind="quantize", settings=Settings)
 def apply(model: Model, tokens: Tensor, *, walk: Walk | None = None, **settings: object) -> Records:
     """Rounds every linear weight of the model's blocks; see ``quantize_model``."""
     return quantize_model(quantize, model, tokens, Settings.model_validate(settings), walk=walk)

@@ -85,6 +85,16 @@ class QuantizeSettings(Settings):
         own = {name: getattr(self, name) for name in type(self).model_fields if name not in OWN}
         return own | {"step_type": TYPES[self.step_type]}
 
+    @property
+    def leaves(self) -> tuple[str, ...]:
+        """See ``duramen.order``."""
+        return ("codes",)
+
+    @property
+    def undoes(self) -> tuple[str, ...]:
+        """See ``duramen.order``."""
+        return ("reduction",)
+
 
 def finish(weight: Tensor, quantized: Quantized, gram: Tensor, pruned: Bool[Tensor, "O I"], **report: float) -> Pruned:
     """What the codes stand for, in the weight's type, with its error and its bits; ``pruned`` are the zeros that had to stay."""

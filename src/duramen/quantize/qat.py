@@ -69,6 +69,16 @@ class Settings(TrainSettings):
     def _is_a_format(cls, value: str) -> str:
         return parse_format(value).text if value else ""
 
+    @property
+    def leaves(self) -> tuple[str, ...]:
+        """See ``duramen.order``."""
+        return ("codes",)
+
+    @property
+    def undoes(self) -> tuple[str, ...]:
+        """See ``duramen.order``."""
+        return ("reduction",)
+
 
 SHOWN = 32
 """Tokens of the attention maps that the report shows."""
@@ -188,9 +198,7 @@ def learned(
         yield layers
 
 
-@method(
-    "qat", title="Quantization-aware training", paper="arXiv 2402.10787", kind="recover", needs=("tokens",), settings=Settings
-)
+@method("qat", title="Quantization-aware training", paper="arXiv 2402.10787", kind="recover", settings=Settings)
 def apply(model: Model, tokens: Tensor, *, walk: Walk | None = None, dense: Model | None = None, **settings: object) -> Records:
     """Trains a model that rounds as it runs, and leaves it rounded.
 

@@ -36,6 +36,11 @@ class Settings(MethodSettings):
     seed: int = 0
     """Of the signs, or of the random matrix."""
 
+    @property
+    def undoes(self) -> tuple[str, ...]:
+        """See ``duramen.order``."""
+        return ("zeros", "codes", "reduction")
+
 
 def hadamard(width: int) -> Float[Tensor, "n n"] | None:
     """A matrix of ±1 whose rows are orthogonal: a power of two times one of Paley's, whose width is a prime of the form 4k+3 and one; None where there is no such product."""
@@ -78,7 +83,7 @@ def orthogonal(width: int, seed: int) -> Float[Tensor, "n n"]:
     return spread
 
 
-@method("rotate", title="Rotation", paper="arXiv 2404.00456", kind="quantize", needs=("tokens",), settings=Settings)
+@method("rotate", title="Rotation", paper="arXiv 2404.00456", kind="quantize", settings=Settings)
 @torch.no_grad()
 def apply(model: Model, tokens: Tensor, *, walk: Walk | None = None, **settings: object) -> Records:
     """Rotates a model; its weights become others, its logits do not.

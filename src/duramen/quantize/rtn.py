@@ -38,9 +38,7 @@ def quantize(
     return finish(weight, pack(encode(work, steps, zeros, grid), steps.to(step_type), zeros, grid), gram, lasting_zeros(weight))
 
 
-@method(
-    "rtn", title="Round to nearest", paper="the baseline of all", kind="quantize", needs=("tokens",), settings=QuantizeSettings
-)
+@method("rtn", title="Round to nearest", paper="the baseline of all", kind="quantize", settings=QuantizeSettings)
 def apply(model: Model, tokens: Tensor, *, walk: Walk | None = None, **settings: object) -> Records:
     """Rounds every linear weight of the model's blocks; see ``quantize_model``."""
     return quantize_model(quantize, model, tokens, QuantizeSettings.model_validate(settings), walk=walk)

@@ -38,6 +38,11 @@ class Settings(MethodSettings):
     skip: tuple[str, ...] = ()
     """Layers to leave alone, in the same words."""
 
+    @property
+    def undoes(self) -> tuple[str, ...]:
+        """See ``duramen.order``."""
+        return ("codes", "reduction")
+
 
 def smoothing_scales(
     largest: Float[Tensor, "I"], weights: Iterable[Float[Tensor, "O I"]], strength: float
@@ -63,7 +68,7 @@ class _Place:
     shared: int = 1
 
 
-@method("smooth", title="Smoothing", paper="arXiv 2211.10438", kind="quantize", needs=("tokens",), settings=Settings)
+@method("smooth", title="Smoothing", paper="arXiv 2211.10438", kind="quantize", settings=Settings)
 @torch.no_grad()
 def apply(model: Model, tokens: Tensor, *, walk: Walk | None = None, **settings: object) -> Records:
     """Smooths the inputs of a model's layers; its weights become others, its logits do not.

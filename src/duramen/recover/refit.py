@@ -59,6 +59,11 @@ class Settings(MethodSettings):
     skip: tuple[str, ...] = ()
     """Layers that stay, in the same words."""
 
+    @property
+    def undoes(self) -> tuple[str, ...]:
+        """See ``duramen.order``."""
+        return ("codes", "reduction")
+
 
 def refit(
     weight: Float[Tensor, "O I"],
@@ -92,7 +97,7 @@ def distance(
     return float(((new @ second.double() - 2 * (goal.double() @ cross.double())) * new).sum())
 
 
-@method("refit", title="Closed-form refit", paper="masked least squares", kind="recover", needs=("tokens",), settings=Settings)
+@method("refit", title="Closed-form refit", paper="masked least squares", kind="recover", settings=Settings)
 def apply(model: Model, tokens: Tensor, *, walk: Walk | None = None, dense: Model | None = None, **settings: object) -> Records:
     """Refits the layers of a model that lost something.
 

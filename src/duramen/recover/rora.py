@@ -91,6 +91,11 @@ class Settings(TrainSettings):
             return coupled_rate(SPP_RATE, self.gamma, 1, reference=SPP_STRENGTH)
         return coupled_rate(RATE, self.gamma, self.rank)
 
+    @property
+    def undoes(self) -> tuple[str, ...]:
+        """See ``duramen.order``."""
+        return ("reduction",)
+
 
 @contextmanager
 def adapted(network: nn.Module, model: BlockModel, settings: Settings) -> Iterator[dict[str, Adapter]]:
@@ -184,7 +189,7 @@ def _targets(model: BlockModel, settings: Settings) -> set[str]:
     return names - untouchable
 
 
-@method("rora", title="RoRA", paper="arXiv 2501.04315", kind="recover", needs=("tokens",), settings=Settings)
+@method("rora", title="RoRA", paper="arXiv 2501.04315", kind="recover", settings=Settings)
 def apply(model: Model, tokens: Tensor, *, walk: Walk | None = None, dense: Model | None = None, **settings: object) -> Records:
     """Trains adapters on a model and merges them into it.
 

@@ -266,7 +266,7 @@ def predicted(model: BlockModel, settings: Settings) -> Surgery:
     return Surgery(model, plan)
 
 
-@method("search", title="Sub-network search", paper="arXiv 2409.17372", kind="search", needs=("tokens",), settings=Settings)
+@method("search", title="Sub-network search", paper="arXiv 2409.17372", kind="search", settings=Settings)
 def apply(model: Model, tokens: Tensor, *, walk: Walk | None = None, **settings: object) -> Records:
     """Searches, cuts what the winner leaves out, and repairs the rest; see ``duramen.shrink.model.carry_out``.
 

@@ -427,7 +427,7 @@ def predicted(model: BlockModel, settings: Settings) -> Surgery:
 
 
 @method(
-    "search_masks", title="Sub-network search by masks", paper="arXiv 2409.17372", kind="search", needs=("tokens",),
+    "search_masks", title="Sub-network search by masks", paper="arXiv 2409.17372", kind="search",
     settings=Settings,
 )  # fmt: skip
 def apply(model: Model, tokens: Tensor, *, walk: Walk | None = None, **settings: object) -> Records:

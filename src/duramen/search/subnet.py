@@ -71,9 +71,7 @@ def chosen_point(model: BlockModel, settings: Settings) -> tuple[Plan, list[Modu
     return plan_of(model, modules, levels, made_by), modules, levels
 
 
-@method(
-    "subnet", title="A point of a search", paper="documented in search/", kind="search", needs=("tokens",), settings=Settings
-)
+@method("subnet", title="A point of a search", paper="documented in search/", kind="search", settings=Settings)
 def apply(model: Model, tokens: Tensor, *, walk: Walk | None = None, **settings: object) -> Records:
     """Cuts a model to one point of a finished search; see ``chosen_point`` and ``carry_out``."""
     chosen, walk = Settings.model_validate(settings), walk or Walk()

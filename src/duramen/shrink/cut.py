@@ -38,7 +38,7 @@ def fitting(model: BlockModel, settings: Settings) -> Plan:
     return plan
 
 
-@method("cut", title="A saved plan", paper="documented in shrink/", kind="shrink", needs=("tokens",), settings=Settings)
+@method("cut", title="A saved plan", paper="documented in shrink/", kind="shrink", settings=Settings)
 def apply(model: Model, tokens: Tensor, *, walk: Walk | None = None, **settings: object) -> Records:
     """Cuts what the plan says; see ``fitting`` and ``carry_out``."""
     chosen = Settings.model_validate(settings)

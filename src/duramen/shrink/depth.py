@@ -34,6 +34,11 @@ class Settings(MethodSettings):
     protect: tuple[int, ...] = ()
     """Blocks that stay whole."""
 
+    @property
+    def undoes(self) -> tuple[str, ...]:
+        """See ``duramen.order``."""
+        return ("codes", "reduction")
+
 
 @torch.no_grad()
 def influences(model: BlockModel, tokens: Tensor, parts: Part) -> list[float]:
@@ -93,7 +98,7 @@ def predicted(model: BlockModel, settings: Settings) -> Surgery:
     return Surgery(model, choose(model, [-float(index) for index in range(len(model.blocks))], settings))
 
 
-@method("depth", title="Depth pruning", paper="arXiv 2403.03853", kind="shrink", needs=("tokens",), settings=Settings)
+@method("depth", title="Depth pruning", paper="arXiv 2403.03853", kind="shrink", settings=Settings)
 def apply(model: Model, tokens: Tensor, *, walk: Walk | None = None, **settings: object) -> Records:
     """Lets the blocks or parts of least influence leave; a model in memory stays as it is, and ``walk.reshape`` has the plan."""
     chosen, walk = Settings.model_validate(settings), walk or Walk()

@@ -40,7 +40,7 @@ def score(model: BlockModel, units: list[Units], tokens: Tensor, walk: Walk) -> 
     return scores, {}
 
 
-@method("flap", title="FLAP", paper="arXiv 2312.11983", kind="shrink", needs=("tokens",), settings=Settings)
+@method("flap", title="FLAP", paper="arXiv 2312.11983", kind="shrink", settings=Settings)
 def apply(model: Model, tokens: Tensor, *, walk: Walk | None = None, **settings: object) -> Records:
     """Cuts the units with the least score; see ``shrink_model``."""
     return shrink_model(score, "flap", model, tokens, Settings.model_validate(settings), walk=walk)

@@ -189,9 +189,7 @@ def _searched(settings: Settings, model: BlockModel, found: list[Found], sequenc
     return TRIED[int(losses.argmin())]
 
 
-@method(
-    "fusion", title="Adaptive estimation fusion", paper="arXiv 2403.10799", kind="shrink", needs=("tokens",), settings=Settings
-)
+@method("fusion", title="Adaptive estimation fusion", paper="arXiv 2403.10799", kind="shrink", settings=Settings)
 def apply(model: Model, tokens: Tensor, *, walk: Walk | None = None, **settings: object) -> Records:
     """Cuts the units that the fused score finds least important; see ``shrink_model``."""
     chosen = Settings.model_validate(settings)

@@ -38,7 +38,7 @@ class Settings(ShrinkSettings):
         return fusion.Settings(**shared, fusion="fixed", weight=float(self.grain == "vector"), coarse="batch")
 
 
-@method("llm_pruner", title="LLM-Pruner", paper="arXiv 2305.11627", kind="shrink", needs=("tokens",), settings=Settings)
+@method("llm_pruner", title="LLM-Pruner", paper="arXiv 2305.11627", kind="shrink", settings=Settings)
 def apply(model: Model, tokens: Tensor, *, walk: Walk | None = None, **settings: object) -> Records:
     """Cuts the units with the least Taylor importance; see ``shrink_model``."""
     chosen = Settings.model_validate(settings)

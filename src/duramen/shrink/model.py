@@ -96,6 +96,11 @@ class RepairSettings(Settings):
         """Dampings are compared as they are used."""
         return {}
 
+    @property
+    def undoes(self) -> tuple[str, ...]:
+        """See ``duramen.order``."""
+        return ("pattern", "codes", "reduction")
+
 
 class ShrinkSettings(RepairSettings, ChoiceSettings):
     """What every method takes that cuts units."""

@@ -34,7 +34,7 @@ def score(model: BlockModel, units: list[Units], tokens: Tensor, walk: Walk) -> 
     return scores, {}
 
 
-@method("wanda_sp", title="Wanda-sp", paper="arXiv 2306.11695", kind="shrink", needs=("tokens",), settings=Settings)
+@method("wanda_sp", title="Wanda-sp", paper="arXiv 2306.11695", kind="shrink", settings=Settings)
 def apply(model: Model, tokens: Tensor, *, walk: Walk | None = None, **settings: object) -> Records:
     """Cuts the units with the least score; see ``shrink_model``."""
     return shrink_model(score, "wanda_sp", model, tokens, Settings.model_validate(settings), walk=walk)

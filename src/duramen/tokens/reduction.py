@@ -39,6 +39,11 @@ class Settings(Reduction):
     sequences: Annotated[int, Field(ge=1)] = 16
     """Calibration sequences by which that is chosen."""
 
+    @property
+    def leaves(self) -> tuple[str, ...]:
+        """See ``duramen.order``."""
+        return ("reduction",)
+
 
 @method(
     "token_reduction",
@@ -46,7 +51,6 @@ class Settings(Reduction):
     paper="Rethinking Token Reduction for State Space Models, arXiv 2410.14725",
     kind="reduce",
     settings=Settings,
-    needs=("tokens",),
 )
 @torch.no_grad()
 def apply(model: BlockModel, tokens: Tensor, *, walk: Walk | None = None, **settings: object) -> dict[str, Any]:
