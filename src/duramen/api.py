@@ -10,6 +10,7 @@ import torch
 
 from duramen.assets import open_model
 from duramen.calibrate import ranks
+from duramen.dial import Choice, Target, judge, met, turn
 from duramen.engine import Progress, carry_out, load_results, opening, prepare, silent, versions
 from duramen.evaluate.evaluate import Settings as EvaluateSettings
 from duramen.evaluate.evaluate import apply as measure
@@ -24,7 +25,7 @@ from duramen.forecast import forecast
 from duramen.hardware.machine import describe, forward_dtype, gigaflops
 from duramen.opening import load
 from duramen.order import check_order, marks_of
-from duramen.problem import Problem
+from duramen.problem import Exit, Problem
 from duramen.reading import reading
 from duramen.recipe import Recipe, load_recipe, parse_settings
 from duramen.registry import get_method
@@ -35,7 +36,21 @@ from duramen.rundir import RunDirectory
 from duramen.shrink.groups import find_units, known_kinds
 from duramen.stages import STAGES, divided, forecast_stages, run_stages
 
-__all__ = ["compare", "evaluate", "export", "inspect", "load", "load_results", "plan", "report", "run", "train", "versions"]
+__all__ = [
+    "choose",
+    "compare",
+    "compress",
+    "evaluate",
+    "export",
+    "inspect",
+    "load",
+    "load_results",
+    "plan",
+    "report",
+    "run",
+    "train",
+    "versions",
+]
 
 
 def run(
@@ -179,6 +194,53 @@ def inspect(model: str, *, allow_generic: bool = False) -> dict[str, Any]:
     opened = BlockModel.from_folder(open_model(model), allow_generic=allow_generic)
     groups = [units.describe() for units in find_units(opened, known_kinds(opened))]
     return {"model": model} | inventory(opened) | {"masks": check_masks(opened), "codes": check_codes(opened), "groups": groups}
+
+
+def compress(
+    model: str | Path,
+    out: str | Path,
+    *,
+    target: str,
+    place: str = "llama.cpp",
+    text: tuple[str, ...] = ("boolq",),
+    progress: Progress = silent,
+) -> dict[str, Any]:
+    """Plans a recipe for a target by itself, carries it out, and holds what was reached against what was asked for; see ``duramen.dial``.
+
+    Args:
+        model: Folder, embedded name, GGUF file or hub id.
+        out: The run directory; the recipe lies in it as ``recipe.yaml``.
+        target: ``0.5x``, ``200MB`` or ``2x-faster``.
+        place: ``cpu``, ``gpu``, ``llama.cpp``, ``vllm`` or ``edge``.
+        text: On what it is measured.
+        progress: Called with events.
+
+    Returns:
+        The content of ``results.json``, and ``dial``: ``target``, ``reasons``, ``asked`` and ``reached`` (bytes, or a factor of speed).
+
+    Raises:
+        Problem: If the target is out of reach, or was missed by more than five percent; then the run is kept, and the nearest said.
+    """
+    choice = choose(model, target=target, place=place, text=text)
+    results = run(choice.recipe, model, out, progress=progress)
+    asked, reached = judge(choice, results, Path(out))
+    if not met(choice, asked, reached):
+        told = (
+            (f"{asked:g} times faster", f"{reached:.3g} times")
+            if choice.target.kind == "speed"
+            else (f"{asked:,.0f} bytes", f"{reached:,.0f}")
+        )
+        raise Problem(
+            f"{told[0]} was asked for, and {told[1]} was reached.", why="what was predicted and what was measured differ by more than 5 %.",
+            fix=f"the result is in {out}; `recipe.yaml` there can be changed and run again.", code=Exit.OUT_OF_BUDGET,
+        )  # fmt: skip
+    return results | {"dial": {"target": target, "reasons": choice.reasons, "asked": asked, "reached": reached}}
+
+
+def choose(model: str | Path, *, target: str, place: str = "llama.cpp", text: tuple[str, ...] = ("boolq",)) -> Choice:
+    """The recipe that ``compress`` would carry out, and why; the same arguments."""
+    name = f"{Path(model).name}-{target}-for-{place}"
+    return turn(BlockModel.from_folder(open_model(str(model))), name, Target.read(target), place, text)
 
 
 def evaluate(model: str, *, allow_generic: bool = False, dtype: str = "auto", **settings: Any) -> dict[str, Any]:

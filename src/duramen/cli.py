@@ -54,6 +54,34 @@ def run(
 
 
 @app.command()
+def compress(
+    model: Model,
+    out: Annotated[Path, typer.Argument(help="Folder of the result. The same line again resumes.")],
+    target: Annotated[str, typer.Option(help="0.5x or 200MB of files, or 2x-faster.")],
+    place: Annotated[str, typer.Option("--for", help="What will run it: cpu, gpu, llama.cpp, vllm or edge.")] = "llama.cpp",
+    text: Texts = None,
+    plan: Annotated[
+        bool, typer.Option("--plan", help="Print the recipe with its reasons, to keep and change, and stop.")
+    ] = False,
+) -> None:
+    """Plans a recipe for a target by itself, says why, and carries it out."""
+    from duramen import api
+    from duramen.progress import display
+    from duramen.recipe import dump_yaml
+
+    _quiet()
+    wish: Any = {"target": target, "place": place, "text": tuple(text or ("boolq",))}
+    choice = api.choose(model, **wish)
+    typer.echo("".join(f"# {reason}\n" for reason in choice.reasons) + dump_yaml(choice.recipe))
+    if plan:
+        return
+    with display() as progress:
+        found = api.compress(model, out, **wish, progress=progress)["dial"]
+    unit = "times faster" if choice.target.kind == "speed" else "bytes"
+    typer.echo(f"asked for {found['asked']:,.6g} {unit}, reached {found['reached']:,.6g}")
+
+
+@app.command()
 def train(
     recipe: RecipeName,
     out: Annotated[Path, typer.Argument(help="Folder of the model and its stages. The same line again resumes.")],

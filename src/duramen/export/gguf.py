@@ -83,7 +83,7 @@ def export_gguf(folder: Path, file: Path, *, kind: Type = "f16") -> dict[str, An
 
     model = BlockModel.from_folder(folder, dtype=torch.float32)
     codes = {name: found for name, found in read_codes(folder).items() if _fits_blocks(found)}
-    shapes = _shapes(model)
+    shapes = gguf_shapes(model)
     alike = _alike(shapes) and 0 not in (shapes[0].heads, shapes[0].ffn)
     architecture = "llama" if alike else "deci"
     with replacing(file) as partial:
@@ -142,7 +142,7 @@ def run_gguf(
     return found
 
 
-def _shapes(model: BlockModel) -> list[Shape]:
+def gguf_shapes(model: BlockModel) -> list[Shape]:
     """Widths of all blocks; those that have neither part pass their input on, and are left out.
 
     Raises:
