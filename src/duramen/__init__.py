@@ -5,7 +5,7 @@ from typing import Any
 
 __version__ = "0.1.0"
 
-_VERBS = ("run", "compress", "plan", "inspect", "compare", "load")
+_VERBS = ("run", "compress", "sweep", "plan", "inspect", "compare", "load")
 _PACKAGES = ("prune", "evaluate", "export", "report", "families", "calibrate")
 
 

@@ -30,11 +30,13 @@ from duramen.reading import reading
 from duramen.recipe import Recipe, load_recipe, parse_settings
 from duramen.registry import get_method
 from duramen.report.images import write_image_report
+from duramen.report.overview import Line
 from duramen.report.page import write_report
 from duramen.report.stages import write_live
 from duramen.rundir import RunDirectory
 from duramen.shrink.groups import find_units, known_kinds
 from duramen.stages import STAGES, divided, forecast_stages, run_stages
+from duramen.sweeps import run_all
 
 __all__ = [
     "choose",
@@ -48,6 +50,7 @@ __all__ = [
     "plan",
     "report",
     "run",
+    "sweep",
     "train",
     "versions",
 ]
@@ -235,6 +238,19 @@ def compress(
             fix=f"the result is in {out}; `recipe.yaml` there can be changed and run again.", code=Exit.OUT_OF_BUDGET,
         )  # fmt: skip
     return results | {"dial": {"target": target, "reasons": choice.reasons, "asked": asked, "reached": reached}}
+
+
+def sweep(
+    recipe: str | Path,
+    model: str,
+    out: str | Path,
+    *,
+    over: list[str],
+    overrides: list[str] | None = None,
+    progress: Progress = silent,
+) -> list[Line]:
+    """Runs a recipe with every combination of some settings' values; see ``duramen.sweeps``."""
+    return run_all(run, recipe, model, Path(out), over, overrides, progress=progress)
 
 
 def choose(model: str | Path, *, target: str, place: str = "llama.cpp", text: tuple[str, ...] = ("boolq",)) -> Choice:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sys
 from functools import partial
@@ -191,8 +192,48 @@ def export(
 
 
 @app.command()
-def report(folder: Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a finished run.")]) -> None:
-    """Writes report.html of a finished run anew."""
+def sweep(
+    recipe: RecipeName,
+    model: Model,
+    out: Annotated[Path, typer.Argument(help="Folder of all runs and their page. The same line again goes on.")],
+    over: Annotated[
+        list[str], typer.Option(metavar="STEP.KEY=[VALUE, VALUE]", help="What is varied; repeatable, every combination is run.")
+    ],
+    overrides: Overrides = None,
+) -> None:
+    """Runs a recipe with every combination of some values, and puts size against quality on one page."""
+    from duramen import api
+    from duramen.progress import display
+
+    _quiet()
+    with display() as progress:
+        lines = api.sweep(recipe, model, out, over=over, overrides=overrides, progress=progress)
+    refused = [line for line in lines if line.wrong]
+    typer.echo(
+        f"{out / 'index.html'}: {len(lines) - len(refused)} runs" + "".join(f"\n{line.name}: {line.wrong}" for line in refused)
+    )
+
+
+@app.command()
+def report(
+    folder: Annotated[
+        Path, typer.Argument(metavar="RUN", help="Folder of a finished run; with --serve, of any number of them.")
+    ],
+    served: Annotated[bool, typer.Option("--serve", help="Show all runs below the folder on a page of this machine.")] = False,
+    port: Annotated[int, typer.Option(min=0, max=65_535, help="Of that page; 0 for any that is free.")] = 8737,
+    host: Annotated[
+        str, typer.Option(help="Address that it listens at; another than the default lets others look.")
+    ] = "127.0.0.1",
+) -> None:
+    """Writes report.html of a finished run anew, or shows all runs below a folder in a browser."""
+    if served:
+        from duramen.report.serve import serve
+
+        with serve(folder, port, host) as server:
+            typer.echo(f"http://{host}:{server.server_address[1]}  (Ctrl+C ends it)")
+            with contextlib.suppress(KeyboardInterrupt):
+                server.serve_forever()
+        return
     from duramen import api
 
     typer.echo(api.report(folder))

@@ -190,11 +190,23 @@ def _step_id(step: dict[str, Any]) -> str:
     return str(step.get("id", step.get("method", "")))
 
 
+def parse_value(text: str) -> Any:
+    """A value as YAML 1.2 reads it.
+
+    Raises:
+        Problem: If it cannot be read.
+    """
+    try:
+        return yaml.load(text, Loader=_Loader)  # noqa: S506
+    except yaml.YAMLError as error:
+        raise Problem(f"`{text}` is no value.", why=f"{error}".splitlines()[0] + ".", fix="quotes around it.") from error
+
+
 def _override(raw: dict[str, Any], override: str) -> dict[str, Any]:
     key, separator, text = override.partition("=")
     if not separator:
         raise Problem(f"`--set {override}` has no value.", why="it reads KEY=VALUE.", fix="`--set multiweight.sparsity=0.6`")
-    value = yaml.load(text, Loader=_Loader)  # noqa: S506
+    value = parse_value(text)
     place, dot, name = key.partition(".")
     if not dot:
         return raw | {key: value}
