@@ -28,9 +28,13 @@ def test_shipped_recipes_resolve_and_say_how_to_run_them(file):
     if any(get_method(step.method).kind == "train" for step in loaded.resolved()):
         assert f"duramen train recipes/{file.name} out/{file.stem}" in "\n".join(header)
         return
-    model = {"token_reduction": "path/to/mamba2", "patch_pruning": "new", "quasar": "new", "quasar-zcu102": "new"}.get(
-        file.stem, "smollm2-135m"
-    )
+    model = {
+        "token_reduction": "path/to/mamba2",
+        "mamba-prune-shorten": "path/to/mamba2",
+        "patch_pruning": "new",
+        "quasar": "new",
+        "quasar-zcu102": "new",
+    }.get(file.stem, "smollm2-135m")
     assert f"duramen run recipes/{file.name} {model} out/{file.stem}" in "\n".join(header)
     assert "minutes" in header[-1]
 

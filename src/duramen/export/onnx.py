@@ -15,6 +15,8 @@ from torch import Tensor
 
 from duramen.export.engine import hold_against, run_program
 from duramen.export.packed import check_empty, common_group, container, pack_bytes, unsigned, write_packed
+from duramen.families import OWN
+from duramen.families.checkpoint import Checkpoint
 from duramen.families.model import BlockModel
 from duramen.grids import Inputs, Quantized
 from duramen.problem import Exit, Problem
@@ -45,6 +47,11 @@ def export_onnx(folder: Path, out: Path, *, kind: Type = "auto") -> dict[str, An
     """
     _check_packages()
     check_empty(out)
+    if str(Checkpoint(folder).config["model_type"]).startswith(OWN):
+        raise Problem(
+            f"The blocks of {folder.name} differ in shape, and ONNX Runtime GenAI builds models whose blocks are alike.", why="widths follow scores or a search, block by block.",
+            fix="`allocation: local` in the step that cuts, which gives all blocks one shape; GGUF and transformers take models of any shapes.", code=Exit.INCOMPATIBLE,
+        )  # fmt: skip
     codes = read_codes(folder)
     rounds = any(each.inputs for each in read_formats(folder).values())
     chosen = ("int8" if rounds and codes else "float") if kind == "auto" else kind
