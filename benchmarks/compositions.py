@@ -55,7 +55,7 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as place:
             found = duramen.run(recipe, options.model, Path(place) / "out")
         spent = time.process_time() - begun
-        told = found["evaluations"][-1]["perplexity"][options.text]
+        (told,) = found["evaluations"][-1]["perplexity"].values()
         figures = {"perplexity": told["after"], "KL from dense": told["kl"]}
         for metric, figure in figures.items():
             peer = next(

@@ -45,7 +45,7 @@ def measured(model: str, target: str, place: str, text: str, case: str) -> list[
             if problem.code != Exit.OUT_OF_BUDGET:
                 raise
             return [rows.row(case, "reached of what was asked", "1", "refused", float("nan"), samples=1)]
-    dial, quality = found["dial"], found["evaluations"][-1]["perplexity"][text]
+    dial, (quality,) = found["dial"], found["evaluations"][-1]["perplexity"].values()
     met = dial["reached"] / dial["asked"]
     print(case, dial, {when: each["value"] for when, each in quality.items() if isinstance(each, dict)}, flush=True)
     made = [rows.row(case, "reached of what was asked", "1", "duramen compress", met, samples=1)]

@@ -55,6 +55,15 @@ def test_the_python_example_of_the_readme_runs(llama, texts, tmp_path, monkeypat
     exec(compile(code, "README.md", "exec"), {})
 
 
+def test_the_tutorials_run_from_top_to_bottom(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("first-run", "many-runs"):
+        page = ROOT / "docs" / "tutorials" / f"{name}.md"
+        for number, code in enumerate(re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL)):
+            there = {} if number == 0 else there
+            exec(compile(code, f"{page.name}, block {number}", "exec"), there)
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_links_lead_somewhere(page):
     for target in re.findall(r"\]\(([^)#]+?)(?:#[^)]*)?\)", page.read_text()):

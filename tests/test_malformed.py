@@ -1,6 +1,7 @@
 """Every reader on files that are not what they should be: it reads them or says what is wrong, and nothing else happens."""
 
 import json
+import sys
 
 import pytest
 import yaml
@@ -9,6 +10,7 @@ from hypothesis import strategies as st
 
 import duramen
 import tiny
+from duramen.calibrate.tokens import read_documents
 from duramen.problem import Problem
 from malformed import Readers
 
@@ -71,6 +73,15 @@ def test_code_beside_the_weights_is_not_run(tmp_path):
         with pytest.raises(Problem):
             duramen.inspect(str(folder), allow_generic=generic)
     assert not (tmp_path / "ran").exists()
+
+
+def test_a_missing_package_is_named_and_no_file_is_blamed(tmp_path, monkeypatch):
+    (tmp_path / "rows.parquet").write_bytes(b"PAR1")
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
+    with pytest.raises(Problem, match="needs the package pyarrow") as caught:
+        read_documents(str(tmp_path / "rows.parquet"))
+    assert "pip install pyarrow" in caught.value.fix
 
 
 def test_a_pickle_is_not_opened(tmp_path):

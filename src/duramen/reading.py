@@ -13,7 +13,7 @@ from duramen.problem import Exit, Problem
 
 @contextmanager
 def reading(file: Path) -> Iterator[None]:
-    """Whatever goes wrong inside is the file's fault.
+    """Whatever goes wrong inside is the file's fault, but for a package that is not there.
 
     Args:
         file: Of which something is made inside.
@@ -25,6 +25,12 @@ def reading(file: Path) -> Iterator[None]:
         yield
     except Problem:
         raise
+    except ImportError as error:
+        package = (error.name or "").partition(".")[0]
+        raise Problem(
+            f"{file} needs the package {package or 'that is named here'}, which is not installed: {error}.", why="it is an extra.",
+            fix=f"`python -m pip install {package}`" if package else "that package.", code=Exit.INCOMPATIBLE,
+        ) from error  # fmt: skip
     except Exception as error:
         raise Problem(
             f"{file} cannot be understood: {type(error).__name__}: {str(error)[:200]}.", why="it was cut off, changed by hand, or is of another version.",
