@@ -4,6 +4,8 @@ import random
 
 import pytest
 
+import duramen
+from duramen.problem import Problem
 from soaking import carried_out, draw_recipe, prepared
 
 
@@ -19,3 +21,12 @@ def test_drawn_recipes(number, families, tmp_path):
     draw = random.Random(number)
     family = draw.choice(list(folders))
     assert carried_out(draw_recipe(draw, family, text), folders[family], tmp_path / "out") in ("opened again", "refused")
+
+
+@pytest.mark.parametrize(("family", "words"), [("nemotron_h", "Blocks 0, 1, 3 have no mlp"), ("mamba", "have no attention")])
+def test_parts_that_not_every_block_has_cannot_leave(family, words, families, tmp_path):
+    folders, text = families
+    step = {"method": "depth", "count": 1, "parts": words.split()[-1]}
+    recipe = {"calibration": {"text": [text], "sequences": 4, "length": 24}, "steps": [step]}
+    with pytest.raises(Problem, match=words):
+        duramen.run(recipe, str(folders[family]), tmp_path / "out")

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from duramen.calibrate.walker import Records, Walk, walk_blocks
 from duramen.families.model import BlockModel, Model, run_block
-from duramen.problem import Problem
+from duramen.problem import Exit, Problem
 from duramen.registry import Settings as MethodSettings
 from duramen.registry import method
 from duramen.shrink.plan import Plan, digest
@@ -48,7 +48,18 @@ def influences(model: BlockModel, tokens: Tensor, parts: Part) -> list[float]:
         model: The model; it stays as it is.
         tokens: Token ids, [S, T].
         parts: What would leave. A whole block leaves its input (ShortGPT); for a part the comparison is ours.
+
+    Raises:
+        Problem: If not every block has such a part.
     """
+    if parts != "block":
+        path = model.family.writer(parts)
+        lacking = [number for number, block in enumerate(model.blocks) if path not in dict(block.named_modules())]
+        if lacking:
+            raise Problem(
+                f"Blocks {', '.join(map(str, lacking))} have no {parts} that could leave.", why="in a hybrid the blocks are of several kinds.",
+                fix="`parts: block`.", code=Exit.INCOMPATIBLE,
+            )  # fmt: skip
     hidden, calls = model.capture(tokens)
     found = []
     for index in range(len(model.blocks)):
