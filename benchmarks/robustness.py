@@ -68,6 +68,7 @@ def fuzz(place: Path, inputs: int, seed: int) -> list[dict[str, object]]:
     (place / "inside").mkdir()
     readers, found = Readers(place / "inside"), Counter[str]()
     for name in readers.all:
+        before = found.copy()
         for number in range(inputs):
             signal.alarm(LONGEST)
             try:
@@ -77,7 +78,7 @@ def fuzz(place: Path, inputs: int, seed: int) -> list[dict[str, object]]:
                 print(name, number, traceback.format_exc(limit=-3), flush=True)
             finally:
                 signal.alarm(0)
-        print(name, dict(found), flush=True)
+        print(name, dict(found - before), flush=True)
     case = f"fuzz, {len(readers.all)} readers"
     return [
         rows.row(case, f"files {fate}", "1", "duramen", found[fate], samples=found.total())

@@ -194,9 +194,15 @@ def plan(
 
 def inspect(model: str, *, allow_generic: bool = False) -> dict[str, Any]:
     """What a model holds, and whether its masks are kept; see ``duramen.families.inventory``."""
-    opened = BlockModel.from_folder(open_model(model), allow_generic=allow_generic)
-    groups = [units.describe() for units in find_units(opened, known_kinds(opened))]
-    return {"model": model} | inventory(opened) | {"masks": check_masks(opened), "codes": check_codes(opened), "groups": groups}
+    folder = open_model(model)
+    with reading(folder):
+        opened = BlockModel.from_folder(folder, allow_generic=allow_generic)
+        groups = [units.describe() for units in find_units(opened, known_kinds(opened))]
+        return (
+            {"model": model}
+            | inventory(opened)
+            | {"masks": check_masks(opened), "codes": check_codes(opened), "groups": groups}
+        )
 
 
 def compress(

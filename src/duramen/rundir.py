@@ -272,10 +272,14 @@ def read_codes(folder: Path) -> dict[str, Quantized]:
     grids = {name: each.weights for name, each in read_formats(folder).items() if each.weights}
     with reading(folder / CODES):
         tensors = load_file(folder / CODES) if grids else {}
-        return {
+        found = {
             name: Quantized(tensors[f"{name}.codes"], tensors[f"{name}.steps"], tensors.get(f"{name}.zeros"), grid)
             for name, grid in grids.items()
         }
+        for name, each in found.items():
+            if each.codes.ndim != 2 or each.steps.ndim != 2 or len(each.codes) != len(each.steps):
+                raise ValueError(f"{name} has codes {tuple(each.codes.shape)} and steps {tuple(each.steps.shape)}")
+        return found
 
 
 class BlockStore:

@@ -36,6 +36,12 @@ class Checkpoint:
         self.folder = Path(folder)
         self.files = self._find_files()
         self._headers = {file: read_header(self.folder / file) for file in sorted(set(self.files.values()))}
+        absent = [name for name, file in self.files.items() if name not in self._headers[file]]
+        if absent:
+            raise Problem(
+                f"{absent[0]} is not in {self.files[absent[0]]}, where {INDEX} says it is.", why="a file of another model, or an index that was changed.",
+                fix="fetch the folder again.", code=Exit.INCOMPATIBLE,
+            )  # fmt: skip
         self._refuse_quantized()
         register_own(str(self.config.get("model_type", "?")))
 
@@ -66,10 +72,8 @@ class Checkpoint:
 
     def describe(self) -> dict[str, tuple[str, tuple[int, ...]]]:
         """Stored type and shape of every tensor, from the headers alone."""
-        found: dict[str, tuple[str, tuple[int, ...]]] = {}
-        for header in self._headers.values():
-            found |= {name: (entry["dtype"], tuple(entry["shape"])) for name, entry in header.items()}
-        return found
+        entries = {name: self._headers[file][name] for name, file in self.files.items()}
+        return {name: (entry["dtype"], tuple(entry["shape"])) for name, entry in entries.items()}
 
     def _find_files(self) -> dict[str, str]:
         if not (self.folder / "config.json").is_file():
