@@ -6,7 +6,9 @@ import torch
 
 import duramen
 import tiny
+from duramen.order import check_order
 from duramen.problem import Problem
+from duramen.recipe import load_recipe
 
 
 def prepared(place: Path):
@@ -18,14 +20,38 @@ def prepared(place: Path):
 
 
 def draw_recipe(draw, family, text):
-    """A recipe whose steps are each allowed; their order may not be."""
+    """A recipe whose steps are each allowed, four times in five in an order that is."""
     kinds = [pruned, pruned, shrunk, shrunk, rounded, rounded, recovered, measured, exported]
     kinds += [shortened] if family in tiny.MAMBA else []
-    steps = [draw.choice(kinds[:7])(draw, text)] + [draw.choice(kinds)(draw, text) for _ in range(draw.randint(0, 2))]
-    for number, step in enumerate(steps):
-        step["id"] = f"{step['method']}-{number}"
-    calibration = {"text": [text], "sequences": draw.choice([16, 24]), "length": draw.choice([24, 32])}
-    return {"calibration": calibration, "seed": draw.randrange(100), "dtype": "float32", "steps": steps}
+    in_order = draw.random() < 0.8
+    while True:
+        steps = [draw.choice(kinds[:7])(draw, text)] + [draw.choice(kinds)(draw, text) for _ in range(draw.randint(0, 2))]
+        for number, step in enumerate(steps):
+            step["id"] = f"{step['method']}-{number}"
+        calibration = {"text": [text], "sequences": draw.choice([16, 24]), "length": draw.choice([24, 32])}
+        recipe = {"calibration": calibration, "seed": draw.randrange(100), "dtype": "float32", "steps": steps}
+        if not in_order or fits(recipe, family):
+            return recipe
+
+
+def fits(recipe, family):
+    """Whether no step undoes another, and each has something to do."""
+    methods = [step["method"] for step in recipe["steps"]]
+    lost = next((number for number, method in enumerate(methods) if method in LOSSY), len(methods))
+    coded = next((number for number, method in enumerate(methods) if method in ("rtn", "gptq")), len(methods))
+    if ("refit" in methods and methods.index("refit") < lost) or ("qat" in methods and methods.index("qat") < coded):
+        return False
+    if "rotate" in methods and family not in ROTATED:
+        return False
+    try:
+        check_order(load_recipe(recipe).resolved())
+    except Problem:
+        return False
+    return True
+
+
+LOSSY = ("magnitude", "wanda", "sparsegpt", "multiweight", "flap", "wanda_sp", "fusion", "llm_pruner", "search")
+ROTATED = ("llama", "mistral", "qwen2", "qwen3", "smollm3", "gemma", "phi3")
 
 
 def some(draw, **settings):
