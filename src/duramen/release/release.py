@@ -8,7 +8,7 @@ from typing import Any
 import yaml
 
 from duramen.problem import Exit, Problem
-from duramen.reading import read_json
+from duramen.reading import read_json, reading
 from duramen.release import cards, provenance
 from duramen.release.components import COMPONENTS, FRAMEWORK
 from duramen.release.evidence import FOLDER, Gathered, Wish, check_links, gather
@@ -39,7 +39,8 @@ def release(folder: Path, wish: Wish, *, profile: Any = "fixed", required: int =
     gathered = gather(folder, wish)
     name = str(gathered.results.get("recipe") or folder.resolve().name)
     place = folder / FOLDER
-    _write_parts(folder, place, gathered, name, wish)
+    with reading(folder / "results.json"):
+        _write_parts(folder, place, gathered, name, wish)
     framework = framework_file(gathered, name, wish)
     found = verdict(framework["release"], profile) | {
         "name": name, "components": [_told(each, gathered) for each in COMPONENTS], "licences": gathered.licences,
@@ -173,7 +174,8 @@ def verify(folder: Path) -> list[str]:
     there = visible_files(folder)
     wrong = [f"{name} {state}" for name, state in unlike(folder, claimed).items()]
     wrong += [f"{name} is not listed" for name in there if name not in claimed and name != f"{FOLDER}/{provenance.SUMS}"]
-    return wrong or _rederived(folder)
+    with reading(place / VERDICT):
+        return wrong or _rederived(folder)
 
 
 def _made(folder: Path) -> dict[str, str]:
