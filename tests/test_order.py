@@ -52,6 +52,10 @@ def test_what_can_follow_what(first):
             check_order(steps)
 
 
+def test_rounded_inputs_are_no_codes():
+    check_order(Recipe.model_validate({"steps": [{"method": "rtn", "format": "A8KV4"}, STEPS["prune"]]}).resolved())
+
+
 def test_steps_in_between_change_nothing():
     with pytest.raises(Problem, match="`prune` cannot follow `round`"):
         check_order(resolved("round", "rora", "measure", "prune"))
@@ -70,6 +74,6 @@ def test_what_a_folder_holds_counts_too(llama, texts, tmp_path):
         lambda: duramen.run(again, str(tmp_path / "out"), tmp_path / "more"),
         lambda: duramen.plan(again, str(tmp_path / "out")),
     ):
-        with pytest.raises(Problem, match=r"`magnitude` cannot follow the model itself \(formats.json\)"):
+        with pytest.raises(Problem, match=r"`magnitude` cannot follow the model itself \(codes.safetensors\)"):
             refused()
     assert not (tmp_path / "more").exists()

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from duramen.problem import Exit, Problem
 from duramen.recipe import Step
-from duramen.rundir import FORMATS, MASKS
+from duramen.rundir import CODES, MASKS
 from duramen.tokens.folder import FILE
 
 WHY = {
@@ -20,7 +20,7 @@ WHY = {
     "codes": "weights that are whole numbers of a step get other values, and the model is no longer a rounded one",
     "reduction": "it sees whole prompts, and the model that was measured reads shorter ones",
 }
-IN_A_FOLDER = {MASKS: "zeros", FORMATS: "codes", FILE: "reduction"}
+IN_A_FOLDER = {MASKS: "zeros", CODES: "codes", FILE: "reduction"}
 """Files that say what a model holds."""
 
 

@@ -88,7 +88,7 @@ class QuantizeSettings(Settings):
     @property
     def leaves(self) -> tuple[str, ...]:
         """See ``duramen.order``."""
-        return ("codes",)
+        return ("codes",) if parse_format(self.format).weights else ()
 
     @property
     def undoes(self) -> tuple[str, ...]:
