@@ -56,6 +56,10 @@ def test_rounded_inputs_are_no_codes():
     check_order(Recipe.model_validate({"steps": [{"method": "rtn", "format": "A8KV4"}, STEPS["prune"]]}).resolved())
 
 
+def test_a_prune_of_named_layers_takes_their_codes_alone():
+    check_order(Recipe.model_validate({"steps": [STEPS["round"], STEPS["prune"] | {"only": ["q"]}]}).resolved())
+
+
 def test_steps_in_between_change_nothing():
     with pytest.raises(Problem, match="`prune` cannot follow `round`"):
         check_order(resolved("round", "rora", "measure", "prune"))

@@ -141,13 +141,13 @@ def test_a_format_without_weights_leaves_them(llama, texts, tmp_path):
 
 
 def test_a_later_step_edits_the_model_that_rounds_and_it_goes_on_rounding(llama, texts, tmp_path):
-    steps = [{"method": "rtn", "format": "A4KV4"}, {"method": "wanda", "sparsity": 0.5, "only": ["q"]}]
+    steps = [{"method": "gptq", "format": "W4A4KV4 g8"}, {"method": "wanda", "sparsity": 0.5, "only": ["q"]}]
     duramen.run(recipe(texts, *steps), str(llama), tmp_path / "out")
     formats = json.loads((tmp_path / "out" / FORMATS).read_text())
     assert formats["model.layers.0.self_attn.q_proj"] == "A4"
-    assert formats["model.layers.0.self_attn.k_proj"] == "A4"
+    assert formats["model.layers.0.self_attn.k_proj"] == "W4A4 g8"
     assert formats["model.layers.0.self_attn"] == "KV4"
-    assert duramen.inspect(str(tmp_path / "out"))["masks"]["broken"] == []
+    assert duramen.inspect(str(tmp_path / "out"))["codes"]["broken"] == []
 
 
 def test_stopped_it_goes_on_with_the_rounding_of_finished_blocks(llama, texts, tmp_path, stop_once):

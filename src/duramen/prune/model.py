@@ -96,7 +96,8 @@ class PruneSettings(Settings):
     @property
     def undoes(self) -> tuple[str, ...]:
         """See ``duramen.order``."""
-        return ("codes", "reduction")
+        named = bool(self.only or self.skip)  # then only those layers lose their codes, which is what was asked for
+        return ("reduction",) if named else ("codes", "reduction")
 
 
 def prune_model(
