@@ -44,7 +44,7 @@ def measured(model: str, target: str, place: str, text: str, case: str) -> list[
             print(case, problem, flush=True)
             if problem.code != Exit.OUT_OF_BUDGET:
                 raise
-            return [rows.row(case, "reached of what was asked", "1", "refused", float("nan"), samples=1)]
+            return [rows.row(case, "refused", "1", "duramen compress", 1.0, samples=1)]
     dial, (quality,) = found["dial"], found["evaluations"][-1]["perplexity"].values()
     met = dial["reached"] / dial["asked"]
     print(case, dial, {when: each["value"] for when, each in quality.items() if isinstance(each, dict)}, flush=True)
