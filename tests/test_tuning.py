@@ -16,6 +16,7 @@ from duramen.train import dpo, grpo, rewards, sft, tuning
 from duramen.train.exercises import answered, exercise, exercises, is_held_out
 from duramen.train.folder import open_causal
 from duramen.train.stage import Stage
+from duramen.train.tokenizer import write_tokens
 
 
 @pytest.fixture(autouse=True)
@@ -90,6 +91,31 @@ def test_stopped_it_goes_on_to_the_bit(name, stage, data, llama, tmp_path, monke
     assert found["losses"] == whole["losses"]
     first, second = (folder / "model" / "model.safetensors" for folder in (stage.folder, again.folder))
     assert first.read_bytes() == second.read_bytes()
+
+
+def test_replay_takes_its_share_of_the_old_text(stage, llama, data, tmp_path):
+    """Pieces come from all over the text, whole, and all but their first token is learned; without a text it says which stage is missing."""
+    text, tokenizer = tmp_path / "text.jsonl", tiny.tokenizer()
+    rows = [{"text": tiny.prose(number, 90), "metadata": {"source": "prose"}} for number in range(30)]
+    text.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "tokens").mkdir()
+    write_tokens(tmp_path / "tokens" / "train-0.safetensors", text, tokenizer)
+    there = Stage(tmp_path / "with", {"model": llama, "tokens": tmp_path / "tokens"}, 0)
+    chosen = sft.Settings(data=data, replay=0.5, **STAGES["sft"][1])
+    pieces = sft.text_again(there, chosen, 600)
+    assert sum(len(piece["input_ids"]) for piece in pieces) == pytest.approx(600, rel=0.2)
+    whole = "".join(row["text"] for row in rows)
+    shown = [tokenizer.decode(piece["input_ids"], skip_special_tokens=True) for piece in pieces]
+    assert all(part in whole for part in shown)
+    assert shown[0] in rows[0]["text"]
+    assert shown[-1] in rows[-1]["text"]
+    assert all(piece["labels"] == [-100, *piece["input_ids"][1:]] for piece in pieces)
+    lengths = [len(tokenizer(row["text"])["input_ids"]) + 1 for row in rows]
+    everything = sum(length // 64 + (length % 64 > 1) for length in lengths)  # a single token has nothing to learn
+    assert len(sft.text_again(there, chosen, 10**9)) == everything
+    assert applied(there, "sft", data, replay=0.5)["replayed_pieces"] > 0
+    with pytest.raises(Problem, match="`sft` has no tokens"):
+        applied(stage, "sft", data, replay=0.5)
 
 
 @pytest.mark.parametrize("name", ["sft"])
