@@ -3,7 +3,6 @@
 import json
 
 import pytest
-from transformers import AutoModelForCausalLM, LlamaConfig
 
 import duramen
 import tiny
@@ -39,12 +38,7 @@ def run(name, model, tmp_path, **more):
 @pytest.fixture
 def wide(tmp_path):
     """A model whose widths fit blocks of 32."""
-    config = LlamaConfig(
-        hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=32, vocab_size=tiny.VOCAB, max_position_embeddings=512,
-    )  # fmt: skip
-    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "wide")
-    tiny.tokenizer().save_pretrained(tmp_path / "wide")
-    return tmp_path / "wide"
+    return tiny.save_wide(tmp_path / "wide", width=64, blocks=2)
 
 
 def test_pruned_healed_and_rounded_it_keeps_zeros_and_grids(wide, tmp_path):

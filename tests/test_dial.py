@@ -5,7 +5,6 @@ import json
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from transformers import AutoModelForCausalLM, LlamaConfig
 from typer.testing import CliRunner
 
 import duramen
@@ -23,14 +22,7 @@ SMOLLM = Counts(106_168_320, 28_311_552, 28_311_552, 35_136, 538_000_000, 272, f
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
     """Small, and of widths that every format can hold."""
-    folder = tmp_path_factory.mktemp("model") / "wide"
-    config = LlamaConfig(
-        hidden_size=128, intermediate_size=256, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2, head_dim=32, vocab_size=tiny.VOCAB,
-        max_position_embeddings=512, tie_word_embeddings=True,
-    )  # fmt: skip
-    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
-    tiny.tokenizer().save_pretrained(folder)
-    return folder
+    return tiny.save_wide(tmp_path_factory.mktemp("model") / "wide", width=128, blocks=4, tied=True)
 
 
 @pytest.fixture

@@ -182,7 +182,7 @@ def test_what_cannot_be_written_is_said(model, texts, llama, tmp_path, monkeypat
     tiny.save("mamba", tmp_path / "mamba")
     with pytest.raises(Problem, match="does not build a model"):
         duramen.export("onnx", str(tmp_path / "mamba"), tmp_path / "f")
-    monkeypatch.setattr("duramen.export.onnx.find_spec", lambda name: None if name == "onnx_ir" else True)
+    monkeypatch.setattr("duramen.problem.find_spec", lambda name: None if name == "onnx_ir" else True)
     with pytest.raises(Problem, match="ONNX needs onnx_ir, which is not installed"):
         duramen.export("onnx", str(model), tmp_path / "g")
 

@@ -119,6 +119,17 @@ def save(name, folder, seed=0):
     return folder
 
 
+def save_wide(folder, *, width, blocks, tied=False):
+    """Writes a llama whose widths fit blocks of 32 numbers, as packed formats want them."""
+    config = LlamaConfig(
+        hidden_size=width, intermediate_size=2 * width, num_hidden_layers=blocks, num_attention_heads=4, num_key_value_heads=2, head_dim=32,
+        vocab_size=VOCAB, max_position_embeddings=512, tie_word_embeddings=tied,
+    )  # fmt: skip
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    tokenizer().save_pretrained(folder)
+    return folder
+
+
 def prose(seed, words):
     """Random words of a small vocabulary, in sentences."""
     draw = random.Random(seed)

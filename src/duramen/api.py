@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -186,8 +187,9 @@ def plan(
             fix="`duramen run`; the same line again goes on where it stopped.",
         )
     steps = loaded.resolved()
-    check_order(steps, marks_of(open_model(model)))
-    opened = BlockModel.from_folder(open_model(model), allow_generic=allow_generic)
+    folder = open_model(model)
+    check_order(steps, marks_of(folder))
+    opened = BlockModel.from_folder(folder, allow_generic=allow_generic)
     head = {"recipe": loaded.name, "model": model, "family": opened.family.name, "blocks": len(opened.blocks)}
     return head | {"machine": describe()} | forecast(opened, loaded, steps, gigaflops=gigaflops(torch.float32))
 
@@ -212,6 +214,7 @@ def compress(
     target: str,
     place: str = "llama.cpp",
     text: tuple[str, ...] = ("boolq",),
+    told: Callable[[Choice], None] = lambda choice: None,
     progress: Progress = silent,
 ) -> dict[str, Any]:
     """Plans a recipe for a target by itself, carries it out, and holds what was reached against what was asked for; see ``duramen.dial``.
@@ -222,28 +225,26 @@ def compress(
         target: ``0.5x``, ``200MB`` or ``2x-faster``.
         place: ``cpu``, ``gpu``, ``llama.cpp``, ``vllm`` or ``edge``.
         text: On what it is measured.
+        told: Called with the recipe and its reasons before anything runs.
         progress: Called with events.
 
     Returns:
-        The content of ``results.json``, and ``dial``: ``target``, ``reasons``, ``asked`` and ``reached`` (bytes, or a factor of speed).
+        The content of ``results.json``, and ``dial``: ``target``, ``reasons``, ``asked`` and ``reached`` (bytes, or a factor of speed), and both in words, ``said``.
 
     Raises:
         Problem: If the target is out of reach, or was missed by more than five percent; then the run is kept, and the nearest said.
     """
     choice = choose(model, target=target, place=place, text=text)
+    told(choice)
     results = run(choice.recipe, model, out, progress=progress)
     asked, reached = judge(choice, results, Path(out))
+    said = f"{choice.target.say(asked)} was asked for, and {choice.target.say(reached)} was reached."
     if not met(choice, asked, reached):
-        told = (
-            (f"{asked:g} times faster", f"{reached:.3g} times")
-            if choice.target.kind == "speed"
-            else (f"{asked:,.0f} bytes", f"{reached:,.0f}")
-        )
         raise Problem(
-            f"{told[0]} was asked for, and {told[1]} was reached.", why="what was predicted and what was measured differ by more than 5 %.",
+            said, why="what was predicted and what was measured differ by more than 5 %.",
             fix=f"the result is in {out}; `recipe.yaml` there can be changed and run again.", code=Exit.OUT_OF_BUDGET,
         )  # fmt: skip
-    return results | {"dial": {"target": target, "reasons": choice.reasons, "asked": asked, "reached": reached}}
+    return results | {"dial": {"target": target, "reasons": choice.reasons, "asked": asked, "reached": reached, "said": said}}
 
 
 def sweep(

@@ -72,14 +72,15 @@ def compress(
 
     _quiet()
     wish: Any = {"target": target, "place": place, "text": tuple(text or ("boolq",))}
-    choice = api.choose(model, **wish)
-    typer.echo("".join(f"# {reason}\n" for reason in choice.reasons) + dump_yaml(choice.recipe))
+
+    def tell(choice: Any) -> None:
+        typer.echo("".join(f"# {reason}\n" for reason in choice.reasons) + dump_yaml(choice.recipe))
+
     if plan:
+        tell(api.choose(model, **wish))
         return
     with display() as progress:
-        found = api.compress(model, out, **wish, progress=progress)["dial"]
-    unit = "times faster" if choice.target.kind == "speed" else "bytes"
-    typer.echo(f"asked for {found['asked']:,.6g} {unit}, reached {found['reached']:,.6g}")
+        typer.echo(api.compress(model, out, **wish, told=tell, progress=progress)["dial"]["said"])
 
 
 @app.command()

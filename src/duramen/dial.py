@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -24,6 +24,8 @@ NEAR = 1.05
 """What is reached may be so much more than what was asked for."""
 LEAST = 0.5
 """Share of the parameters inside the blocks that stays at least; below it too little of a model is left."""
+MARGIN = 0.995
+"""Of what is cut to: channels and heads leave in whole numbers."""
 SIZES = {"B": 1, "KB": 1e3, "MB": 1e6, "GB": 1e9, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
 HEADER = 100
 """Bytes of its name and shape beside a tensor in a file."""
@@ -43,6 +45,10 @@ class Target:
     kind: Literal["size", "speed"]
     value: float
     text: str
+
+    def say(self, value: float) -> str:
+        """What is asked for, or was reached, with its unit."""
+        return f"{value:.3g} times faster" if self.kind == "speed" else f"{value:,.0f} bytes"
 
     @classmethod
     def read(cls, text: str) -> Target:
@@ -90,14 +96,12 @@ class Choice:
         reasons: Of its steps, in words.
         target: What was asked for.
         most: Bytes that are allowed, for a size.
-        predicted: Bytes that are expected, for a size.
     """
 
     recipe: dict[str, Any]
     reasons: list[str]
     target: Target
     most: float | None = None
-    predicted: float | None = None
 
 
 @dataclass(frozen=True)
@@ -120,7 +124,7 @@ class Counts:
     vectors: int
     stored: int
     tensors: int
-    inputs: frozenset[int] = field(default_factory=frozenset)
+    inputs: frozenset[int]
 
     @classmethod
     def of(cls, model: BlockModel) -> Counts:
@@ -145,9 +149,14 @@ class Counts:
         ) / 8 + HEADER * self.tensors
 
     @property
+    def weights(self) -> int:
+        """All of them."""
+        return self.coded + self.rest + self.vectors
+
+    @property
     def whole(self) -> float:
         """Bytes at 16 bits a weight."""
-        return 2.0 * (self.coded + self.rest + self.vectors)
+        return 2.0 * self.weights
 
 
 def _is_layer(name: str, layers: dict[str, Any]) -> bool:
@@ -158,8 +167,14 @@ def _exported(form: str, kind: str = "auto") -> dict[str, Any]:
     return {"method": "export", "form": form, "type": kind}
 
 
-def _cut(share: float) -> dict[str, Any]:
-    return {"method": "search", "target": {"block_parameters": round(share, 4)}}
+def _cut(share: float) -> tuple[float, dict[str, Any]]:
+    """The share of the weights inside the blocks that stays, at least ``LEAST``, and the step that cuts to it."""
+    share = max(LEAST, min(1.0, share))
+    return share, {"method": "search", "target": {"block_parameters": round(share, 4)}}
+
+
+def _cut_and_rounded(share: float) -> str:
+    return f"{share:.1%} of the weights inside the blocks stay, by search, and are rounded to 4 bits"
 
 
 def llama_cpp(counts: Counts, most: float, tokenizer: int) -> Iterator[Rung]:
@@ -172,9 +187,9 @@ def llama_cpp(counts: Counts, most: float, tokenizer: int) -> Iterator[Rung]:
     yield Rung("16 bits a weight, which changes nothing", size(16, 16), [_exported("gguf", "f16")])
     if any(inputs % 32 for inputs in counts.inputs):
         return
-    yield Rung("8 bits a weight (Q8_0), which hardly changes a model", size(8.5, 8.5), [_exported("gguf", "q8_0")])
-    left = (most - size(0, 8.5)) * 8 / counts.coded
     eight_bits = _exported("gguf", "q8_0")
+    yield Rung("8 bits a weight (Q8_0)", size(8.5, 8.5), [eight_bits])
+    left = (most - size(0, 8.5)) * 8 / counts.coded
     if left >= 4.6:
         bits = min(8.5, left * 0.999)
         mixed = {"method": "gptq", "format": "W4 g32", "mean_bits": round(bits, 3), "widths": [4, 8]}
@@ -182,27 +197,22 @@ def llama_cpp(counts: Counts, most: float, tokenizer: int) -> Iterator[Rung]:
         yield Rung(says, size(bits, 8.5), [mixed, eight_bits])
     four_bits = {"method": "gptq", "format": "W4 g32"}
     yield Rung("4 bits a weight (Q4_0), embeddings 8", size(4.5, 8.5), [four_bits, eight_bits])
-    share = max(LEAST, min(1.0, left / 4.5 * 0.995))
-    says = f"{share:.1%} of the weights inside the blocks stay, by search, and are rounded to 4 bits"
-    yield Rung(says, size(4.5, 8.5, share), [_cut(share), four_bits, eight_bits])
+    share, cut = _cut(MARGIN * left / 4.5)
+    yield Rung(_cut_and_rounded(share), size(4.5, 8.5, share), [cut, four_bits, eight_bits])
 
 
 def vllm(counts: Counts, most: float, tokenizer: int) -> Iterator[Rung]:
     """Rungs of compressed-tensors, which leaves embeddings as they are stored."""
-    stored = 8 * counts.stored / (counts.coded + counts.rest + counts.vectors)
+    stored, packed = 8 * counts.stored / counts.weights, _exported("compressed")
+    eight_bits = {"method": "gptq", "format": "W8 row"}
+    yield Rung("8 bits a weight, a step for every row", counts.bytes(8, stored), [eight_bits, packed])
     group = next((size for size in (128, 64, 32) if not any(inputs % size for inputs in counts.inputs)), None)
-    four = 4 + 16 / (group or 1)
-    yield Rung(
-        "8 bits a weight, a step for every row: integer kernels everywhere", counts.bytes(8, stored),
-        [{"method": "gptq", "format": "W8 row"}, _exported("compressed")],
-    )  # fmt: skip
     if group is None:
         return
-    four_bits = {"method": "gptq", "format": f"W4 g{group}"}
-    yield Rung(f"4 bits a weight in groups of {group}", counts.bytes(four, stored), [four_bits, _exported("compressed")])
-    share = max(LEAST, min(1.0, (most - counts.bytes(0, stored)) * 8 / counts.coded / four * 0.995))
-    says = f"{share:.1%} of the weights inside the blocks stay, by search, and are rounded to 4 bits"
-    yield Rung(says, counts.bytes(four, stored, share=share), [_cut(share), four_bits, _exported("compressed")])
+    four, four_bits = 4 + 16 / group, {"method": "gptq", "format": f"W4 g{group}"}
+    yield Rung(f"4 bits a weight in groups of {group}", counts.bytes(four, stored), [four_bits, packed])
+    share, cut = _cut(MARGIN * (most - counts.bytes(0, stored)) * 8 / counts.coded / four)
+    yield Rung(_cut_and_rounded(share), counts.bytes(four, stored, share=share), [cut, four_bits, packed])
 
 
 def edge(counts: Counts, most: float, tokenizer: int) -> Iterator[Rung]:
@@ -220,11 +230,10 @@ def edge(counts: Counts, most: float, tokenizer: int) -> Iterator[Rung]:
 def folder(counts: Counts, most: float, tokenizer: int) -> Iterator[Rung]:
     """The one rung of an ordinary folder, whose weights stay numbers of their own: fewer of them."""
     yield Rung("the model as it is", counts.stored, [])
-    share = 1 - (counts.stored - most * 0.995) / counts.stored * (counts.coded + counts.rest + counts.vectors) / counts.coded
-    share = max(LEAST, min(1.0, share))
-    left = counts.stored * (1 - (1 - share) * counts.coded / (counts.coded + counts.rest + counts.vectors))
-    says = f"{share:.1%} of the weights inside the blocks stay, by search: the file gets smaller, and every program faster"
-    yield Rung(says, left, [_cut(share)])
+    inside = counts.stored * counts.coded / counts.weights
+    share, cut = _cut(1 - (counts.stored - MARGIN * most) / inside)
+    says = f"{share:.1%} of the weights inside the blocks stay, by search: less is stored, and less is multiplied"
+    yield Rung(says, counts.stored - (1 - share) * inside, [cut])
 
 
 RUNGS: dict[str, Callable[[Counts, float, int], Iterator[Rung]]] = {
@@ -273,8 +282,7 @@ def turn(model: BlockModel, name: str, target: Target, place: str, text: tuple[s
         *passed,
         f"taken: {chosen.says} ({chosen.bytes / 1e6:,.1f} MB)",
     ]
-    recipe = _recipe(name, [*chosen.steps, measured])
-    return Choice(recipe, reasons, target, most, chosen.bytes)
+    return Choice(_recipe(name, [*chosen.steps, measured]), reasons, target, most)
 
 
 def _near(size: float) -> str:
@@ -302,7 +310,7 @@ def _faster(name: str, target: Target, place: str, measured: dict[str, Any]) -> 
     step = {"method": "search", "target": {"latency": round(1 / target.value, 4)}}
     reasons = [
         f"a prefill is to take {1 / target.value:.1%} of the dense model's time on this machine",
-        "fewer channels and heads make every program faster; which ones leave is searched under the measured time of every block at every width",
+        "fewer channels and heads are less work for any program; which ones leave is searched under the measured time of every block at every width",
     ]
     return Choice(_recipe(name, [step, measured]), reasons, target)
 

@@ -39,12 +39,13 @@ def check_order(steps: Iterable[Step], there: Mapping[str, str] | None = None) -
     Raises:
         Problem: At the first such step; it names both.
     """
-    left = dict(there or {})
+    there = dict(there or {})
+    left = dict(there)
     for step in steps:
         for mark in step.settings.undoes:
             if mark in left:
                 raise Problem(
                     f"`{step.id}` cannot follow {left[mark]}.", why=f"{WHY[mark]}.",
-                    fix=f"`{step.id}` before it." if not there or mark not in there else "start from the model as it was before.", code=Exit.INCOMPATIBLE,
+                    fix="start from the model as it was before." if left[mark] == there.get(mark) else f"`{step.id}` before it.", code=Exit.INCOMPATIBLE,
                 )  # fmt: skip
         left |= dict.fromkeys(step.settings.leaves, f"`{step.id}`")

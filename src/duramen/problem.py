@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from enum import IntEnum
+from importlib.util import find_spec
 
 
 class Exit(IntEnum):
@@ -31,3 +32,23 @@ class Problem(ValueError):
         self.why = why
         self.fix = fix
         self.code = code
+
+
+def need(what: str, *modules: str, install: str) -> None:
+    """Stops where modules of an extra are missing.
+
+    Args:
+        what: Needs them.
+        modules: By the names that they are imported by.
+        install: What pip is to install.
+
+    Raises:
+        Problem: If one is not there.
+    """
+    missing = [name for name in modules if find_spec(name) is None]
+    if missing:
+        raise Problem(
+            f"{what} needs {', '.join(missing)}, which {'are' if len(missing) > 1 else 'is'} not installed.",
+            why="it belongs to an extra.",
+            fix=f"`python -m pip install {install}`",
+        )

@@ -13,7 +13,7 @@ from duramen.problem import Exit, Problem
 
 @contextmanager
 def reading(file: Path) -> Iterator[None]:
-    """Whatever goes wrong inside is the file's fault, but for a package that is not there.
+    """Whatever goes wrong inside is the file's fault, but for a package or memory that is not there.
 
     Args:
         file: Of which something is made inside.
@@ -23,7 +23,7 @@ def reading(file: Path) -> Iterator[None]:
     """
     try:
         yield
-    except Problem:
+    except (Problem, MemoryError):
         raise
     except ImportError as error:
         package = (error.name or "").partition(".")[0]

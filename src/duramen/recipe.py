@@ -32,6 +32,10 @@ class Calibration(BaseModel):
     """GiB of activations to hold in memory; what exceeds them is kept on disk. Changes no result."""
 
 
+NEW, DRAWN = "new", "shapes"
+"""A model of images that the recipe itself begins, and images that Duramen draws."""
+
+
 class ImageData(BaseModel):
     """What models of images see."""
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 import re
 from collections.abc import Callable
 from dataclasses import replace
@@ -43,9 +44,7 @@ def combinations(over: list[str]) -> list[list[str]]:
             why="a sweep is over the values of settings.",
             fix="`--over multiweight.sparsity=[0.4, 0.5, 0.6]`",
         )
-    count = 1
-    for axis in axes:
-        count *= len(axis)
+    count = math.prod(map(len, axes))
     if count > MOST:
         raise Problem(
             f"{count} combinations are too many.",
@@ -57,7 +56,7 @@ def combinations(over: list[str]) -> list[list[str]]:
 
 def _written(value: Any) -> str:
     """A value as an override spells it."""
-    return json.dumps(value) if isinstance(value, list | dict | bool) or value is None else str(value)
+    return value if isinstance(value, str) else json.dumps(value)
 
 
 def run_all(
@@ -86,10 +85,10 @@ def run_all(
     Raises:
         Problem: If a combination is no recipe, or the folder holds another sweep.
     """
-    chosen = combinations(over)
+    chosen, fixed = combinations(over), overrides or []
     for each in chosen:
-        load_recipe(recipe, [*(overrides or []), *each])
-    base = load_recipe(recipe, overrides)
+        load_recipe(recipe, [*fixed, *each])
+    base = load_recipe(recipe, fixed)
     directory = RunDirectory(out)
     directory.claim({"recipe": base.model_dump(mode="json"), "model": model, "over": over})
     lines: list[Line] = []
@@ -97,7 +96,7 @@ def run_all(
         place = f"{POINTS}/{number:03d}-{re.sub(r'[^A-Za-z0-9.=-]+', '-', ','.join(each))[:80]}"
         name = ", ".join(item.partition(".")[2] or item for item in each)
         try:
-            run(recipe, model, out / place, overrides=[*(overrides or []), *each], **options)
+            run(recipe, model, out / place, overrides=[*fixed, *each], **options)
             lines.append(summarise(out / place, place, name))
         except Problem as problem:
             lines.append(replace(Line(place, name), wrong=problem.what, report=False))

@@ -28,7 +28,7 @@ from duramen.families import OWN
 from duramen.families.model import BlockModel
 from duramen.grids import Inputs, Quantized
 from duramen.hardware.machine import total_memory
-from duramen.problem import Exit, Problem
+from duramen.problem import Exit, Problem, need
 from duramen.rundir import read_codes, replacing
 
 Type = Literal["f32", "f16", "bf16", "q8_0"]
@@ -75,10 +75,7 @@ def export_gguf(folder: Path, file: Path, *, kind: Type = "f16") -> dict[str, An
     Raises:
         Problem: If the model cannot be expressed, a tensor does not come back, or an engine says something else.
     """
-    if find_spec("gguf") is None:
-        raise Problem(
-            "GGUF needs the package gguf, which is not installed.", why="it is an extra.", fix="`python -m pip install gguf`"
-        )
+    need("GGUF", "gguf", install="gguf")
     import gguf
 
     model = BlockModel.from_folder(folder, dtype=torch.float32)

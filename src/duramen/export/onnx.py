@@ -6,7 +6,6 @@ A tied embedding goes into the file twice: the builder shares it only where no l
 
 from __future__ import annotations
 
-from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Literal
@@ -19,7 +18,7 @@ from duramen.families import OWN
 from duramen.families.checkpoint import Checkpoint
 from duramen.families.model import BlockModel
 from duramen.grids import Inputs, Quantized
-from duramen.problem import Exit, Problem
+from duramen.problem import Exit, Problem, need
 from duramen.rundir import read_codes, read_formats
 
 Type = Literal["auto", "float", "int8"]
@@ -45,7 +44,7 @@ def export_onnx(folder: Path, out: Path, *, kind: Type = "auto") -> dict[str, An
     Raises:
         Problem: If the packages are missing, the architecture has no builder, a grid has no counterpart, or the engine says something else than transformers.
     """
-    _check_packages()
+    need("ONNX", "onnxruntime_genai", "onnxruntime", "onnx", "onnx_ir", install="onnxruntime-genai onnxruntime onnx onnx-ir")
     check_empty(out)
     if str(Checkpoint(folder).config["model_type"]).startswith(OWN):
         raise Problem(
@@ -113,16 +112,6 @@ def olive_tensors(quantized: Quantized, bits: int, group: int) -> dict[str, Tens
     times = quantized.codes.shape[1] // group // quantized.steps.shape[1]
     steps, zeros = (each.repeat_interleave(times, 1) for each in (quantized.steps, zeros))
     return {"qweight": pack_bytes(counted, bits), "qzeros": pack_bytes(zeros, bits), "scales": steps.float()}
-
-
-def _check_packages() -> None:
-    missing = [name for name in ("onnxruntime_genai", "onnxruntime", "onnx", "onnx_ir") if find_spec(name) is None]
-    if missing:
-        raise Problem(
-            f"ONNX needs {', '.join(missing)}, which {'are' if len(missing) > 1 else 'is'} not installed.",
-            why="they are an extra.",
-            fix="`python -m pip install onnxruntime-genai onnxruntime onnx onnx-ir`",
-        )
 
 
 def _checked(folder: Path, out: Path, inputs: dict[str, Inputs]) -> dict[str, Any]:

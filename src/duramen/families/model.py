@@ -197,7 +197,7 @@ class BlockModel:
             for index in range(len(self.blocks))
             for stage in self.family.stages
             for projection in stage
-            if _has(self.blocks[index], projection.path)
+            if has_module(self.blocks[index], projection.path)
         }
 
     def transposed(self, name: str) -> bool:
@@ -219,7 +219,7 @@ class BlockModel:
 
     def stages(self, index: int) -> list[tuple[Projection, ...]]:
         """The projections of block ``index``, those with the same input together."""
-        present = (tuple(item for item in stage if _has(self.blocks[index], item.path)) for stage in self.family.stages)
+        present = (tuple(item for item in stage if has_module(self.blocks[index], item.path)) for stage in self.family.stages)
         return [stage for stage in present if stage]
 
     @contextmanager
@@ -454,7 +454,8 @@ def _family(network: nn.Module, allow_generic: bool) -> Family:
         return infer_family(network)
 
 
-def _has(block: nn.Module, path: str) -> bool:
+def has_module(block: nn.Module, path: str) -> bool:
+    """Whether there is a module of that path inside a block; in hybrids blocks are of several kinds."""
     try:
         block.get_submodule(path)
     except AttributeError:

@@ -14,6 +14,7 @@ from typing import Any
 from duramen.assets import ASSETS, DEBIAN
 from duramen.problem import Problem
 from duramen.reading import read_json, reading
+from duramen.recipe import DRAWN, NEW
 from duramen.release.components import PAPER, REPORT, WEIGHTS
 from duramen.release.licences import detect, parse, suggest
 from duramen.rundir import visible_files
@@ -22,8 +23,6 @@ FOLDER = "release"
 """In the model's folder: what ``duramen release`` writes."""
 USUAL = {"code": "Apache-2.0", "data": "CDLA-Permissive-2.0", "document": "CC-BY-4.0"}
 """Licences of what Duramen itself made of a training, where nothing else is said."""
-NEW, DRAWN = "new", "shapes"
-"""What a run on images says of a model that it began itself, and of images that Duramen draws."""
 WEIGHT_FILES = ("model*.safetensors", "model.safetensors.index.json")
 
 
@@ -124,7 +123,8 @@ def gather(folder: Path, wish: Wish) -> Gathered:
     new = bool(stages) or results.get("model") == NEW
     base = None if new else _base(folder, results, wish)
     licences = _licences(wish, base)
-    found = _model(folder, base) | (_trained(folder, stages) if stages else {})
+    architectures = tuple(read_json(folder / "config.json").get("architectures") or ())
+    found = _model(folder, base, architectures) | (_trained(folder, stages) if stages else {})
     with reading(folder / "results.json"):
         found |= _measured(folder, results)
     if new and not stages:
@@ -140,7 +140,7 @@ def gather(folder: Path, wish: Wish) -> Gathered:
                     fix="put it into the model's folder.",
                 )
             found[name] = Evidence((given,), "written by hand")
-    return Gathered(found, results, stages, base, licences, tuple(_json(folder / "config.json").get("architectures") or ()))
+    return Gathered(found, results, stages, base, licences, architectures)
 
 
 def check_links(folder: Path) -> None:
@@ -216,13 +216,12 @@ def _top(folder: Path, *patterns: str) -> tuple[str, ...]:
     return tuple(sorted(file.name for pattern in patterns for file in folder.glob(pattern)))
 
 
-def _model(folder: Path, base: tuple[str, str] | None) -> dict[str, Evidence]:
+def _model(folder: Path, base: tuple[str, str] | None, architectures: tuple[str, ...]) -> dict[str, Evidence]:
     """What every model's folder has."""
-    config = _json(folder / "config.json")
     found = {
         "Model architecture": Evidence(
             _top(folder, "config.json", "modeling_*.py"),
-            f"{', '.join(config.get('architectures') or ['?'])} of transformers, with its configuration",
+            f"{', '.join(architectures) or '?'} of transformers, with its configuration",
         ),
         "Inference code": Evidence((f"{FOLDER}/inference.py",), "opens the folder and runs it"),
         "Supporting libraries and tools": Evidence((f"{FOLDER}/sbom.cdx.json",), "what it was made with, as a CycloneDX bill"),

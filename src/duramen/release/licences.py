@@ -7,14 +7,13 @@ from __future__ import annotations
 
 import csv
 import difflib
-import importlib.util
 import re
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
 
-from duramen.problem import Problem
+from duramen.problem import Problem, need
 from duramen.release.components import Kind
 
 OPEN_DATA = {
@@ -149,12 +148,7 @@ def parse(expression: str) -> Any:
     Raises:
         Problem: If it is none, or an id in it is unknown; what may be meant is said.
     """
-    if importlib.util.find_spec("license_expression") is None:
-        raise Problem(
-            "Licences need license-expression, which is not installed.",
-            why="it belongs to an extra.",
-            fix='`python -m pip install "duramen[release]"`',
-        )
+    need("Reading licences", "license_expression", install='"duramen[release]"')
     from license_expression import ExpressionError, ExpressionParseError, Licensing
 
     try:

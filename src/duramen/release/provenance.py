@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from duramen.assets import ASSETS, DEBIAN
-from duramen.release.evidence import DRAWN, FOLDER, USUAL, Gathered, measured_on
+from duramen.recipe import DRAWN
+from duramen.release.evidence import FOLDER, USUAL, Gathered, measured_on
 from duramen.rundir import hash_file, hash_folder
 
 SUMS = "SHA256SUMS"

@@ -96,23 +96,27 @@ def _texts(results: dict[str, Any]) -> dict[str, Any]:
     if results.get("exports"):
         found["file"] = int(results["exports"][-1]["bytes"])
     for evaluation in results["evaluations"][-1:]:
-        found.setdefault("file", int(evaluation["bytes_on_disk"].get("after", evaluation["bytes_on_disk"].get("before", 0))))
+        found.setdefault("file", int(_last(evaluation["bytes_on_disk"], 0)))
         for text, told in list(evaluation["perplexity"].items())[:1]:
             found["before"] = float(told["before"]["value"]) if "before" in told else math.nan
-            found["quality"] = float(told.get("after", told.get("before"))["value"])
+            found["quality"] = float(_last(told)["value"])
             found |= {"on": str(text), "kl": float(told["kl"]["value"]) if "kl" in told else math.nan}
         said = evaluation.get("generations") or {}
-        found["samples"] = tuple((str(prompt), str(each.get("after", each.get("before", "")))) for prompt, each in said.items())
+        found["samples"] = tuple((str(prompt), str(_last(each, ""))) for prompt, each in said.items())
     return found
 
 
 def _images(results: dict[str, Any]) -> dict[str, Any]:
     for evaluation in results["evaluations"][-1:]:
         told = evaluation["accuracy"]
-        after = told.get("after", told.get("before"))
         before = 1 - float(told["before"]["value"]) if "before" in told else math.nan
-        return {"quality": 1 - float(after["value"]), "before": before, "on": str(results["images"]["data"])}
+        return {"quality": 1 - float(_last(told)["value"]), "before": before, "on": str(results["images"]["data"])}
     return {}
+
+
+def _last(told: dict[str, Any], otherwise: Any = None) -> Any:
+    """What was measured after the steps, or before where nothing changed."""
+    return told.get("after", told.get("before", otherwise))
 
 
 def _size(steps: list[dict[str, Any]]) -> float:

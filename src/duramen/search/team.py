@@ -9,7 +9,6 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -18,7 +17,7 @@ import torch
 from duramen.calibrate import ranks
 from duramen.calibrate.walker import Walk
 from duramen.families.model import BlockModel
-from duramen.problem import Exit, Problem
+from duramen.problem import Exit, Problem, need
 from duramen.search.fitness import Choices, put_back, runs_of
 
 
@@ -118,8 +117,7 @@ def team_of(model: BlockModel, make: Callable[[], Make], walk: Walk) -> Any:
     """
     if not walk.workers:
         return nullcontext()
-    if find_spec("ray") is None:
-        raise Problem("Workers need Ray, which is not installed.", why="it is an extra.", fix="`python -m pip install ray`")
+    need("Running candidates in workers", "ray", install="ray")
     if model.checkpoint is None or ranks.count() > 1:
         reason = "the model is only in memory" if model.checkpoint is None else "this run has several ranks already"
         raise Problem("No workers can be started.", why=f"{reason}.", fix="`duramen run … --workers N` without torchrun.")

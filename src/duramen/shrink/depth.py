@@ -14,7 +14,7 @@ from pydantic import Field
 from torch import Tensor
 
 from duramen.calibrate.walker import Records, Walk, walk_blocks
-from duramen.families.model import BlockModel, Model, run_block
+from duramen.families.model import BlockModel, Model, has_module, run_block
 from duramen.problem import Exit, Problem
 from duramen.registry import Settings as MethodSettings
 from duramen.registry import method
@@ -54,7 +54,7 @@ def influences(model: BlockModel, tokens: Tensor, parts: Part) -> list[float]:
     """
     if parts != "block":
         path = model.family.writer(parts)
-        lacking = [number for number, block in enumerate(model.blocks) if path not in dict(block.named_modules())]
+        lacking = [number for number, block in enumerate(model.blocks) if not has_module(block, path)]
         if lacking:
             raise Problem(
                 f"Blocks {', '.join(map(str, lacking))} have no {parts} that could leave.", why="in a hybrid the blocks are of several kinds.",

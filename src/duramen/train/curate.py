@@ -8,7 +8,6 @@ and nearly equal documents one is kept (exact, then MinHash with bands, arXiv 21
 from __future__ import annotations
 
 import hashlib
-import importlib.util
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,7 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from duramen.assets import ASSETS, DEBIAN
 from duramen.calibrate.tokens import read_documents
-from duramen.problem import Exit, Problem
+from duramen.problem import Exit, Problem, need
 from duramen.registry import Settings as Base
 from duramen.registry import method
 from duramen.rundir import write_json
@@ -97,7 +96,7 @@ def apply(stage: Stage, settings: Settings) -> dict[str, Any]:
     Raises:
         Problem: If a source cannot be read, or nothing is left.
     """
-    _need_datatrove()
+    need("Curation", *NEEDED, install='"duramen[train]"')
     _check_sources(settings)
     from duramen.train.pipeline import run_pipeline
 
@@ -115,16 +114,6 @@ def apply(stage: Stage, settings: Settings) -> dict[str, Any]:
     record = {"filters": counts, "licences": licences} | found
     write_json(stage.folder / "curation.json", record)
     return record
-
-
-def _need_datatrove() -> None:
-    missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
-    if missing:
-        raise Problem(
-            f"Curation needs {', '.join(missing)}, which {'is' if len(missing) == 1 else 'are'} not installed.",
-            why="they belong to an extra.",
-            fix='`python -m pip install "duramen[train]"`',
-        )
 
 
 def _check_sources(settings: Settings) -> None:

@@ -6,8 +6,6 @@ before the first step.
 
 from __future__ import annotations
 
-from functools import partial
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import Field
@@ -50,10 +48,10 @@ def apply(stage: Stage, settings: Settings) -> dict[str, Any]:
     Raises:
         Problem: If a pair is two of the same, or an answer is empty.
     """
-    return tuned(stage, settings, partial(_trainer, settings=settings, work=stage.folder / WORK))
+    return tuned(stage, settings, _trainer)
 
 
-def _trainer(network: Any, tokenizer: Any, file: str, *, settings: Settings, work: Path) -> tuple[Any, dict[str, Any]]:
+def _trainer(network: Any, tokenizer: Any, file: str, stage: Stage, settings: Settings) -> tuple[Any, dict[str, Any]]:
     """The trainer, and counts for the report."""
     from datasets import Dataset
     from trl import DPOConfig, DPOTrainer
@@ -72,7 +70,7 @@ def _trainer(network: Any, tokenizer: Any, file: str, *, settings: Settings, wor
     train, aside = (Dataset.from_list(part) for part in divided(pairs, settings))
     config = DPOConfig(
         loss_type=[LOSSES[settings.loss]], beta=settings.beta, max_length=settings.length, precompute_ref_log_probs=True, eval_strategy="steps",
-        eval_steps=settings.every, disable_dropout=True, **settings.arguments(work),
+        eval_steps=settings.every, disable_dropout=True, **settings.arguments(stage.folder / WORK),
     )  # fmt: skip
     trainer = DPOTrainer(network, None, config, train_dataset=train, eval_dataset=aside, processing_class=tokenizer)
     counts = {"examples": len(train), "held_out_examples": len(aside)}

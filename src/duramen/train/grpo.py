@@ -9,8 +9,6 @@ clip upwards, mean over tokens, answers that were cut off do not count), GSPO (o
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import Field
@@ -93,12 +91,12 @@ def apply(stage: Stage, settings: Settings) -> dict[str, Any]:
             why="a group is judged as a whole.",
             fix=f"multiples of {settings.answers}.",
         )
-    found = tuned(stage, settings, partial(_trainer, settings=settings, work=stage.folder / WORK))
+    found = tuned(stage, settings, _trainer)
     even = found["logged"].get("frac_reward_zero_std", [])
     return found | {"rewards": found["logged"].get("reward", []), "groups_without_difference": sum(even) / max(1, len(even))}
 
 
-def _trainer(network: Any, tokenizer: Any, file: str, *, settings: Settings, work: Path) -> tuple[Any, dict[str, Any]]:
+def _trainer(network: Any, tokenizer: Any, file: str, stage: Stage, settings: Settings) -> tuple[Any, dict[str, Any]]:
     """The trainer, and counts for the report."""
     from datasets import Dataset
     from trl import GRPOConfig, GRPOTrainer
@@ -108,7 +106,7 @@ def _trainer(network: Any, tokenizer: Any, file: str, *, settings: Settings, wor
         for row in read_pairs(file, ("prompt", "answer"))[: settings.examples or None]
     ]
     config = GRPOConfig(
-        **settings.arguments(work) | {"num_train_epochs": 1, "max_steps": settings.steps}, **VARIANTS[settings.variant],
+        **settings.arguments(stage.folder / WORK) | {"num_train_epochs": 1, "max_steps": settings.steps}, **VARIANTS[settings.variant],
         num_generations=settings.answers, max_completion_length=settings.longest, temperature=settings.temperature, beta=settings.beta,
         epsilon=settings.clip_ratio, use_bias_correction_kl=settings.penalty == "corrected", steps_per_generation=settings.parts, num_iterations=1,
     )  # fmt: skip

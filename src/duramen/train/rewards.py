@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import importlib.util
 import re
 from collections.abc import Callable
 
-from duramen.problem import Problem
+from duramen.problem import need
 
 Reward = Callable[[str, str], float]
 
@@ -38,12 +37,7 @@ def pattern(answer: str, expected: str) -> float:
 
 def mathematics(answer: str, expected: str) -> float:
     """1 if math-verify holds the two for the same expression."""
-    if importlib.util.find_spec("math_verify") is None:
-        raise Problem(
-            "The reward `mathematics` needs math-verify, which is not installed.",
-            why="it is an extra.",
-            fix="`python -m pip install math-verify`",
-        )
+    need("The reward `mathematics`", "math_verify", install="math-verify")
     from math_verify import parse, verify
 
     return float(verify(parse(expected), parse(answer)))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Annotated, Any
 
 import numpy as np
@@ -43,10 +42,10 @@ def apply(stage: Stage, settings: Settings) -> dict[str, Any]:
     Raises:
         Problem: If the data is not there, or has nothing to learn.
     """
-    return tuned(stage, settings, partial(_trainer, stage=stage, settings=settings))
+    return tuned(stage, settings, _trainer)
 
 
-def _trainer(network: Any, tokenizer: Any, file: str, *, stage: Stage, settings: Settings) -> tuple[Any, dict[str, Any]]:
+def _trainer(network: Any, tokenizer: Any, file: str, stage: Stage, settings: Settings) -> tuple[Any, dict[str, Any]]:
     """The trainer, and counts for the report."""
     from datasets import Dataset
     from trl import SFTConfig, SFTTrainer

@@ -7,7 +7,6 @@ that was cut off is never taken. The loss is per token over a whole step, howeve
 from __future__ import annotations
 
 import contextlib
-import importlib.util
 import io
 import json
 import math
@@ -22,7 +21,7 @@ from pydantic import Field
 
 from duramen.calibrate import ranks
 from duramen.hardware.machine import forward_dtype
-from duramen.problem import Exit, Problem
+from duramen.problem import Exit, Problem, need
 from duramen.registry import Settings as Base
 from duramen.rundir import hash_folder, write_json
 from duramen.train.checkpoint import MANIFEST, damaged
@@ -96,20 +95,6 @@ class TuningSettings(Base):
         }  # fmt: skip
 
 
-def need_trl() -> None:
-    """Stops where it is not installed.
-
-    Raises:
-        Problem: Then.
-    """
-    if importlib.util.find_spec("trl") is None:
-        raise Problem(
-            "Tuning needs trl, which is not installed.",
-            why="it belongs to an extra.",
-            fix='`python -m pip install "duramen[train]"`',
-        )
-
-
 @contextlib.contextmanager
 def quietly() -> Iterator[None]:
     """Without the bars of datasets, and the warnings that TRL and transformers give each other."""
@@ -139,14 +124,14 @@ def opened(stage: Stage, settings: TuningSettings) -> tuple[Any, Any, Path]:
 
 
 def tuned(
-    stage: Stage, settings: TuningSettings, make: Callable[[Any, Any, str], tuple[Any, dict[str, Any]]]
+    stage: Stage, settings: TuningSettings, make: Callable[[Any, Any, str, Stage, Any], tuple[Any, dict[str, Any]]]
 ) -> dict[str, Any]:
     """Tunes the model of a stage with a trainer of TRL, and writes ``model``.
 
     Args:
         stage: Has the model.
         settings: What all tuning takes.
-        make: Of model, tokenizer and file of the data the trainer, not yet run, and counts for the report.
+        make: Of model, tokenizer, file of the data, stage and settings the trainer, not yet run, and counts for the report.
 
     Returns:
         The counts, what ``tune`` returns, and what exercises the model could do before and after.
@@ -154,13 +139,13 @@ def tuned(
     Raises:
         Problem: If TRL is not installed, or what ``make`` and ``tune`` raise.
     """
-    need_trl()
+    need("Tuning", "trl", install='"duramen[train]"')
     with quietly():
         network, tokenizer, folder = opened(stage, settings)
         before = answered(network, tokenizer, settings.measure, settings.seed)
         file = exercises_file(stage.folder, settings.seed) if settings.data == EXERCISES else settings.data
         with contextlib.redirect_stderr(io.StringIO()):  # TRL shows bars of its own while it reads the data
-            trainer, counts = make(network, tokenizer, file)
+            trainer, counts = make(network, tokenizer, file, stage, settings)
         found = tune(stage, trainer, folder)
         after = answered(trainer.model, tokenizer, settings.measure, settings.seed)
     return counts | found | {"exercises": {"before": before, "after": after} if settings.measure else None}

@@ -7,14 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from importlib.util import find_spec
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from duramen.override import override
-from duramen.problem import Exit, Problem
+from duramen.problem import Exit, Problem, need
 from duramen.video import dit, unet
 from duramen.video.slices import Slices
 
@@ -104,12 +103,7 @@ def need_diffusers() -> None:
     Raises:
         Problem: Then.
     """
-    if find_spec("diffusers") is None:
-        raise Problem(
-            "Video needs diffusers, which is not installed.",
-            why="it is an extra.",
-            fix="`python -m pip install diffusers imageio[ffmpeg]`",
-        )
+    need("Video", "diffusers", install="diffusers imageio[ffmpeg]")
 
 
 def known_networks(pipeline: Any) -> list[nn.Module]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from importlib.util import find_spec
 from typing import Any
 
 import numpy as np
@@ -12,7 +11,7 @@ import torch
 from duramen.hardware.clock import repeated
 from duramen.hardware.cost import Measured, Part
 from duramen.hardware.machine import describe
-from duramen.problem import Problem
+from duramen.problem import need
 from duramen.quantize.mixed_linear import MixedLinear
 from duramen.vision.elastic import ElasticLayer, ElasticViTConfig
 from duramen.vision.integers import INPUT, OUTPUT, Graph
@@ -32,12 +31,7 @@ def measured_cpu(config: ElasticViTConfig) -> Measured:
     Raises:
         Problem: If ONNX Runtime is missing.
     """
-    if find_spec("onnxruntime") is None or find_spec("onnx") is None:
-        raise Problem(
-            "`device: cpu` needs ONNX Runtime, which is not installed.",
-            why="it is an extra.",
-            fix="`python -m pip install onnx onnxruntime`, or an FPGA.",
-        )
+    need("`device: cpu`", "onnxruntime", "onnx", install="onnx onnxruntime")
     empty = Graph("onnx")
     empty.op("Identity", INPUT, named=OUTPUT)
     (rest,) = fastest([_running(empty, [1, 1])])

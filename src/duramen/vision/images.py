@@ -17,6 +17,7 @@ from torch.nn.functional import interpolate
 
 from duramen.assets import DEBIAN
 from duramen.problem import Problem
+from duramen.recipe import DRAWN
 
 AT_ONCE = 64
 """Images that run together where nothing is learned."""
@@ -107,7 +108,7 @@ def open_images(
     """
     if source == "fashion-mnist":
         return _fashion(split, size, channels, count)
-    if source == "shapes":
+    if source == DRAWN:
         return shapes(count or (4000 if split == "train" else 1000), size, channels=channels, seed=int(split == "test"))
     return _folder(Path(source), split, size, channels, corrupt)
 

