@@ -16,7 +16,7 @@ import duramen
 from duramen.problem import Problem
 from duramen.report.overview import Line, find_runs, front, overview, summarise
 from duramen.report.serve import serve
-from duramen.sweeps import combinations
+from duramen.sweeps import Grid, Study, axes
 from test_story import write_recipe
 
 OVER = ["magnitude.sparsity=[0.3, 0.6]", "calibration.length=[32, 100000]"]
@@ -67,7 +67,7 @@ def test_the_same_line_again_goes_on(swept, llama):
 )
 def test_sweeps_that_cannot_be(over, words):
     with pytest.raises(Problem, match=words):
-        combinations(over)
+        Grid(axes(over))
 
 
 def test_a_combination_that_is_no_recipe_is_refused_before_any_runs(llama, texts, tmp_path):
@@ -78,7 +78,53 @@ def test_a_combination_that_is_no_recipe_is_refused_before_any_runs(llama, texts
 
 
 def test_values_are_those_that_are_written():
-    assert combinations(["a.b=[2:4, null, true, [1, 2]]"]) == [["a.b=2:4"], ["a.b=null"], ["a.b=true"], ["a.b=[1, 2]"]]
+    values = ["a.b=2:4", "a.b=null", "a.b=true", "a.b=[1, 2]"]
+    assert axes(["a.b=[2:4, null, true, [1, 2]]"]) == [values]
+    assert list(Grid([values, ["c.d=1"]])) == [[value, "c.d=1"] for value in values]
+
+
+def told(value):
+    """A run whose size falls along the first axis, and whose loss is least at a place of the second."""
+    first, second = (int(each.partition("=")[2]) for each in value)
+    return Line("", "", size=1 - first / 20, quality=1 + first / 20 + abs(second - 13))
+
+
+def test_a_study_comes_nearer_to_the_front_than_chance():
+    varied = axes([f"a.b={list(range(20))}", f"c.d={list(range(20))}"])
+    study, seen = Study(varied, 40), []
+    for each in study:
+        seen.append(told(each))
+        study.tell(seen[-1])
+    assert len(seen) == len(study.told) == 40
+    near = [line.quality - 1 - (1 - line.size) < 1.5 for line in seen]
+    assert sum(near[13:]) >= 2 * 27 * 3 / 20  # three of twenty places are as near
+
+
+def test_a_study_asks_the_same_again_and_goes_on_where_runs_fail():
+    varied = axes(["a.b=[0, 1, 2]", "c.d=[0, 1, 2]"])
+    asked = []
+    for _ in range(2):
+        study = Study(varied, 6)
+        asked.append([])
+        for each in study:
+            asked[-1].append(each)
+            study.tell(Line("", "", wrong="no") if each[0] == "a.b=1" else told(each))
+    assert asked[0] == asked[1]
+    assert len({tuple(each) for each in asked[0]}) == 6
+
+
+def test_a_study_runs_so_many_and_without_optuna_none(swept, llama, monkeypatch):
+    place, recipe, _ = swept
+    over = ["magnitude.sparsity=[0.2, 0.4, 0.6]", "calibration.length=[16, 32]"]
+    lines = duramen.sweep(recipe, str(llama), place / "study", over=over, trials=2)
+    assert len(lines) == 2
+    assert (
+        "2 of 2 combinations of magnitude.sparsity, calibration.length, chosen from 6 by a study"
+        in (place / "study" / "index.html").read_text()
+    )
+    monkeypatch.setattr("duramen.problem.find_spec", lambda name: None)
+    with pytest.raises(Problem, match="optuna"):
+        duramen.sweep(recipe, str(llama), place / "none", over=over, trials=2)
 
 
 @given(st.lists(st.tuples(st.integers(0, 9), st.integers(0, 9)), max_size=12))

@@ -5,13 +5,14 @@ import json
 import imageio.v3 as iio
 import pytest
 import torch
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer, T5Config, T5EncoderModel, UMT5Config, UMT5EncoderModel
 from typer.testing import CliRunner
 
 from duramen.cli import app
 from duramen.problem import Problem
 from duramen.video import render as module
-from duramen.video.render import Wish, render
+from duramen.video.render import Wish, open_pipeline, render
+from duramen.video.text import CodedLinear, quantize_text_encoder
 
 diffusers = pytest.importorskip("diffusers")
 LETTERS = [
@@ -156,3 +157,41 @@ def test_the_command_line_says_what_happens(folder, tmp_path):
     assert ran.exit_code == 0, ran.output
     assert "step 2/2" in ran.output
     assert json.loads((tmp_path / "out" / "video.json").read_text())["wish"]["prompt"] == "a blue bag"
+
+
+def test_a_text_encoder_in_eight_bits(folder, tmp_path):
+    whole = render(folder, tmp_path / "whole", Wish(**SMALL))
+    found = render(folder, tmp_path / "text", Wish(**SMALL, quantize_text=True))
+    assert whole["text_encoder"] is None
+    told = found["text_encoder"]
+    assert told["encoder"] == "CLIPTextModel"
+    assert 0 < told["moved"] < 0.02
+    assert "in eight bits" in (tmp_path / "text" / "report.html").read_text()
+    one, other = (iio.imread(tmp_path / name / "video.gif").astype(float) for name in ("whole", "text"))
+    assert abs(one - other).mean() < 3  # of 255
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("encoder", "config"), [(T5EncoderModel, T5Config), (UMT5EncoderModel, UMT5Config)])
+def test_every_text_encoder_holds_its_linear_layers_in_codes(folder, encoder, config, dtype):
+    torch.manual_seed(0)
+    settings = config(
+        vocab_size=len(LETTERS), d_model=64, d_ff=128, d_kv=16, num_heads=4, num_layers=2, feed_forward_proj="gated-gelu"
+    )
+    pipeline = open_pipeline(folder)
+    pipeline.text_encoder = encoder(settings).to(dtype).eval()
+    linears = {name: layer for name, layer in pipeline.text_encoder.named_modules() if isinstance(layer, torch.nn.Linear)}
+    told = quantize_text_encoder(pipeline, "a red coat")
+    assert 0 < told["moved"] < 0.02
+    saved = sum(layer.weight.nbytes - layer.weight.numel() - 4 * len(layer.weight) for layer in linears.values())
+    assert told["bytes"]["before"] - told["bytes"]["after"] == saved > 0
+    for name, layer in linears.items():
+        coded = pipeline.text_encoder.get_submodule(name)
+        assert isinstance(coded, CodedLinear)
+        assert coded.weight.dtype == dtype
+        assert (coded.codes * coded.steps - layer.weight).norm() <= 0.01 * layer.weight.norm()
+
+
+def test_a_pipeline_that_reads_no_text_has_no_encoder_to_round():
+    with pytest.raises(Problem, match="has no text encoder"):
+        quantize_text_encoder(type("StableVideoDiffusionPipeline", (), {})(), "a red coat")

@@ -1,4 +1,4 @@
-"""Fills the generated blocks of README.md and docs/: the file tree, tables of methods, settings, families and benchmarks.
+"""Fills the generated blocks of README.md and docs/: the file tree, tables of methods, settings, families and benchmarks; and writes the tutorials as a notebook.
 
     python tools/generate.py            # writes
     python tools/generate.py --check    # compares only; exit code 1 if a file is out of date
@@ -10,14 +10,18 @@ from __future__ import annotations
 
 import ast
 import csv
+import json
 import re
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 from duramen.families import known_families
 from duramen.tables import explain_method, list_methods
 
 ROOT = Path(__file__).parents[1]
+TUTORIALS = ROOT / "docs" / "tutorials"
+CODE = re.compile(r"```python\n(.*?)\n```\n", re.DOTALL)
 BLOCK = re.compile(r"^(<!-- generated: (\w+)([^>\n]*) -->\n).*?^(<!-- end -->)", re.DOTALL | re.MULTILINE)
 
 
@@ -105,13 +109,38 @@ def _markdown(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
 KINDS = {"tree": tree, "methods": methods, "settings": settings, "families": families, "table": table}
 
 
+def notebook(*pages: Path) -> str:
+    """Pages one after another as a Jupyter notebook of format 4.5; their blocks of Python are its cells of code."""
+    cells: list[dict[str, object]] = []
+    for page in pages:
+        for number, part in enumerate(CODE.split(page.read_text(encoding="utf-8"))):
+            kind, more = ("code", {"execution_count": None, "outputs": []}) if number % 2 else ("markdown", {})
+            cell = {
+                "cell_type": kind,
+                "id": f"{page.stem}-{number}",
+                "metadata": {},
+                "source": part.strip().splitlines(keepends=True),
+            }
+            cells.append(cell | more)
+    kernel = {"kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"}}
+    return (
+        json.dumps({"cells": cells, "metadata": kernel, "nbformat": 4, "nbformat_minor": 5}, indent=1, ensure_ascii=False)
+        + "\n"
+    )
+
+
+def generated() -> Iterator[tuple[Path, str]]:
+    """Every file that is generated in part or whole, with what it should hold."""
+    for file in (ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))):
+        yield file, BLOCK.sub(lambda m: f"{m[1]}\n{KINDS[m[2]](*m[3].split())}\n\n{m[4]}", file.read_text(encoding="utf-8"))
+    yield TUTORIALS / "tutorials.ipynb", notebook(TUTORIALS / "first-run.md", TUTORIALS / "many-runs.md")
+
+
 def main() -> int:
     """Writes or compares."""
     stale = []
-    for file in (ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))):
-        text = file.read_text(encoding="utf-8")
-        new = BLOCK.sub(lambda m: f"{m[1]}\n{KINDS[m[2]](*m[3].split())}\n\n{m[4]}", text)
-        if new != text:
+    for file, new in generated():
+        if not file.is_file() or new != file.read_text(encoding="utf-8"):
             stale.append(str(file.relative_to(ROOT)))
             if "--check" not in sys.argv:
                 file.write_text(new, encoding="utf-8")

@@ -254,10 +254,11 @@ def sweep(
     *,
     over: list[str],
     overrides: list[str] | None = None,
+    trials: int | None = None,
     progress: Progress = silent,
 ) -> list[Line]:
-    """Runs a recipe with every combination of some settings' values; see ``duramen.sweeps``."""
-    return run_all(run, recipe, model, Path(out), over, overrides, progress=progress)
+    """Runs a recipe with every combination of some settings' values, or with so many that a study chooses; see ``duramen.sweeps``."""
+    return run_all(run, recipe, model, Path(out), over, overrides, trials, progress=progress)
 
 
 def choose(model: str | Path, *, target: str, place: str = "llama.cpp", text: tuple[str, ...] = ("boolq",)) -> Choice:

@@ -200,6 +200,10 @@ def sweep(
     over: Annotated[
         list[str], typer.Option(metavar="STEP.KEY=[VALUE, VALUE]", help="What is varied; repeatable, every combination is run.")
     ],
+    trials: Annotated[
+        int | None,
+        typer.Option(min=1, help="Combinations that are run, chosen by what those before have shown; all without it."),
+    ] = None,
     overrides: Overrides = None,
 ) -> None:
     """Runs a recipe with every combination of some values, and puts size against quality on one page."""
@@ -208,7 +212,7 @@ def sweep(
 
     _quiet()
     with display() as progress:
-        lines = api.sweep(recipe, model, out, over=over, overrides=overrides, progress=progress)
+        lines = api.sweep(recipe, model, out, over=over, overrides=overrides, trials=trials, progress=progress)
     refused = [line for line in lines if line.wrong]
     typer.echo(
         f"{out / 'index.html'}: {len(lines) - len(refused)} runs" + "".join(f"\n{line.name}: {line.wrong}" for line in refused)
@@ -253,13 +257,19 @@ def video(
     full: Annotated[int | None, typer.Option(help="Steps on which the denoiser runs; the others take its word again.")] = None,
     memory: Annotated[float | None, typer.Option(help="GiB for activations; it runs in slices that fit.")] = None,
     seed: Annotated[int, typer.Option(min=0, max=999_999, help="Of the noise.")] = 0,
+    quantize_text: Annotated[
+        bool,
+        typer.Option(
+            "--quantize-text", help="Hold the text encoder's weights in 8 bits; of some pipelines it is the largest part."
+        ),
+    ] = False,
 ) -> None:
     """Makes a video in little memory, or with fewer denoising steps, and reports both."""
     from duramen.video.render import Wish, render
 
     _quiet()
     budget = None if memory is None else int(memory * 2**30)
-    wish = Wish(prompt, image, frames, height, width, steps, full, budget, seed)
+    wish = Wish(prompt, image, frames, height, width, steps, full, budget, seed, quantize_text)
     render(pipeline, out, wish, partial(typer.echo, err=True))
 
 

@@ -1,4 +1,7 @@
-"""Sweeps: one recipe with several values for some settings, every combination a run of its own, and one page of all with the front of size against quality."""
+"""Sweeps: one recipe with several values for some settings, every combination a run of its own, and one page of all with the front of size against quality.
+
+A grid runs all combinations; a study runs some of them, which Optuna chooses by what those before have shown.
+"""
 
 from __future__ import annotations
 
@@ -6,28 +9,30 @@ import itertools
 import json
 import math
 import re
-from collections.abc import Callable
-from dataclasses import replace
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from duramen.problem import Problem
+from duramen.problem import Problem, need
 from duramen.recipe import load_recipe, parse_value
 from duramen.report.overview import Line, summarise, write_overview
 from duramen.rundir import RunDirectory
 
 POINTS, PAGE = "points", "index.html"
 MOST = 200
-"""Combinations that a sweep may have."""
+"""Runs that a sweep may have."""
+ASKED = 20
+"""Times that a study may be asked for each of its runs: it proposes what it knows again where it is sure."""
 
 
-def combinations(over: list[str]) -> list[list[str]]:
-    """Every combination of ``step.key=[a, b]`` as overrides of one run.
+def axes(over: list[str]) -> list[list[str]]:
+    """``step.key=[a, b]`` as the overrides ``step.key=a`` and ``step.key=b``, one list for each.
 
     Raises:
-        Problem: If one reads otherwise, or there are too many.
+        Problem: If one reads otherwise, or there is none.
     """
-    axes: list[list[str]] = []
+    found: list[list[str]] = []
     for each in over:
         key, separator, text = each.partition("=")
         values = parse_value(text) if separator else None
@@ -37,26 +42,108 @@ def combinations(over: list[str]) -> list[list[str]]:
                 why="it reads STEP.KEY=[VALUE, VALUE].",
                 fix="`--over multiweight.sparsity=[0.4, 0.5, 0.6]`",
             )
-        axes.append([f"{key}={_written(value)}" for value in values])
-    if not axes:
+        found.append([f"{key}={_written(value)}" for value in values])
+    if not found:
         raise Problem(
             "Nothing is varied.",
             why="a sweep is over the values of settings.",
             fix="`--over multiweight.sparsity=[0.4, 0.5, 0.6]`",
         )
-    count = math.prod(map(len, axes))
-    if count > MOST:
-        raise Problem(
-            f"{count} combinations are too many.",
-            why=f"each is a run of its own, and a sweep has at most {MOST}.",
-            fix="fewer values.",
-        )
-    return [list(chosen) for chosen in itertools.product(*axes)]
+    return found
 
 
 def _written(value: Any) -> str:
     """A value as an override spells it."""
     return value if isinstance(value, str) else json.dumps(value)
+
+
+@dataclass
+class Grid:
+    """Every combination, in order.
+
+    Args:
+        axes: The values of every setting.
+
+    Raises:
+        Problem: If there are too many.
+    """
+
+    axes: list[list[str]]
+
+    def __post_init__(self) -> None:
+        if self.count > MOST:
+            raise Problem(
+                f"{self.count} combinations are too many.",
+                why=f"each is a run of its own, and a sweep has at most {MOST}.",
+                fix="fewer values, or `--trials 30`, which runs the most promising ones.",
+            )
+
+    @property
+    def count(self) -> int:
+        """Of the runs."""
+        return math.prod(map(len, self.axes))
+
+    def checked(self) -> Iterator[list[str]]:
+        """What has to be a recipe before anything runs."""
+        return iter(self)
+
+    def __iter__(self) -> Iterator[list[str]]:
+        yield from map(list, itertools.product(*self.axes))
+
+    def tell(self, line: Line) -> None:
+        """Nothing follows from a run."""
+
+
+@dataclass
+class Study:
+    """Some of the combinations, of which each is chosen by the size and the quality of those before it.
+
+    Optuna's multi-objective tree-structured Parzen estimator does it, in the order in which an axis has its values; a third of the trials is drawn at
+    random before. Its seed is fixed, so that a sweep which goes on asks for the same runs again and finds them finished.
+
+    Args:
+        axes: The values of every setting.
+        count: Of the runs.
+    """
+
+    axes: list[list[str]]
+    count: int
+    told: dict[tuple[int, ...], tuple[float, float] | None] = field(default_factory=dict)
+    """Size and quality by the places of the values on their axes; None where there are none."""
+
+    def __post_init__(self) -> None:
+        need("A study", "optuna", install="optuna")
+
+    def checked(self) -> Iterator[list[str]]:
+        """Every value, beside the first ones of the others."""
+        first = [axis[0] for axis in self.axes]
+        for number, axis in enumerate(self.axes):
+            for value in axis:
+                yield [*first[:number], value, *first[number + 1 :]]
+
+    def __iter__(self) -> Iterator[list[str]]:
+        import optuna
+
+        optuna.logging.set_verbosity(optuna.logging.ERROR)
+        sampler = optuna.samplers.TPESampler(seed=0, n_startup_trials=max(2, self.count // 3))
+        study = optuna.create_study(directions=["minimize", "minimize"], sampler=sampler)
+        ranges = {str(number): optuna.distributions.IntDistribution(0, len(axis) - 1) for number, axis in enumerate(self.axes)}
+        for _ in range(ASKED * self.count):
+            trial = study.ask(ranges)
+            place = tuple(trial.params[name] for name in ranges)
+            if place not in self.told:
+                self.asked = place
+                yield [axis[value] for axis, value in zip(self.axes, place, strict=True)]
+            found = self.told[place]
+            state = optuna.trial.TrialState.COMPLETE if found else optuna.trial.TrialState.FAIL
+            study.tell(trial, found, state=state)
+            if len(self.told) == self.count:
+                return
+
+    def tell(self, line: Line) -> None:
+        """What came of the combination that was asked for last."""
+        known = math.isfinite(line.size) and math.isfinite(line.quality)
+        self.told[self.asked] = (line.size, line.quality) if known else None
 
 
 def run_all(
@@ -66,9 +153,10 @@ def run_all(
     out: Path,
     over: list[str],
     overrides: list[str] | None = None,
+    trials: int | None = None,
     **options: Any,
 ) -> list[Line]:
-    """Runs every combination that has not run yet, and writes ``index.html`` after each.
+    """Runs every combination that has not run yet, or so many of them, and writes ``index.html`` after each.
 
     Args:
         run: ``duramen.run``.
@@ -77,6 +165,7 @@ def run_all(
         out: The folder; runs lie in ``points``.
         over: ``step.key=[a, b]``, repeated.
         overrides: ``step.key=value``, for all.
+        trials: How many combinations a study chooses; all of them without.
         **options: Of ``run``.
 
     Returns:
@@ -85,14 +174,19 @@ def run_all(
     Raises:
         Problem: If a combination is no recipe, or the folder holds another sweep.
     """
-    chosen, fixed = combinations(over), overrides or []
-    for each in chosen:
+    varied, fixed = axes(over), overrides or []
+    whole = math.prod(map(len, varied))
+    chosen = Grid(varied) if trials is None or trials >= whole else Study(varied, min(trials, MOST))
+    for each in chosen.checked():
         load_recipe(recipe, [*fixed, *each])
     base = load_recipe(recipe, fixed)
     directory = RunDirectory(out)
-    directory.claim({"recipe": base.model_dump(mode="json"), "model": model, "over": over})
+    directory.claim({"recipe": base.model_dump(mode="json"), "model": model, "over": over, "trials": trials})
     lines: list[Line] = []
-    for number, each in enumerate(chosen):
+    for each in chosen:
+        number = 0
+        for axis, value in zip(varied, each, strict=True):
+            number = number * len(axis) + axis.index(value)
         place = f"{POINTS}/{number:03d}-{re.sub(r'[^A-Za-z0-9.=-]+', '-', ','.join(each))[:80]}"
         name = ", ".join(item.partition(".")[2] or item for item in each)
         try:
@@ -100,6 +194,8 @@ def run_all(
             lines.append(summarise(out / place, place, name))
         except Problem as problem:
             lines.append(replace(Line(place, name), wrong=problem.what, report=False))
-        done = f"{number + 1} of {len(chosen)} combinations of {', '.join(item.partition('=')[0] for item in over)}."
+        chosen.tell(lines[-1])
+        done = f"{len(lines)} of {chosen.count} combinations of {', '.join(item.partition('=')[0] for item in over)}"
+        done += f", chosen from {whole} by a study." if chosen.count < whole else "."
         write_overview(out / PAGE, f"{base.name} on {model}", lines, done)
     return lines

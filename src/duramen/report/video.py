@@ -52,6 +52,11 @@ def video_verdict(results: dict[str, Any]) -> str:
     if results["plans"]:
         most, plain = (max(plan[key] for plan in results["plans"]) for key in ("peak", "plain"))
         parts.append(f"Activations take {bytes_told(most)} at most, {most / plain:.2f} of what they would without slices.")
+    if text := results["text_encoder"]:
+        sizes = " instead of ".join(bytes_told(text["bytes"][key]) for key in ("after", "before"))
+        parts.append(
+            f"The text encoder takes {sizes} in eight bits, which moves what it says of the prompt by {text['moved']:.2%}."
+        )
     if schedule:
         apart = schedule["from_even"]
         nearer = apart["high"] < 0

@@ -29,6 +29,7 @@ from duramen.video.plan import Clip, Plan, streamline_within
 from duramen.video.rehash import Rehash
 from duramen.video.schedules import check_count
 from duramen.video.streamline import Streamlined, need_diffusers
+from duramen.video.text import quantize_text_encoder
 
 LEARN, CHOOSE = 2, 6
 """Seeds that schedules are learned on, and others that choose; none of them is the seed of a video below 1,000,000."""
@@ -54,6 +55,7 @@ class Wish:
         full: Steps on which the denoiser runs; None for all of them.
         memory: Bytes for activations; None for whatever it takes.
         seed: Of the noise.
+        quantize_text: Whether the text encoder's weights are held in eight bits.
     """
 
     prompt: str = ""
@@ -65,6 +67,7 @@ class Wish:
     full: int | None = None
     memory: int | None = None
     seed: int = 0
+    quantize_text: bool = False
 
 
 def render(folder: Path, out: Path, wish: Wish, tell: Tell = lambda said: None) -> dict[str, Any]:
@@ -92,6 +95,7 @@ def render(folder: Path, out: Path, wish: Wish, tell: Tell = lambda said: None) 
         raise Problem(
             f"{out} cannot be a folder: {error.strerror}.", why="the video goes into it.", fix="choose another OUT folder."
         ) from None
+    text = quantize_text_encoder(pipeline, wish.prompt) if wish.quantize_text else None
     plans: list[Plan] = []
     handle: Streamlined | None = None
     if wish.memory is not None:
@@ -110,7 +114,7 @@ def render(folder: Path, out: Path, wish: Wish, tell: Tell = lambda said: None) 
         "schema": "duramen-video/1", "pipeline": str(folder), "class": type(pipeline).__name__, "wish": asdict(wish), "clip": asdict(studio.clip), "files": files,
         "seconds": seconds, "denoised": wish.steps if choice is None else len(choice.full), "machine": describe(),
         "plans": [_planned(network, plan) for network, plan in zip(handle.networks if handle else [], plans, strict=True)],
-        "schedule": None if choice is None else _chosen(choice),
+        "schedule": None if choice is None else _chosen(choice), "text_encoder": text,
     }  # fmt: skip
     write_json(out / "video.json", results)
     write_video_report(out, results, images, [(plan.whole.curve, plan.sliced.curve) for plan in plans])
@@ -231,7 +235,9 @@ def _schedule(studio: _Studio, folder: Path, out: Path) -> Choice:
     wish, file = studio.wish, out / "schedule.json"
     assert wish.full is not None
     asked = {name: value for name, value in studio.asked.items() if name != "image"}
-    key = hashlib.sha256((_identity(folder) + json.dumps([asked, wish.image, wish.full])).encode()).hexdigest()
+    key = hashlib.sha256(
+        (_identity(folder) + json.dumps([asked, wish.image, wish.full, wish.quantize_text])).encode()
+    ).hexdigest()
     if file.is_file():
         kept = json.loads(file.read_text(encoding="utf-8"))
         if kept.pop("key") == key:
