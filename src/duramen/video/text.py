@@ -54,6 +54,19 @@ class CodedLinear(nn.Module):
 
 
 @torch.no_grad()
+def hold_in_codes(encoder: nn.Module) -> None:
+    """Puts all linear layers of a network into eight bits."""
+    for name, layer in list(encoder.named_modules()):
+        if type(layer) is nn.Linear:
+            encoder.set_submodule(name, CodedLinear(layer))
+
+
+def bytes_held(network: nn.Module) -> int:
+    """Bytes of its parameters and buffers, shared ones once."""
+    return sum(tensor.nbytes for tensor in (*network.parameters(), *network.buffers()))
+
+
+@torch.no_grad()
 def quantize_text_encoder(pipeline: Any, prompt: str) -> dict[str, Any]:
     """Puts the linear layers of a pipeline's text encoder into eight bits.
 
@@ -74,18 +87,11 @@ def quantize_text_encoder(pipeline: Any, prompt: str) -> dict[str, Any]:
             code=Exit.INCOMPATIBLE,
         )  # fmt: skip
     ids = pipeline.tokenizer(prompt, return_tensors="pt").input_ids.to(next(encoder.parameters()).device)
-    before, dense = _bytes(encoder), encoder(ids)[0].float()
-    for name, layer in list(encoder.named_modules()):
-        if type(layer) is nn.Linear:
-            encoder.set_submodule(name, CodedLinear(layer))
+    before, dense = bytes_held(encoder), encoder(ids)[0].float()
+    hold_in_codes(encoder)
     moved = encoder(ids)[0].float() - dense
     return {
         "encoder": type(encoder).__name__,
-        "bytes": {"before": before, "after": _bytes(encoder)},
+        "bytes": {"before": before, "after": bytes_held(encoder)},
         "moved": float(moved.norm() / dense.norm()),
     }
-
-
-def _bytes(module: nn.Module) -> int:
-    held = {tensor.data_ptr(): tensor.nbytes for tensor in (*module.parameters(), *module.buffers())}
-    return sum(held.values())
