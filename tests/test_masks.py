@@ -1,8 +1,9 @@
 """The search for masks: importance by brute force, candidates against the models that they stand for, limits, runs that go on."""
 
 import json
-import subprocess
 import sys
+import types
+from functools import partial
 
 import pytest
 import torch
@@ -133,15 +134,37 @@ def test_a_stopped_search_goes_on_to_the_same_end():
     assert 64 * 20 < again.made_by["tokens"] <= (8 + 2 * 11) * 64
 
 
-def test_workers_end_at_the_same_masks(tmp_path):
+class PretendedRay:
+    """Ray whose actors are in this process; a cluster of its own runs in test_search."""
+
+    __spec__ = True  # it is there
+    exceptions = types.SimpleNamespace(RayActorError=RuntimeError, OutOfMemoryError=MemoryError)
+    init = put = get = staticmethod(lambda value=None, **_: value)
+    shutdown, cluster_resources = staticmethod(lambda: None), staticmethod(lambda: {"CPU": 2})
+    started = 0
+
+    @classmethod
+    def remote(cls, **_):
+        """What makes the class of an actor."""
+
+        def start(kind, *args):
+            cls.started += 1
+            actor = kind(*args)
+            return types.SimpleNamespace(measure=types.SimpleNamespace(remote=actor.measure))
+
+        return lambda kind: types.SimpleNamespace(remote=partial(start, kind))
+
+
+def test_workers_end_at_the_same_masks(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "ray", PretendedRay)
     folder, text = tiny.save("llama", tmp_path / "llama"), tmp_path / "prose.txt"
     text.write_text(tiny.prose(1, 4000))
     step = {"method": "search_masks", "target": {"block_parameters": 0.7}, **FEW}
     recipe = {"calibration": {"text": [str(text)], "sequences": 16, "length": 32}, "dtype": "float32", "steps": [step]}
     (tmp_path / "recipe.yaml").write_text(json.dumps(recipe))
     duramen.run(tmp_path / "recipe.yaml", folder, tmp_path / "alone")
-    line = [sys.executable, "-m", "duramen", "run", tmp_path / "recipe.yaml", folder, tmp_path / "shared", "--workers", "2"]
-    subprocess.run(line, check=True, capture_output=True)
+    duramen.run(tmp_path / "recipe.yaml", folder, tmp_path / "shared", workers=2)
+    assert PretendedRay.started == 2
     alone, shared = ((tmp_path / name / "pruning_plan.json").read_text() for name in ("alone", "shared"))
     assert alone == shared
 

@@ -12,7 +12,7 @@ from duramen.search.mutate import mutate_mask
 
 
 def test_every_allowed_subset_is_equally_likely():
-    generator, parent, draws = torch.Generator().manual_seed(0), torch.tensor([0, 2, 3, 5, 7]), 40_000
+    generator, parent, draws = torch.Generator().manual_seed(0), torch.tensor([0, 2, 3, 5, 7]), 10_000
     allowed = {s for s in combinations(range(8), 4) if len({0, 2, 3, 5, 7} & set(s)) >= 3}
     assert len(allowed) == 35
     found = Counter(tuple(mutate_mask(parent, 8, 4, 0.75, generator).tolist()) for _ in range(draws))

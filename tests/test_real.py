@@ -61,7 +61,7 @@ def test_accuracies_of_the_dense_model(folder, tokenizer):
 @torch.no_grad()
 def test_the_order_of_the_methods_on_real_layers(folder, tokenizer):
     """Mean relative error over the layers of two blocks: Wanda > SparseGPT, and ours at most 0.85 of SparseGPT's."""
-    tokens = calibration_tokens(tokenizer, ["squad", "coqa"], sequences=16, length=256, seed=0)
+    tokens = calibration_tokens(tokenizer, ["squad", "coqa"], sequences=8, length=256, seed=0)
     errors = {}
     for name, settings in (("wanda", {}), ("sparsegpt", {"damping": 0.01}), ("multiweight", {"damping": 0.01})):
         model = BlockModel.from_folder(folder, dtype=forward_dtype("auto"))
