@@ -1,6 +1,7 @@
 """Steps that take a prediction again: the published rule, the best schedule against all of them, and solvers against what they do with fewer steps."""
 
 import itertools
+import math
 from types import SimpleNamespace
 
 import pytest
@@ -255,5 +256,23 @@ def test_calibration_chooses_what_is_nearer_and_even_steps_where_nothing_is():
             handle.remove()
     assert errors["chosen"] < errors["even"]
     assert choose_schedule(made, generate, STEPS, STEPS, learn=[0], choose=[1, 2]).name == "even"
+    with pytest.raises(Problem, match="Either a number of steps or a quality"):
+        choose_schedule(made, generate, STEPS, learn=[0], choose=[1, 2])
     with pytest.raises(Problem, match="cannot choose"):
         choose_schedule(made, generate, STEPS, 9, learn=[0], choose=[0, 1])
+
+
+def test_a_quality_takes_the_fewest_steps_that_have_it():
+    made = pipeline()
+
+    def generate(seed):
+        return generated(made, start(seed, 32))
+
+    seeds = {"learn": [0, 1], "choose": [2, 3, 4]}
+    found = choose_schedule(made, generate, STEPS, quality=30, **seeds)
+    sizes = [float(generate(seed).square().mean().sqrt()) for seed in seeds["choose"]]
+    above = [20 * math.log10(size / error) for size, error in zip(sizes, found.errors[found.name], strict=True)]
+    assert 30 <= found.quality == pytest.approx(sum(above) / 3)
+    assert choose_schedule(made, generate, STEPS, len(found.full) - 1, **seeds).quality < 30
+    assert choose_schedule(made, generate, STEPS, quality=10, **seeds).quality < found.quality
+    assert choose_schedule(made, generate, STEPS, quality=200, **seeds).full == list(range(STEPS))

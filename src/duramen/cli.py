@@ -255,6 +255,9 @@ def video(
     width: Annotated[int | None, typer.Option(min=1, help="Pixels.")] = None,
     steps: Annotated[int, typer.Option(min=1, help="Denoising steps.")] = 25,
     full: Annotated[int | None, typer.Option(help="Steps on which the denoiser runs; the others take its word again.")] = None,
+    quality: Annotated[
+        float | None, typer.Option(help="Decibels; the fewest full steps whose distance from a full run is so far below it.")
+    ] = None,
     memory: Annotated[float | None, typer.Option(help="GiB for activations; it runs in slices that fit.")] = None,
     seed: Annotated[int, typer.Option(min=0, max=999_999, help="Of the noise.")] = 0,
     quantize_text: Annotated[
@@ -269,7 +272,7 @@ def video(
 
     _quiet()
     budget = None if memory is None else int(memory * 2**30)
-    wish = Wish(prompt, image, frames, height, width, steps, full, budget, seed, quantize_text)
+    wish = Wish(prompt, image, frames, height, width, steps, full, budget, seed, quantize_text, quality)
     render(pipeline, out, wish, partial(typer.echo, err=True))
 
 

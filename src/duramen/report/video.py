@@ -58,6 +58,9 @@ def video_verdict(results: dict[str, Any]) -> str:
             f"The text encoder takes {sizes} in eight bits, which moves what it says of the prompt by {text['moved']:.2%}."
         )
     if schedule:
+        parts.append(
+            f"A full run stands {schedule['quality']:.1f} dB above its distance from these steps, on the seeds that chose them."
+        )
         apart = schedule["from_even"]
         nearer = apart["high"] < 0
         parts.append(

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -53,6 +54,7 @@ class Wish:
         width: Pixels.
         steps: Denoising steps.
         full: Steps on which the denoiser runs; None for all of them.
+        quality: In the place of ``full``: decibels that a full run must stand above the distance from it.
         memory: Bytes for activations; None for whatever it takes.
         seed: Of the noise.
         quantize_text: Whether the text encoder's weights are held in eight bits.
@@ -68,6 +70,7 @@ class Wish:
     memory: int | None = None
     seed: int = 0
     quantize_text: bool = False
+    quality: float | None = None
 
 
 def render(folder: Path, out: Path, wish: Wish, tell: Tell = lambda said: None) -> dict[str, Any]:
@@ -101,7 +104,7 @@ def render(folder: Path, out: Path, wish: Wish, tell: Tell = lambda said: None) 
     if wish.memory is not None:
         tell("planning")
         handle, plans = streamline_within(pipeline, studio.clip, wish.memory)
-    choice = None if wish.full is None else _schedule(studio, folder, out)
+    choice = None if wish.full is None and wish.quality is None else _schedule(studio, folder, out)
     steps = None if choice is None else Rehash(pipeline, choice.full, wish.steps, order=choice.order)
     begun = time.perf_counter()
     images = studio.images()
@@ -173,6 +176,8 @@ class _Studio:
             raise Problem(
                 f"{wish.steps} denoising steps cannot be.", why=f"the model learned {most} times.", fix=f"1 to {most}."
             )
+        if wish.quality is not None and wish.full is not None:
+            raise Problem("Full steps and a quality do not go together.", why="each follows from the other.", fix="`--full` or `--quality`.")  # fmt: skip
         if wish.full is not None:
             check_count(wish.steps, wish.full)
         self.clip = Clip(height, width, frames, GUIDED[name], factor)
@@ -233,19 +238,22 @@ def _first_frame(wish: Wish, width: int, height: int) -> Any:
 def _schedule(studio: _Studio, folder: Path, out: Path) -> Choice:
     """The schedule for so many full steps: that of an earlier run, or learned and chosen now."""
     wish, file = studio.wish, out / "schedule.json"
-    assert wish.full is not None
     asked = {name: value for name, value in studio.asked.items() if name != "image"}
     key = hashlib.sha256(
-        (_identity(folder) + json.dumps([asked, wish.image, wish.full, wish.quantize_text])).encode()
+        (_identity(folder) + json.dumps([asked, wish.image, wish.full, wish.quantize_text, wish.quality])).encode()
     ).hexdigest()
     if file.is_file():
         kept = json.loads(file.read_text(encoding="utf-8"))
         if kept.pop("key") == key:
             return Choice(**kept)
-    studio.tell(f"choosing {wish.full} of {wish.steps} steps: {LEARN + 7 * CHOOSE} videos without decoding")
+    what = f"steps for {wish.quality:g} dB" if wish.full is None else f"{wish.full} of {wish.steps} steps"
+    rounds = 1 if wish.quality is None else math.ceil(math.log2(wish.steps))
+    studio.tell(f"choosing {what}: {LEARN + (1 + 6 * rounds) * CHOOSE} videos without decoding")
     learn = range(FIRST_SEED, FIRST_SEED + LEARN)
     choose = range(FIRST_SEED + LEARN, FIRST_SEED + LEARN + CHOOSE)
-    choice = choose_schedule(studio.pipeline, studio.latents, wish.steps, wish.full, learn=list(learn), choose=list(choose))
+    choice = choose_schedule(
+        studio.pipeline, studio.latents, wish.steps, wish.full, quality=wish.quality, learn=list(learn), choose=list(choose)
+    )
     write_json(file, asdict(choice) | {"key": key})
     return choice
 
