@@ -190,7 +190,7 @@ def test_every_text_encoder_holds_its_linear_layers_in_codes(folder, encoder, co
         coded = pipeline.text_encoder.get_submodule(name)
         assert isinstance(coded, CodedLinear)
         assert coded.weight.dtype == dtype
-        assert (coded.codes * coded.steps - layer.weight).norm() <= 0.01 * layer.weight.norm()
+        assert ((coded.codes * coded.steps - layer.weight).abs() <= 0.501 * coded.steps).all()
 
 
 def test_a_pipeline_that_reads_no_text_has_no_encoder_to_round():

@@ -1,6 +1,6 @@
 """A pipeline's text encoder in eight bits: of some pipelines it is the largest part, and it runs once for a video.
 
-The weights of its linear layers are held as codes with one step a row, of least squared error, and decoded when a layer runs; one whole matrix is in memory at a time.
+The weights of its linear layers are held as codes with one step a row, from its largest weight, and decoded when a layer runs; one whole matrix is in memory at a time.
 Embeddings and norms stay as they are. Everything else of the pipeline does too.
 """
 
@@ -13,7 +13,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from duramen.grids import Grid, Quantized, encode, pack
+from duramen.grids import Grid, encode, pack
 from duramen.problem import Exit, Problem
 from duramen.quantize.steps import choose_steps
 
@@ -38,7 +38,7 @@ class CodedLinear(nn.Module):
     def __init__(self, layer: nn.Linear) -> None:
         super().__init__()
         weight = layer.weight.detach().float()
-        steps, _ = choose_steps(weight, EIGHT, "mse")
+        steps, _ = choose_steps(weight, EIGHT, "absmax")
         self.dtype, self.bias = layer.weight.dtype, layer.bias
         self.register_buffer("codes", pack(encode(weight, steps, None, EIGHT), steps, None, EIGHT).codes)
         self.register_buffer("steps", steps)
@@ -46,7 +46,7 @@ class CodedLinear(nn.Module):
     @property
     def weight(self) -> Float[Tensor, "O I"]:
         """What the codes say, in the type that the layer had."""
-        return Quantized(self.codes, self.steps, None, EIGHT).weight().to(self.dtype)
+        return (self.codes * self.steps).to(self.dtype)
 
     def forward(self, x: Float[Tensor, "... I"]) -> Float[Tensor, "... O"]:
         """As the layer did."""
