@@ -1,9 +1,9 @@
-"""Question: which share of the dense model's output as target, and which allocation, leave a pruned model nearest to the dense one, and what of ``best`` betters ``good``?
+"""Question: which share of the dense model's output as target, and which allocation, leave a pruned model nearest to the dense one?
 
     python benchmarks/pruning_settings.py --text wiki.test.raw
 
 Prunes a model by multi-weight pruning at the default effort, with a quarter of the dense target and the same share everywhere, or one of
-the two changed; and with the effort ``best`` without its allocation, which leaves its exchanges. Adds to
+the two changed. Adds to
 benchmarks/results/pruning_settings.csv after every run; runs that stand there are left out. About two hours on 2 cores.
 """
 
@@ -18,7 +18,6 @@ SUBJECTS = {
         f"{UNIFORM}, allocation: {allocation}": ("multiweight", {"dense_target": 0.25, "allocation": allocation})
         for allocation in ("owl", "curve")
     },
-    "effort: best, allocation: uniform": ("multiweight", {"effort": "best", "allocation": "uniform"}),
 }
 
 
