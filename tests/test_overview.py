@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 import duramen
 from duramen.problem import Problem
-from duramen.report.overview import Line, find_runs, front, overview, summarise
+from duramen.report.overview import Line, _size, find_runs, front, overview, summarise
 from duramen.report.serve import serve
 from duramen.sweeps import Grid, Study, axes
 from test_story import write_recipe
@@ -43,6 +43,14 @@ def test_every_combination_runs_and_one_that_cannot_is_told(swept):
     assert page.count("<tr tabindex") == 4
     assert "4 of 4 combinations" in page
     assert "<svg" in page
+
+
+def test_what_is_cut_is_counted_once():
+    cut = {"shape": {"parameters": {"before": 100, "after": 80}}, "layers": [{"layer": "a", "size": 50, "removed": 10}]}
+    rounded = {"layers": [{"layer": "a", "size": 40, "removed": 0, "bits": 4.0}]}
+    assert _size([cut]) == pytest.approx(0.8)
+    assert _size([cut, rounded]) == pytest.approx(0.8 / 4)
+    assert math.isnan(_size([{"layers": []}]))
 
 
 def test_the_same_line_again_goes_on(swept, llama):

@@ -120,11 +120,11 @@ def _last(told: dict[str, Any], otherwise: Any = None) -> Any:
 
 
 def _size(steps: list[dict[str, Any]]) -> float:
-    """Bits that are left of the layers that steps touched, of 16 for every weight that there was."""
+    """Bits that are left of the layers that steps touched, of 16 for every weight that there was; what steps cut is counted by the shapes that they leave."""
     shapes = [step["shape"]["parameters"] for step in steps if step.get("shape")]
     share = shapes[-1]["after"] / shapes[0]["before"] if shapes else 1.0
     layers: dict[str, dict[str, float]] = {}
-    for layer in (layer for step in steps for layer in step["layers"]):
+    for layer in (layer for step in steps if not step.get("shape") for layer in step["layers"]):
         mine = layers.setdefault(layer["layer"], {"size": layer["size"], "left": 1.0, "bits": 16.0})
         mine["left"] = 1 - layer["removed"] / max(1, layer["size"]) if layer.get("removed") else mine["left"]
         mine["bits"] = layer.get("bits", mine["bits"])
