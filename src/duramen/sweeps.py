@@ -22,6 +22,8 @@ from duramen.rundir import RunDirectory
 POINTS, PAGE = "points", "index.html"
 MOST = 200
 """Runs that a sweep may have."""
+DRAWN = 8
+"""Runs of a study that are drawn at random, before others are chosen by what these have shown."""
 ASKED = 20
 """Times that a study may be asked for each of its runs: it proposes what it knows again where it is sure."""
 
@@ -98,8 +100,8 @@ class Grid:
 class Study:
     """Some of the combinations, of which each is chosen by the size and the quality of those before it.
 
-    Optuna's multi-objective tree-structured Parzen estimator does it, in the order in which an axis has its values; a third of the trials is drawn at
-    random before. Its seed is fixed, so that a sweep which goes on asks for the same runs again and finds them finished.
+    Optuna's multi-objective tree-structured Parzen estimator does it, in the order in which an axis has its values, after some runs at random. Its seed
+    is fixed, so that a sweep which goes on, perhaps to more runs, asks for the same ones again and finds them finished.
 
     Args:
         axes: The values of every setting.
@@ -125,7 +127,7 @@ class Study:
         import optuna
 
         optuna.logging.set_verbosity(optuna.logging.ERROR)
-        sampler = optuna.samplers.TPESampler(seed=0, n_startup_trials=max(2, self.count // 3))
+        sampler = optuna.samplers.TPESampler(seed=0, n_startup_trials=DRAWN)
         study = optuna.create_study(directions=["minimize", "minimize"], sampler=sampler)
         ranges = {str(number): optuna.distributions.IntDistribution(0, len(axis) - 1) for number, axis in enumerate(self.axes)}
         for _ in range(ASKED * self.count):
@@ -181,7 +183,7 @@ def run_all(
         load_recipe(recipe, [*fixed, *each])
     base = load_recipe(recipe, fixed)
     directory = RunDirectory(out)
-    directory.claim({"recipe": base.model_dump(mode="json"), "model": model, "over": over, "trials": trials})
+    directory.claim({"recipe": base.model_dump(mode="json"), "model": model, "over": over})
     lines: list[Line] = []
     for each in chosen:
         number = 0
