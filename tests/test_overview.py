@@ -102,7 +102,7 @@ def test_a_study_comes_nearer_to_the_front_than_chance():
     study, seen = Study(varied, 40), []
     for each in study:
         seen.append(told(each))
-        study.tell(seen[-1])
+        study.tell(each, seen[-1])
     assert len(seen) == len(study.told) == 40
     near = [line.quality - 1 - (1 - line.size) < 1.5 for line in seen]
     assert sum(near[DRAWN:]) >= 2 * 32 * 3 / 20  # three of twenty places are as near
@@ -116,7 +116,7 @@ def test_a_study_asks_the_same_again_and_goes_on_where_runs_fail():
         asked.append([])
         for each in study:
             asked[-1].append(each)
-            study.tell(Line("", "", wrong="no") if each[0] == "a.b=1" else told(each))
+            study.tell(each, Line("", "", wrong="no") if each[0] == "a.b=1" else told(each))
     assert asked[0] == asked[1]
     assert len({tuple(each) for each in asked[0]}) == 6
 

@@ -92,7 +92,7 @@ class Grid:
     def __iter__(self) -> Iterator[list[str]]:
         yield from map(list, itertools.product(*self.axes))
 
-    def tell(self, line: Line) -> None:
+    def tell(self, each: list[str], line: Line) -> None:
         """Nothing follows from a run."""
 
 
@@ -110,8 +110,8 @@ class Study:
 
     axes: list[list[str]]
     count: int
-    told: dict[tuple[int, ...], tuple[float, float] | None] = field(default_factory=dict)
-    """Size and quality by the places of the values on their axes; None where there are none."""
+    told: dict[tuple[str, ...], tuple[float, float] | None] = field(default_factory=dict)
+    """Size and quality of every combination that ran; None where there are none."""
 
     def __post_init__(self) -> None:
         need("A study", "optuna", install="optuna")
@@ -132,20 +132,19 @@ class Study:
         ranges = {str(number): optuna.distributions.IntDistribution(0, len(axis) - 1) for number, axis in enumerate(self.axes)}
         for _ in range(ASKED * self.count):
             trial = study.ask(ranges)
-            place = tuple(trial.params[name] for name in ranges)
-            if place not in self.told:
-                self.asked = place
-                yield [axis[value] for axis, value in zip(self.axes, place, strict=True)]
-            found = self.told[place]
+            each = [axis[trial.params[name]] for axis, name in zip(self.axes, ranges, strict=True)]
+            if tuple(each) not in self.told:
+                yield each
+            found = self.told[tuple(each)]
             state = optuna.trial.TrialState.COMPLETE if found else optuna.trial.TrialState.FAIL
             study.tell(trial, found, state=state)
             if len(self.told) == self.count:
                 return
 
-    def tell(self, line: Line) -> None:
-        """What came of the combination that was asked for last."""
+    def tell(self, each: list[str], line: Line) -> None:
+        """What came of a combination."""
         known = math.isfinite(line.size) and math.isfinite(line.quality)
-        self.told[self.asked] = (line.size, line.quality) if known else None
+        self.told[tuple(each)] = (line.size, line.quality) if known else None
 
 
 def run_all(
@@ -196,7 +195,7 @@ def run_all(
             lines.append(summarise(out / place, place, name))
         except Problem as problem:
             lines.append(replace(Line(place, name), wrong=problem.what, report=False))
-        chosen.tell(lines[-1])
+        chosen.tell(each, lines[-1])
         done = f"{len(lines)} of {chosen.count} combinations of {', '.join(item.partition('=')[0] for item in over)}"
         done += f", chosen from {whole} by a study." if chosen.count < whole else "."
         write_overview(out / PAGE, f"{base.name} on {model}", lines, done)
