@@ -102,3 +102,11 @@ def test_the_effort_decides_what_is_left_open():
     assert spread(sparsity=0.5, effort="best", allocation="curve") == "curve"
     assert spread(pattern="2:4", effort="best") == "uniform"
     assert spread(sparsity=(0.4, 0.6), effort="best") == "uniform"
+
+
+@pytest.mark.parametrize("share", [0.05, 0.5, 0.9, 0.97])
+def test_outliers_leave_every_block_something(share):
+    surveys = [Survey(f"b{block}", block, 1000, 0.0 if not block else 1.0, ()) for block in range(10)]
+    found = owl(surveys, share)
+    assert min(found.values()) >= 0
+    assert max(found.values()) < 1

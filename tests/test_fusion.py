@@ -11,9 +11,9 @@ from duramen.calibrate.walker import Walk
 from duramen.families.model import BlockModel
 from duramen.problem import Problem
 from duramen.shrink import ablation
-from duramen.shrink.fusion import attention_weight, fuse, inverse_variance_weight, normalised
+from duramen.shrink.fusion import Found, attention_weight, fuse, inverse_variance_weight, normalised
 from duramen.shrink.groups import find_units
-from duramen.shrink.importance import Taylor, flap, slice_sums, wanda_sp
+from duramen.shrink.importance import Estimates, Taylor, flap, slice_sums, wanda_sp
 from duramen.shrink.plan import Plan
 
 DOUBLE = torch.float64
@@ -236,3 +236,14 @@ def test_sequences_of_one_token():
     taylor = Taylor(find_units(model, ("ffn_channel",)), 2, 0, order="second", coarse="batch", give=lambda *_: None)
     with pytest.raises(Problem, match="no next token"):
         walk_back(model, tiny.ids(2, 1), taylor, walk=Walk())
+
+
+def test_found_scores_are_the_fused_ones_at_the_scale_of_the_fine():
+    """Unit by unit, too, where each has a share of its own."""
+    units = find_units(BlockModel.of(tiny.model("llama")), ("ffn_channel",))[0]
+    tables = [table.float() for table in golden()]
+    coarse, fine = (table.mean(0) for table in tables)
+    for weight in (0.3, torch.linspace(0.1, 0.9, len(coarse))):
+        found, fused = Found(units, Estimates(7 * coarse, fine, *tables), weight).fused(), fuse(coarse, fine, weight)
+        torch.testing.assert_close(found / found.mean(), fused / fused.mean())
+        assert float(found.mean()) == pytest.approx(float(fine.mean()))

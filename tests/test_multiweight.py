@@ -1,5 +1,7 @@
 """The seed method: its mask choices against enumeration, and the orderings that its mathematics promises."""
 
+from functools import partial
+
 import pytest
 import torch
 
@@ -181,3 +183,31 @@ def test_a_sparse_model_stays_sparse(alpha):
         after = model.state_dict()[name] == 0
         assert bool((after | ~zeros).all()), f"{name} brought weights back"
         assert float(after.float().mean()) == pytest.approx(0.6, abs=0.01)
+
+
+@pytest.mark.parametrize("pattern", ["16:32", "8:16"])
+def test_wide_groups_take_no_longer(pattern):
+    torch.manual_seed(0)
+    weight, x = torch.randn(16, 64), torch.randn(64, 200)
+    assert multiweight.prune(weight, x @ x.T, pattern=pattern, effort="fast").pruned.float().mean() == 0.5
+    with pytest.raises(Problem, match="cannot look at"):
+        multiweight.prune(weight, x @ x.T, pattern=pattern, mask="joint")
+
+
+@pytest.mark.parametrize(
+    "settings", [{"effort": "fast"}, {"effort": "good"}, {"effort": "best"}, {"method": "sparsegpt"}], ids=str
+)
+def test_a_pattern_brings_no_removed_weight_back(settings):
+    """Where a group has more zeros than the pattern takes."""
+    torch.manual_seed(0)
+    x = torch.randn(32, 200)
+    weight = torch.randn(12, 32) * (torch.rand(12, 32) > 0.6)
+    method = sparsegpt.prune if settings.get("method") else partial(multiweight.prune, **settings)
+    found = method(weight, x @ x.T, pattern="2:4")
+    assert (found.weight[weight == 0] == 0).all()
+    assert (found.weight.reshape(12, 8, 4) != 0).sum(-1).max() <= 2
+
+
+def test_without_held_out_sequences_the_damping_is_the_published_one():
+    records = multiweight.apply(tiny.model("llama"), tiny.ids(4, 32), sparsity=0.5, damping="held-out", only=("o",))
+    assert {record["damping"] for record in records} == {0.01}

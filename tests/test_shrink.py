@@ -1,5 +1,6 @@
 """Cutting units: repair, budgets, whole runs, what is saved, and every mistake that a user makes."""
 
+import copy
 import json
 import os
 import subprocess
@@ -381,6 +382,10 @@ def test_a_saved_plan_is_carried_out(tmp_path):
     duramen.run(write_recipe(tmp_path, [again]), str(source), tmp_path / "second")
     for file in (tmp_path / "first").glob("*.safetensors"):
         assert file.read_bytes() == (tmp_path / "second" / file.name).read_bytes()
+    plan = tmp_path / "first" / "pruning_plan.json"
+    plan.write_text(plan.read_text() + " ")
+    with pytest.raises(Problem, match=r"holds another run; it differs in:\n    files.*pruning_plan.json"):
+        duramen.run(write_recipe(tmp_path, [again]), str(source), tmp_path / "second")
     sibling = tiny.save("qwen2", tmp_path / "sibling")
     with pytest.raises(Problem, match="is of another model: it is for tensors"):
         duramen.run(write_recipe(tmp_path, [again]), str(sibling), tmp_path / "third")
@@ -459,3 +464,54 @@ def test_plan_and_inspect_show_groups(tmp_path):
     groups = duramen.inspect(str(source))["groups"]
     assert len(groups) == 9
     assert "self_attn.q_proj.weight[0] x16" in next(item for item in groups if item["kind"] == "kv_group")["members"]
+
+
+def test_no_block_is_emptied_because_its_units_are_cheap():
+    """Half of all units go; without a price of narrowness the cheap block would keep its last one only."""
+    units = [each for each in find_units(BlockModel.of(tiny.model("llama")), ("ffn_channel",)) if each.block < 2]
+    scores = {(each.block, each.kind): torch.linspace(1, 2, each.count) * (1 if each.block else 0.4) for each in units}
+    wanted = sum(each.count * each.parameters for each in units) / 2
+    gone = allocate(units, scores, wanted, allocation="global", round_to=1, minimum=1)
+    cheap, dear = (len(gone[block, "ffn_channel"]) for block in (0, 1))
+    assert cheap + dear == units[0].count
+    assert units[0].count / 2 < cheap < 0.9 * units[0].count
+
+
+def test_a_second_cut_of_heads_finds_its_rows():
+    model = tiny.model("gpt2").double().eval()
+    once = shrunk(BlockModel.of(model), Plan("", 3, kept={"kv_group": ((0, 2, 3),) * 3}))
+    plan = Plan("", 3, kept={"kv_group": ((1, 2), (0, 2), (0, 1))})
+    tokens = tiny.ids(2, 12)
+    with masked(BlockModel.of(once), plan):
+        expected = once(tokens).logits
+    torch.testing.assert_close(shrunk(BlockModel.of(once), plan)(tokens).logits, expected)
+
+
+def test_units_are_cut_where_a_part_has_left(texts, tmp_path):
+    """The report's chart has a bar for every block; the plan of both steps is carried out on the first model."""
+    source = tiny.save("llama", tmp_path / "model")
+    steps = [{"method": "depth", "parts": "attention", "count": 1}, {"method": "wanda_sp", "ratio": 0.3, **FREE}]
+    duramen.run(write_recipe(tmp_path, steps), str(source), tmp_path / "out")
+    assert (tmp_path / "out" / "report.html").is_file()
+    again = {"method": "cut", "plan": str(tmp_path / "out" / "pruning_plan.json"), "repair": "none"}
+    duramen.run(write_recipe(tmp_path, [again]), str(source), tmp_path / "again")
+    shapes = [
+        {
+            name: tensor.shape
+            for file in (tmp_path / place).glob("model*.safetensors")
+            for name, tensor in load_file(file).items()
+        }
+        for place in ("out", "again")
+    ]
+    assert shapes[0]
+    assert shapes[0] == shapes[1]
+
+
+def test_the_dense_model_is_dense_where_parts_have_left():
+    model = tiny.model("llama")
+    with masked(BlockModel.of(model), Plan("", 3, skipped={1: ("attention",)}, dropped=(2,))):
+        blocks, x = model.model.layers, torch.randn(1, 5, 32)
+        turned = model.model.rotary_emb(x, torch.arange(5)[None])
+        for block in blocks[1:]:
+            copied = copy.deepcopy(block)
+            assert not torch.equal(copied(x, position_embeddings=turned), block(x, position_embeddings=turned))

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Iterable
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from duramen.problem import Exit, Problem
+from duramen.rundir import cannot_write
 
 
 class Budget:
@@ -63,8 +66,11 @@ class Activations:
         return self.folder / f"{batch:05d}.safetensors"
 
     def _write(self, batch: int, tensor: Tensor) -> None:
-        self.folder.mkdir(parents=True, exist_ok=True)
-        save_file({"hidden": tensor.cpu().contiguous()}, self._file(batch))
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            save_file({"hidden": tensor.cpu().contiguous()}, self._file(batch))
+        except (OSError, SafetensorError) as error:
+            raise cannot_write(self._file(batch), OSError(errno.ENOSPC, str(error))) from error
 
 
 def check_activations(hidden: Tensor, name: str) -> None:

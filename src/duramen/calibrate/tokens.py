@@ -27,7 +27,7 @@ def read_documents(source: str) -> list[str]:
         return read_text(source)
     with reading(path):
         if path.suffix == ".jsonl":
-            rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+            rows = [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line.strip()]
             return [_text_of(row, path) for row in rows]
         if path.suffix == ".parquet":
             import pyarrow.parquet

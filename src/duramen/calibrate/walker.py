@@ -359,7 +359,7 @@ def _advance_finished(
 ) -> None:
     if boundary.dense:
         with (boundary.parent or model).opened(index) as block:
-            boundary.dense_passes(block.module, index).advance(f"{model.family.blocks}.{index}")
+            boundary.dense_passes(copy.deepcopy(block.module), index).advance(f"{model.family.blocks}.{index}")
     with model.opened(index, edited=edited) as block:
         _rounded_from_here(model, block, formats)
         boundary.passes(block.module, index).advance(f"{model.family.blocks}.{index}")

@@ -1,10 +1,12 @@
 """A table for an architecture that has none: blocks and linear layers are inferred, roles are the layers' own names.
 
-The guess: the longest list of equal modules holds the blocks, every linear layer inside is a projection, and each is a stage
+The guess: of all lists of equal modules the one with most linear parameters holds the blocks, every linear layer in any of them is a projection, and each is a stage
 of its own in the order of definition. Nothing is known of what is coupled. Used only where the user allows it.
 """
 
 from __future__ import annotations
+
+from itertools import chain
 
 from torch import nn
 
@@ -24,7 +26,7 @@ def infer_family(network: nn.Module) -> Family:
         if isinstance(module, nn.ModuleList) and len({type(item) for item in module}) == 1
     ]
     path, blocks = max(lists, key=lambda item: _linear_parameters(item[1]), default=("", nn.ModuleList()))
-    stages = tuple((projection,) for projection in _projections(blocks[0])) if len(blocks) else ()
+    stages = tuple((projection,) for projection in dict.fromkeys(chain.from_iterable(map(_projections, blocks))))
     if not stages:
         raise Problem(
             f"No list of equal blocks with linear layers in {type(network).__name__}.",

@@ -23,7 +23,7 @@ FAMILY = Family(
                 *(
                     Member(f"attn.c_attn.{kind}", axis, one_head, offset)
                     for kind, axis in _KINDS
-                    for offset in (lambda s: 0, lambda s: s.width, lambda s: 2 * s.width)
+                    for offset in (lambda s: 0, lambda s: s.heads * s.head, lambda s: 2 * s.heads * s.head)
                 ),
                 Member("attn.c_proj.weight", 0, one_head, reads=True),
             ),

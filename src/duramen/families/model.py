@@ -204,6 +204,10 @@ class BlockModel:
         """Whether the weight of a layer, by its full name, is stored [I, O]."""
         return self._projection(name).transposed
 
+    def left(self, index: int) -> tuple[str, ...]:
+        """The parts of a block, ``attention`` or ``mlp``, that an earlier cut let leave."""
+        return tuple(getattr(self.config.per_layer_config[index], "skip", None) or ())
+
     def tapped(self, name: str) -> bool:
         """Whether the block multiplies by the weight of a layer, by its full name, without calling it."""
         return self._projection(name).tap is not None
@@ -333,11 +337,28 @@ class BlockModel:
 
         Returns:
             The hidden states before block 0, [B, T, D], and the call of every block.
+
+        Raises:
+            Problem: If the model has learned fewer positions.
         """
+        most = self._learned_positions
+        if most is not None and tokens.shape[1] > most:
+            raise Problem(
+                f"Sequences of {tokens.shape[1]} tokens are too long: the model has learned {most} positions.",
+                why="each has a vector of its own.", fix=f"`length: {most}`, of the calibration or of what is evaluated.", code=Exit.INCOMPATIBLE,
+            )  # fmt: skip
         recorders = [_Recorder(block, self._returned) for block in self.blocks]
         with self._replaced(recorders):
             self.network.base_model(input_ids=tokens.to(self.device), use_cache=False)  # type: ignore[operator]
         return recorders[0].hidden, [recorder.call for recorder in recorders]
+
+    @cached_property
+    def _learned_positions(self) -> int | None:
+        """Rows of a table of positions, as GPT-2 and OPT have; None without one."""
+        for name, module in self.network.named_modules():
+            if isinstance(module, nn.Embedding) and name.rpartition(".")[2] in ("wpe", "embed_positions"):
+                return module.num_embeddings - int(getattr(module, "offset", 0))
+        return None
 
     def last_hidden(self, batches: Iterable[Tensor], starts: Iterable[Sequence[int]] | None = None) -> list[Tensor]:
         """Runs all blocks: the hidden states after the last one, [B, T, D] for every batch of token ids [B, T].

@@ -5,8 +5,12 @@ from __future__ import annotations
 import fnmatch
 import re
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from duramen.problem import Problem
+
+if TYPE_CHECKING:
+    from duramen.families.model import BlockModel
 
 
 def filter_layers(names: dict[str, tuple[str, int]], only: Sequence[str], skip: Sequence[str]) -> list[str]:
@@ -35,6 +39,23 @@ def filter_layers(names: dict[str, tuple[str, int]], only: Sequence[str], skip: 
     if not kept:
         raise _no_match(f"only={list(only)}, skip={list(skip)}", names)
     return kept
+
+
+def trainable(model: BlockModel, only: Sequence[str], skip: Sequence[str]) -> list[str]:
+    """The layers of a model that filters choose, without those whose weight a block reads without calling them, such as Mamba's ``dt``: nothing else can stand in their place.
+
+    Raises:
+        Problem: If an entry matches nothing, or nothing is left.
+    """
+    chosen = filter_layers(model.layer_names(), only, skip)
+    found = [name for name in chosen if not model.tapped(name)]
+    if not found:
+        raise Problem(
+            f"{chosen[0]} cannot be trained.",
+            why="its block reads the weight without calling the layer.",
+            fix="other layers in `only`.",
+        )
+    return found
 
 
 def matches(entry: str, name: str, role: str, block: int) -> bool:

@@ -99,7 +99,7 @@ def owl(surveys: list[Survey], share: float) -> dict[str, float]:
         outliers[item.block] = outliers.get(item.block, 0.0) + item.outliers * item.size
     levels = {block: outliers[block] / sizes[block] for block in sizes}
     low, high = min(levels.values()), max(levels.values())
-    reach = min(SPREAD, share, 1 - share)
+    reach = min(SPREAD, share / 2, (1 - share) / 2)
     density = {block: 2 * reach * (level - low) / (high - low) if high > low else 0.0 for block, level in levels.items()}
     mean = sum(density[block] * sizes[block] for block in sizes) / sum(sizes.values())
     return {item.name: share - density[item.block] + mean for item in surveys}

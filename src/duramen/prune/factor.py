@@ -20,6 +20,8 @@ BLOCK = 512
 """Columns of K that are computed at a time."""
 DOUBLE_UP_TO = 4096
 """Widest Gram matrix that is factorised in float64; wider ones in float32."""
+AT_ONCE = 128
+"""Columns of a triangular matrix that are inverted at once."""
 
 
 @dataclass(frozen=True)
@@ -77,15 +79,27 @@ def factorise(gram: Tensor, damping: float = 0.01, *, dtype: torch.dtype = torch
         hessian.diagonal().add_(used * mean)
         lower, failed = torch.linalg.cholesky_ex(hessian.flip(0, 1))
         if not failed:
-            identity = torch.eye(len(work), dtype=work.dtype, device=work.device)
-            upper = torch.linalg.solve_triangular(lower.flip(0, 1), identity, upper=True)
-            return Factor(hessian.to(dtype), upper.to(dtype), used, diagonal == 0)
+            return Factor(hessian.to(dtype), _inverse(lower.flip(0, 1)).to(dtype), used, diagonal == 0)
     raise Problem(
         f"The Gram matrix ({len(work)} inputs) is not positive definite even with damping {used:g}.",
         why="too few calibration tokens for this many inputs, or activations that overflow.",
         fix="more calibration tokens, or a larger `damping`.",
         code=Exit.CHECK_FAILED,
     )
+
+
+def _inverse(upper: Float[Tensor, "I I"]) -> Float[Tensor, "I I"]:
+    """Of an upper triangular matrix, in halves, which leaves the zeros below the diagonal out of the products."""
+    size = len(upper)
+    if size <= AT_ONCE:
+        whole: Tensor = torch.linalg.solve_triangular(
+            upper, torch.eye(size, dtype=upper.dtype, device=upper.device), upper=True
+        )
+        return whole
+    half, found = size // 2, torch.zeros_like(upper)
+    found[:half, :half], found[half:, half:] = _inverse(upper[:half, :half]), _inverse(upper[half:, half:])
+    found[:half, half:] = -found[:half, :half] @ upper[:half, half:] @ found[half:, half:]
+    return found
 
 
 def _check(gram: Tensor, damping: float) -> None:

@@ -22,7 +22,7 @@ PruneFunction = Callable[..., Pruned]
 Damping = Annotated[float, Field(ge=0)] | Literal["held-out"]
 HeldOut = Annotated[float, Field(gt=0, le=0.5)]
 DampingGrid = Annotated[tuple[Annotated[float, Field(ge=0)], ...], Field(min_length=1)]
-GRID = (0.001, 0.01, 0.03, 0.1, 0.3)
+GRID, UNTRIED = (0.001, 0.01, 0.03, 0.1, 0.3), 0.01
 """Candidates for a damping, unless others are given."""
 
 
@@ -86,7 +86,9 @@ def prepare(
     if with_bias and cross is not None and dense is not None:
         cross = cross - torch.outer(dense.first, total.mean)
     damping, report = getattr(settings, "damping", None), {}
-    if damping == "held-out":
+    if damping == "held-out" and statistics.held_out is not None and not statistics.held_out.count:
+        damping = UNTRIED
+    elif damping == "held-out":
         stride = max(1, sum(len(layer.read()) for layer in layers) // 128)
         rows = torch.cat([layer.read()[::stride] for layer in layers])
         trial = settings.options | target | settings.trial

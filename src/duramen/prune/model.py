@@ -69,6 +69,12 @@ class PruneSettings(Settings):
 
     @model_validator(mode="after")
     def _check_target(self) -> PruneSettings:
+        if self.sparsity == ():
+            raise Problem(
+                "`sparsity` is an empty list.",
+                why="it says how much goes from the first block to the last.",
+                fix="`sparsity: 0.5`",
+            )
         for share in self.sparsity if isinstance(self.sparsity, tuple) else (self.sparsity,):
             parse_pattern(share, self.pattern)
         if self.spread != "uniform" and not isinstance(self.sparsity, float):

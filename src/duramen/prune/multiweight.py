@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from itertools import combinations
+from math import comb
 from typing import Annotated, Any, Literal
 
 import torch
@@ -32,7 +33,7 @@ from duramen.prune.compensate import Swept, compensate, sweep
 from duramen.prune.factor import Factor, factorise
 from duramen.prune.layer import Damping
 from duramen.prune.model import PruneSettings, prune_model
-from duramen.prune.pattern import Pattern, Sparse, keep_existing_zeros, parse_pattern, select
+from duramen.prune.pattern import Pattern, Sparse, keep_existing_zeros, lasting_zeros, parse_pattern, select
 from duramen.prune.pruned import Pruned, finish
 from duramen.prune.reconstruct import check_shapes, compute_dtype, reconstruct
 from duramen.prune.sparsegpt import block_mask, sweep_mask
@@ -70,6 +71,9 @@ EFFORTS = {
     "good": Effort("admm", "none"),
     "best": Effort("admm", "swap", penalty=0.1, allocation="owl"),
 }
+
+MOST_SETS = 1000
+"""Removed sets of a group that are compared one by one; 6 of 12 has 924."""
 
 
 class Settings(PruneSettings):
@@ -251,13 +255,22 @@ def prune(
     """
     check_shapes(weight, gram)
     target, chosen = parse_pattern(sparsity, pattern), EFFORTS[effort]
-    source = (chosen.mask or ("joint" if target.grouped else "single")) if mask == "auto" else mask
+    few = target.grouped and comb(target.group, target.kept) <= MOST_SETS
+    if mask == "joint" and target.grouped and not few:
+        raise Problem(
+            f"`mask: joint` cannot look at {comb(target.group, target.kept):,} sets of every group of {target}.",
+            why=f"all of them are compared, at most {MOST_SETS:,}.",
+            fix="`mask: single`, or smaller groups.",
+        )
+    source = (chosen.mask or ("joint" if few else "single")) if mask == "auto" else mask
     width = _width(block, target, weight.shape[1], source)
     dtype = compute_dtype(weight)
     factor, dense = factor or factorise(gram, damping, dtype=dtype), weight.to(dtype)
     found = choose_mask(dense, gram, factor, target, source, block=width, penalty=chosen.penalty)
     if (chosen.refine if refine == "auto" else refine) == "swap":
         found = swap(dense, factor, found, target)
+    if target.grouped:  # where a sparse weight has more zeros in a group than the pattern takes
+        found = Sparse(found.weight, found.pruned | lasting_zeros(dense))
     if compensation == "exact":
         limit = chosen.iterations if mask == "auto" else None
         solved = reconstruct(

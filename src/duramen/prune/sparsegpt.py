@@ -19,7 +19,7 @@ from duramen.prune.compensate import Swept, sweep
 from duramen.prune.factor import Factor, factorise
 from duramen.prune.layer import Damping
 from duramen.prune.model import PruneSettings, prune_model
-from duramen.prune.pattern import Pattern, lowest, parse_pattern, select
+from duramen.prune.pattern import Pattern, lasting_zeros, lowest, parse_pattern, select
 from duramen.prune.pruned import Pruned, finish
 from duramen.prune.reconstruct import check_shapes, compute_dtype
 from duramen.registry import method
@@ -49,6 +49,7 @@ def sweep_mask(weight: Float[Tensor, "O I"], factor: Factor, target: Pattern, bl
         block: Quota width in columns; for N:M each group is chosen when its first column is reached.
     """
     zeros, diagonal = weight == 0, factor.upper.diagonal().square()
+    stay = lasting_zeros(weight) if target.grouped else torch.zeros_like(zeros)  # a group may have more than the pattern takes
     chosen = torch.zeros(weight.shape, dtype=torch.bool, device=weight.device)
     step = target.group if target.grouped else block
 
@@ -56,7 +57,7 @@ def sweep_mask(weight: Float[Tensor, "O I"], factor: Factor, target: Pattern, bl
         if start % step == 0:
             end = min(start + step, work.shape[1])
             scores = (work[:, start:end].square() / diagonal[start:end]).masked_fill(zeros[:, start:end], -1)
-            chosen[:, start:end] = block_mask(scores, target, start)
+            chosen[:, start:end] = block_mask(scores, target, start) | stay[:, start:end]
         return chosen[:, start:stop]
 
     lazy = block - block % step if block >= step else step

@@ -159,7 +159,7 @@ def _cache_costs(model: BlockModel, modules: Sequence[Module]) -> tuple[float, t
     rest = sum(
         4 * sizes.head * sizes.groups
         for index in range(len(model.blocks))
-        if index not in groups
+        if index not in groups and "attention" not in model.left(index)
         for sizes in [model.sizes(index)]
     )
     widths = [4 * m.units.sizes.head if m.units.kind == "kv_group" else 0 for m in modules]

@@ -144,7 +144,10 @@ class Search:
         bound = self.bounds[0]
         least = bound.rest + sum(map(min, bound.table))
         shares = [share for share in SHARES if least <= share * bound.whole]
-        genomes = [solve(table, [dataclasses.replace(bound, most=share * bound.whole)]) for share in shares]
+        tighter = [[dataclasses.replace(bound, most=share * bound.whole)] for share in shares]
+        genomes = [
+            repair(solve(table, bounds), bounds, table, self.database.modules) for bounds in tighter
+        ]  # the solver has a tolerance
         points = dict(zip(genomes, self.measure(genomes), strict=True)) | {winner: loss}
         return sorted(
             ({"share": bound.cost(genome) / bound.whole, "levels": list(genome), "kl": kl} for genome, kl in points.items()),
@@ -352,6 +355,9 @@ def prepare(search: Search, memo: Memo) -> tuple[Table, dict[str, Genome], int]:
     rows = draw_rows(search.pool, tokens, torch.Generator().manual_seed(chosen.seed))
     found = memo("alone", lambda: single_module_table(search.database, lambda genomes: search.measure(genomes, rows)))
     table = tuple(map(tuple, found))
-    starts = {"uniform": uniform(modules, search.bounds, table), "knapsack": solve(table, search.bounds)}
+    starts = {
+        "uniform": uniform(modules, search.bounds, table),
+        "knapsack": repair(solve(table, search.bounds), search.bounds, table, modules),
+    }
     trials = sum(len(probed_levels(module)) for module in modules)
     return table, starts, trials * len(rows) * search.pool.shape[1] + len(starts) * search.pool.numel()

@@ -71,7 +71,7 @@ def prefill_costs(model: BlockModel, modules: Sequence[Module]) -> dict[str, Any
         dense[part]
         for block in range(len(model.blocks))
         for part in PARTS
-        if (block, part) not in covered and part not in (getattr(model.config.per_layer_config[block], "skip", None) or ())
+        if (block, part) not in covered and part not in model.left(block)
     )
     around = dense["outside"] + len(model.blocks) * (dense["block"] - sum(dense[part] for part in PARTS))
     return {"rest": around + others, "table": table, "spread": _spread([whole["whole"] for whole, _ in rounds])}

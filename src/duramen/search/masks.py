@@ -228,15 +228,20 @@ class Space:
 
     @cached_property
     def usual(self) -> list[int]:
-        """For every module the count that is nearest to the same share everywhere."""
-        return [int(min((abs(count - self.share * counts[-1]), count) for count in counts)[1]) for counts in self.counts]
+        """For every module that some limit counts, what is nearest to the same share everywhere; the others are whole."""
+        return [
+            int(min((abs(count - self.share * counts[-1]), count) for count in counts)[1])
+            if any(limit.table[number][0] != limit.table[number][-1] for limit in self.bounds)
+            else counts[-1]
+            for number, counts in enumerate(self.counts)
+        ]
 
     def start(self, generator: torch.Generator) -> Masks:
         """Everywhere the most important units, about the same share of them."""
         return tuple(self.best(number, count) for number, count in enumerate(self.inside(self.usual, generator)))
 
     def inside(self, counts: list[int], generator: torch.Generator) -> list[int]:
-        """Steps of random modules until all limits hold, and up again until the first is nearly met.
+        """Steps of random modules, among those that a limit counts which does not hold, until all do, and up again until one is nearly met or nothing more fits.
 
         Args:
             counts: Units of every module, 0 where its block left.
@@ -261,10 +266,11 @@ class Space:
                 for cost, limit in zip(spent, self.bounds, strict=True)
             ]
 
-        while any(cost > limit.most for cost, limit in zip(spent, self.bounds, strict=True)):
-            move = _one_of(moves(-1), generator)
+        while over := [number for number, limit in enumerate(self.bounds) if spent[number] > limit.most]:
+            helpful = [move for move in moves(-1) if any(after(move)[number] < spent[number] for number in over)]
+            move = _one_of(helpful, generator)
             spent, counts[move[0]] = after(move), move[1]
-        while spent[0] < (1 - CLOSE) * self.bounds[0].most:
+        while any(cost < (1 - CLOSE) * limit.most for cost, limit in zip(spent, self.bounds, strict=True)):
             fits = [
                 move
                 for move in moves(1)

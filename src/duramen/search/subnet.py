@@ -14,7 +14,7 @@ from duramen.calibrate.statistics import Statistics
 from duramen.calibrate.walker import Records, Walk, walk_blocks
 from duramen.families.model import BlockModel, Layer, Model
 from duramen.problem import Exit, Problem
-from duramen.registry import method
+from duramen.registry import Place, method
 from duramen.search.database import Genome, Module, plan_of, restore
 from duramen.search.nested import NESTED, levels_of, read_header, reader
 from duramen.shrink.model import RepairSettings, carry_out
@@ -28,7 +28,7 @@ FORMAT = "duramen-search/1"
 class Settings(RepairSettings):
     """Settings of a point of a search."""
 
-    search: str
+    search: Place
     """Path of the `search.json` of a finished search, or of its `nested.safetensors`, whose weights are taken as they are."""
     point: int = Field(ge=0)
     """Which point of its front, from 0; the report lists them."""

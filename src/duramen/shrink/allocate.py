@@ -78,14 +78,19 @@ def _local(units: list[Units], wanted: float) -> dict[tuple[int, str], float]:
 
 
 def _global(units: list[Units], scores: Scores, wanted: float, *, standardised: bool) -> dict[tuple[int, str], float]:
-    """The least important units of the whole model, by score per parameter or by standardised score."""
+    """The least important units of the whole model, by score per parameter or by standardised score.
+
+    Scores of single units know nothing of each other. What has left a block is carried by those that stay, so the k-th of its U units to leave counts
+    U/(U − k) times; this is our reading, and what scoring anew after every unit would give if importance were spread evenly. FLAP's standardised scores go as they are.
+    """
     order = []
     for each in units:
-        found = scores[each.block, each.kind].double()
+        found = scores[each.block, each.kind].double().sort().values
         spread = found.std(correction=0).clamp_min(1e-30)
-        values = (found - found.mean()) / spread if standardised else found / each.parameters
+        carried = each.count / torch.arange(each.count, 0, -1, dtype=found.dtype)
+        values = (found - found.mean()) / spread if standardised else found / each.parameters * carried
         # the last one stays
-        order += [(value, each) for value in sorted(values.tolist())[: each.count - 1]]
+        order += [(value, each) for value in values.tolist()[: each.count - 1]]
     counts = {(each.block, each.kind): 0.0 for each in units}
     for _, each in sorted(order, key=lambda item: item[0]):
         if wanted < each.parameters / 2:

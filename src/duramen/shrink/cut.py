@@ -9,7 +9,7 @@ from torch import Tensor
 from duramen.calibrate.walker import Records, Walk
 from duramen.families.model import BlockModel, Model
 from duramen.problem import Exit, Problem
-from duramen.registry import method
+from duramen.registry import Place, method
 from duramen.shrink.model import RepairSettings, carry_out
 from duramen.shrink.plan import Plan, digest
 
@@ -17,7 +17,7 @@ from duramen.shrink.plan import Plan, digest
 class Settings(RepairSettings):
     """Settings of a saved plan."""
 
-    plan: str
+    plan: Place
     """Path of a `pruning_plan.json`."""
 
 

@@ -22,6 +22,7 @@ from torch import Tensor
 from duramen.calibrate.backward import walk_back
 from duramen.calibrate.walker import Records, Walk
 from duramen.families.model import BlockModel, Model
+from duramen.problem import Problem
 from duramen.registry import method
 from duramen.shrink import ablation
 from duramen.shrink.allocate import Allocation, Scores
@@ -105,10 +106,9 @@ class Found:
     weight: float | Tensor = 0.5
 
     def fused(self, weight: float | Tensor | None = None) -> Float[Tensor, "U"]:
-        """The fused score at the scale of the loss, so that blocks and kinds compare, with this or another share; [U]."""
-        a, coarse, fine = self.weight if weight is None else weight, self.estimates.coarse, self.estimates.fine
-        blended = fuse(coarse, fine, a)
-        return blended / blended.mean().clamp_min(1e-30) * (a * coarse.mean() + (1 - a) * fine.mean())
+        """The fused score, with this or another share; at the scale of the fine one, which is an estimate of the loss, so that blocks and kinds compare; [U]."""
+        blended = fuse(self.estimates.coarse, self.estimates.fine, self.weight if weight is None else weight)
+        return blended / blended.mean().clamp_min(1e-30) * self.estimates.fine.mean()
 
 
 STRATA = 8
@@ -122,6 +122,11 @@ def score(
 ) -> tuple[Scores, dict[str, Any]]:
     """Importance of all units, and the share of the coarse score in every block and kind."""
     sequences, others = pieces(tokens, settings.gradient_sequences, settings.gradient_length)
+    if settings.fusion in ("ablation", "search") and not len(others):
+        raise Problem(
+            f"`fusion: {settings.fusion}` has no text to measure on.", why=f"of {len(sequences)} pieces none is left to set apart.",
+            fix="four sequences at least, or a smaller `gradient_length`.",
+        )  # fmt: skip
     found: list[Found] = []
     taylor = Taylor(
         units, len(sequences), sequences.shape[1] - 1,

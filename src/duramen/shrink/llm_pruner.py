@@ -9,6 +9,7 @@ from __future__ import annotations
 from functools import partial
 from typing import Literal
 
+from pydantic import Field
 from torch import Tensor
 
 from duramen.calibrate.walker import Records, Walk
@@ -26,9 +27,9 @@ class Settings(ShrinkSettings):
     """Absolute values of single weights are summed (`element`), or their signed sum over a row or column is taken (`vector`)."""
     order: Order = "first"
     """Terms of the salience."""
-    gradient_sequences: int = 64
+    gradient_sequences: int = Field(default=64, ge=1)
     """Sequences of the calibration text that gradients are taken of."""
-    gradient_length: int = 128
+    gradient_length: int = Field(default=128, ge=2)
     """Their length in tokens."""
 
     @property

@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Annotated, Any, Literal
 
 import torch
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 from torch import Tensor
 
 from duramen.calibrate.statistics import Statistics
@@ -43,6 +43,11 @@ class ChoiceSettings(Settings):
     """FFN widths become multiples of it."""
     minimum: int = Field(default=32, ge=1)
     """Least FFN width; one KV group always stays."""
+
+    @field_validator("families")
+    @classmethod
+    def _once(cls, value: tuple[Kind, ...]) -> tuple[Kind, ...]:
+        return tuple(dict.fromkeys(value))
 
     @model_validator(mode="after")
     def _one_kind_of_heads(self) -> ChoiceSettings:

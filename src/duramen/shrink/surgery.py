@@ -6,7 +6,7 @@ that other side.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from functools import cached_property, partial
@@ -113,9 +113,10 @@ class Surgery:
             for here in self.units for units in here
         }  # fmt: skip
         for index in self.blocks:
-            for units in self.units[index]:
-                kinds[units.kind]["kept"].append(len(self.plan.stay(units)))
-                kinds[units.kind]["places"].append(len(self.plan.places(units)))
+            here = {units.kind: units for units in self.units[index]}
+            for kind, found in kinds.items():  # none where the part has left
+                found["kept"].append(len(self.plan.stay(here[kind])) if kind in here else 0)
+                found["places"].append(len(self.plan.places(here[kind])) if kind in here else 0)
         own = "auto_map" in self.config
         return {
             "parameters": {"before": around + _parameters(before), "after": around + _parameters(after)},
@@ -143,18 +144,23 @@ class Surgery:
                 tensor = tensor.index_select(axis, kept.nonzero().flatten().to(tensor.device))
         return tensor.contiguous()
 
+    def _places(self, units: Units) -> list[int]:
+        """The units that a config speaks of: those that have a place, or all of a part that has left, of which nothing is built."""
+        left = units.part in self.plan.skipped.get(units.block, ())
+        return self.plan.places(units) or (list(range(units.count)) if left else [])
+
     def widths(self, index: int) -> dict[str, Any]:
         """The config entries of one block that the plan decides."""
         keys = {group.kind: group.config_key for group in self.model.family.groups}
         here, sizes = {units.kind: units for units in self.units[index]}, self.model.sizes(index)
         entries: dict[str, Any] = {}
         if "ffn_channel" in here:
-            entries[keys["ffn_channel"]] = len(self.plan.places(here["ffn_channel"]))
+            entries[keys["ffn_channel"]] = len(self._places(here["ffn_channel"]))
         groups, heads = sizes.groups, sizes.heads
         if "query_head" in here:
             heads = len(self.plan.places(here["query_head"]))
         if "kv_group" in here:
-            places = self.plan.places(here["kv_group"])
+            places = self._places(here["kv_group"])
             heads, groups = heads // groups * len(places), len(places)
             entries[keys["kv_group"]] = groups
             if self.model.family.slopes_key:
@@ -274,7 +280,7 @@ def masked(model: BlockModel, plan: Plan) -> Iterator[None]:
     with ExitStack() as hooks:
         for index, block in enumerate(model.blocks):
             if index in plan.dropped:
-                hooks.callback(block.register_forward_hook(_pass_through).remove)
+                hooks.callback(block.register_forward_hook(_only_of(block, _pass_through)).remove)
             for units in surgery.units[index]:
                 hooks.enter_context(zeroed(model, units, plan.stay(units)))
             for part in plan.skipped.get(index, ()):
@@ -286,7 +292,7 @@ def masked(model: BlockModel, plan: Plan) -> Iterator[None]:
 def zeroed(model: BlockModel, units: Units, stay: Sequence[int]) -> Iterator[None]:
     """The same model with all of these units zeroed but those that stay."""
     reader = model.network.get_submodule(units.reader)
-    handle = reader.register_forward_pre_hook(partial(_zero_inputs, units.columns(stay)))
+    handle = reader.register_forward_pre_hook(_only_of(reader, partial(_zero_inputs, units.columns(stay))))
     try:
         yield
     finally:
@@ -296,11 +302,17 @@ def zeroed(model: BlockModel, units: Units, stay: Sequence[int]) -> Iterator[Non
 @contextmanager
 def silenced(block: nn.Module, family: Family, part: str) -> Iterator[None]:
     """The same block without its attention or its MLP."""
-    handle = block.get_submodule(family.writer(part)).register_forward_hook(_zero_output)
+    writer = block.get_submodule(family.writer(part))
+    handle = writer.register_forward_hook(_only_of(writer, _zero_output))
     try:
         yield
     finally:
         handle.remove()
+
+
+def _only_of(module: nn.Module, hook: Callable[..., Any]) -> Callable[..., Any]:
+    """A hook that does nothing to copies of the module: the dense model that others are held against is one."""
+    return lambda other, *rest: hook(other, *rest) if other is module else None
 
 
 def _pass_through(block: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
