@@ -118,7 +118,7 @@ def searched(
     """How many candidates were compared, and the chosen one."""
     space = space_of(network)
     settings = Settings(target=1, images=IMAGES, **given)
-    target = target_of(settings, network, space)
+    target = target_of(settings, network, space, lambda name, compute: compute())
     most = target.seconds(space.largest.parts(network.config)) / slowdown
     if settings.shares:
         space = space.model_copy(update={"shares": settings.shares})

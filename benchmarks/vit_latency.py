@@ -35,7 +35,7 @@ def main() -> None:
     begin_rounding(network, images)
     space, generator = space_of(network), torch.Generator().manual_seed(0)
     drawn = [space.draw(generator) for _ in range(NETWORKS)]
-    table = target_of(VitSettings(target=1, device="cpu"), network, space)
+    table = target_of(VitSettings(target=1, device="cpu"), network, space, lambda name, compute: compute())
     predicted = np.array([table.seconds(each.parts(network.config)) for each in drawn])
     x = np.random.default_rng(0).standard_normal((1, 1, 28, 28)).astype(np.float32)
     sessions = [session(graph_of(materialise(network, each), "onnx", 1)[0]) for each in drawn]

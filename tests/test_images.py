@@ -2,6 +2,7 @@
 
 import json
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -12,7 +13,7 @@ import tiny
 from duramen.problem import Problem
 from duramen.train.schedule import Schedule
 from duramen.vision import VimConfig, VimForImageClassification, evaluate_images
-from duramen.vision.images import SHAPES, open_images, seen_by, shapes, shapes_with_masks
+from duramen.vision.images import SHAPES, decode, open_images, seen_by, shapes, shapes_with_masks
 from duramen.vision.train import Classification, train_classifier
 from duramen.vision.train_images import ARCHITECTURES
 
@@ -59,11 +60,14 @@ def test_shapes_are_told_apart_and_drawn_alike_each_time():
 def test_files_of_any_kind_become_images(channels, tmp_path):
     found = open_images(str(files(tmp_path)), "train", size=12, channels=channels)
     assert found.classes == ("cat", "dog")
-    assert found.labels.tolist() == [0, 0, 0, 1, 1, 1]
+    assert sorted(found.labels.tolist()) == [0, 0, 0, 1, 1, 1]
+    assert [found.classes[label] for label in found.labels] == [file.parent.name for file in found.files]
     assert found.pixels(range(6)).shape == (6, channels, 12, 12)
-    assert found.part(torch.tensor([4, 1])).labels.tolist() == [1, 0]
+    assert found.part(torch.tensor([4, 1])).labels.tolist() == found.labels[[4, 1]].tolist()
     Image.linear_gradient("L").resize((40, 20)).save(tmp_path / "train" / "cat" / "0.png")
-    middle = open_images(str(tmp_path), "train", size=10, channels=1).pixels([0])[0, 0].float()
+    drawn = open_images(str(tmp_path), "train", size=10, channels=1)
+    place = next(number for number, file in enumerate(drawn.files) if file.name == "0.png")
+    middle = drawn.pixels([place])[0, 0].float()
     assert (middle[:, 0] - middle[:, -1]).abs().max() == 0
     assert (middle[1:] > middle[:-1]).all()
 
@@ -118,7 +122,8 @@ def test_from_nothing_to_a_report(tmp_path):
     found = duramen.run(RECIPE, "new", tmp_path / "out")
     assert [step["method"] for step in found["steps"]] == ["train_images", "patch_pruning", "train_images"]
     macs = found["steps"][1]["macs"]
-    assert 1 - macs["reduced"] / macs["dense"] == pytest.approx(0.3, abs=0.03)
+    saved = 1 - macs["reduced"] / macs["dense"]
+    assert 0.3 <= saved < 0.36, "whole patches leave"
     assert found["steps"][2]["trainings"][0]["distilled"]
     measured = found["evaluations"][0]
     assert measured["images"] == 40
@@ -127,7 +132,7 @@ def test_from_nothing_to_a_report(tmp_path):
     assert {None, *found["steps"][1]["reduction"]["sites"]} == set(left)
     page = (tmp_path / "out" / "report.html").read_text()
     assert page.count('<img class="map"') == 8 * (1 + len(found["steps"][1]["reduction"]["sites"]))
-    assert "30% of the multiply-adds" in page
+    assert f"{saved:.0%} of the multiply-adds" in page
     network = AutoModelForImageClassification.from_pretrained(tmp_path / "out")
     assert network(torch.zeros(1, 3, 16, 16)).positions.shape[1] < 17
     assert duramen.report(tmp_path / "out").read_text() == page
@@ -260,3 +265,40 @@ def test_a_head_for_every_place_works_on_what_is_left(kind):
         scores.append(float(hit.sum() / ((said >= cut) | truth).sum()))
     dense, pruned, random = scores
     assert dense > pruned > max(random, 0.55 * dense), scores
+
+
+def test_the_first_images_of_a_folder_are_of_all_classes(tmp_path):
+    for name in ("a", "b", "c"):
+        (tmp_path / "train" / name).mkdir(parents=True)
+        for number in range(40):
+            Image.new("L", (8, 8)).save(tmp_path / "train" / name / f"{number}.png")
+    labels = open_images(str(tmp_path), "train", size=8, channels=1).labels
+    assert labels[:30].bincount(minlength=3).min() >= 3
+
+
+def test_sixteen_bits_keep_their_shades(tmp_path):
+    ramp = np.linspace(0, 65535, 64).astype(np.uint16)[None].repeat(64, 0)
+    Image.fromarray(ramp).save(tmp_path / "a.png")
+    assert decode(tmp_path / "a.png", 64, 1)[0, 0].tolist() == (ramp[0] >> 8).tolist()
+    Image.fromarray(ramp.astype(np.float32)).save(tmp_path / "b.tif")
+    with pytest.raises(Problem, match="nobody says which is white"):
+        decode(tmp_path / "b.tif", 8, 1)
+
+
+def test_classes_that_are_not_those_of_the_test_are_refused(tmp_path):
+    place, recipe = files(tmp_path / "set"), RECIPE | {"images": RECIPE["images"] | {"data": str(tmp_path / "set")}}
+    (place / "train" / "bird").mkdir()
+    Image.new("L", (8, 8)).save(place / "train" / "bird" / "0.png")
+    with pytest.raises(Problem, match="not of the same classes: bird"):
+        duramen.run(recipe, "new", tmp_path / "out")
+    (place / "test").rename(place / "val")
+    with pytest.raises(Problem, match="has no folder `test`"):
+        duramen.run(recipe, "new", tmp_path / "out")
+
+
+def test_the_folder_of_another_run_is_not_taken_for_done(tmp_path):
+    (tmp_path / "out" / ".duramen").mkdir(parents=True)
+    (tmp_path / "out" / ".duramen" / "fingerprint.json").write_text("{}")
+    (tmp_path / "out" / "manifest.json").write_text("{}")
+    with pytest.raises(Problem, match="holds another run"):
+        duramen.run(RECIPE, "new", tmp_path / "out")

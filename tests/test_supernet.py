@@ -17,6 +17,7 @@ from duramen.problem import Problem
 from duramen.quantize.learned import on_grid
 from duramen.quantize.mixed_linear import InputStep, MixedLinear, widest_exact
 from duramen.quantize.rows import EIGHT, FOUR, integer_product, row_gain
+from duramen.vision.cpu import session
 from duramen.vision.elastic import Architecture, ElasticViTConfig, ElasticViTForImageClassification, materialise
 from duramen.vision.images import seen_by, shapes
 from duramen.vision.integers import graph_of
@@ -179,6 +180,14 @@ def test_every_way_to_run_it_gives_the_same_bits():
 
 
 @torch.no_grad()
+def test_maps_of_eight_bits_are_those_of_the_network():
+    """Codes up to 255 in the integer products of ONNX Runtime."""
+    network = supernet(activation_bits=8)
+    pixels = seen_by(network, IMAGES.pixels(range(8)))
+    given = session(graph_of(network, "onnx")[0]).run(None, {"pixel_values": pixels.numpy()})[0]
+    torch.testing.assert_close(torch.from_numpy(given), network(pixel_values=pixels).logits, rtol=0, atol=1e-4)
+
+
 def test_layer_scales_fold_into_steps_and_biases():
     alone = prepared(supernet(), Architecture(24, (2,), (2.0,), ((0.5,) * 4,)), IMAGES)
     for name, matrix, share, scale in alone.linears():
@@ -391,19 +400,19 @@ def test_a_table_adds_up_and_times_each_part_once():
 
 
 def test_what_cannot_be_is_said(tmp_path):
-    network = supernet()
+    network, here = supernet(), studio(tmp_path, supernet()).memo
     space = Space.model_validate(network.config.space)
     with pytest.raises(Problem, match="No sub-network reaches 10,000,000"):
         duramen.vision.vit_search.apply(studio(tmp_path, network), SearchSettings(target=1e7))
     with pytest.raises(Problem, match="no supernet"):
         duramen.vision.vit_search.apply(studio(tmp_path, materialise(network, space.smallest)), SearchSettings(target=1))
     with pytest.raises(Problem, match="does not fit zcu102"):
-        target_of(SearchSettings(target=1, lanes=512, inputs=512), network, space)
+        target_of(SearchSettings(target=1, lanes=512, inputs=512), network, space, here)
     wide = copy.deepcopy(network)
     wide.config.activation_bits = 8
     with pytest.raises(Problem, match="4 products of 4 by 8 bits"):
-        target_of(SearchSettings(target=1, lanes=64, inputs=64), wide, space)
-    assert target_of(SearchSettings(target=1), wide, space).engine.factor == 2
+        target_of(SearchSettings(target=1, lanes=64, inputs=64), wide, space, here)
+    assert target_of(SearchSettings(target=1), wide, space, here).engine.factor == 2
     assert widest_exact(6) == 4096
     with pytest.raises(Problem, match="not exact in float32"):
         ElasticViTForImageClassification(ElasticViTConfig(hidden_size=64, heads=[1], hidden=[8192], eight=[[1.0] * 4]))

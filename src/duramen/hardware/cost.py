@@ -12,7 +12,7 @@ from itertools import product
 from typing import Any, Literal, Protocol
 
 from duramen.hardware.fpga import Device, Engine, Shape, network_cycles, resources, shape_cycles, tiles, usable
-from duramen.hardware.packing import Factor, packing_table
+from duramen.hardware.packing import Factor, best_packing, packing_table
 from duramen.problem import Exit, Problem
 
 Part = tuple[Shape, ...]
@@ -110,11 +110,21 @@ class Measured:
 
     def seconds(self, parts: Sequence[Part]) -> float:
         """Of one image: the sum of its parts."""
-        keys = [tuple(dataclasses.replace(shape, eight=0.0) for shape in part) for part in parts]
+        keys = [_sizes(part) for part in parts]
         missing = [key for key in dict.fromkeys(keys) if key not in self.table]
         if missing:
             self.table |= dict(zip(missing, self.time(missing), strict=True))
         return self.rest + sum(self.table[key] for key in keys)
+
+    def timed(self, parts: Sequence[Part]) -> dict[str, Any]:
+        """All that these parts take here, as JSON."""
+        self.seconds(parts)
+        return {"name": self.name, "rest": self.rest, "seconds": [self.table[_sizes(part)] for part in parts]}
+
+    def retold(self, parts: Sequence[Part], kept: dict[str, Any]) -> Measured:
+        """The same with what ``timed`` said of these parts, maybe earlier."""
+        table = dict(zip(map(_sizes, parts), kept["seconds"], strict=True))
+        return dataclasses.replace(self, name=kept["name"], rest=kept["rest"], table=table)
 
     def excess(self, parts: Sequence[Part]) -> list[str]:
         """Nothing; a processor runs whatever it is given."""
@@ -129,6 +139,11 @@ class Measured:
         return {"timed": len(self.table), "products": products}
 
 
+def _sizes(part: Part) -> Part:
+    """What of a part decides its time here, where all rows run in eight bits."""
+    return tuple(dataclasses.replace(shape, eight=0.0) for shape in part)
+
+
 def best_engine(parts: Sequence[Part], device: Device, engine: Engine) -> Engine:
     """The engine that runs a network in the fewest cycles among those that fit the device; activations are streamed only where none fits with them on the chip.
 
@@ -138,9 +153,10 @@ def best_engine(parts: Sequence[Part], device: Device, engine: Engine) -> Engine
         engine: Clock, efficiency and activation bits are its.
 
     Raises:
-        Problem: If none fits.
+        Problem: If none fits, or no multiplier holds two products.
     """
     shapes = [shape for part in parts for shape in part]
+    best_packing(FACTORS[0], engine.activation_bits, device.multiplier)
     factors = [factor for factor in FACTORS if packing_table(factor, engine.activation_bits, device.multiplier)]
     for streams in (engine.streams, True):
         found = []

@@ -14,7 +14,7 @@ from math import ceil
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from duramen.hardware.packing import Factor
 from duramen.problem import Problem
@@ -50,6 +50,13 @@ class Device(BaseModel):
     """Widths of a multiplier's ports, the wide one first."""
     accumulator: Positive
     """Bits of a multiplier's own sum."""
+
+    @field_validator("multiplier")
+    @classmethod
+    def _wide_first(cls, value: tuple[int, int]) -> tuple[int, int]:
+        if value[0] < value[1]:
+            raise ValueError("the wide port comes first")
+        return value
 
 
 def read_device(name: str) -> Device:
@@ -111,8 +118,19 @@ class Engine:
     prefetch: bool = True
 
     def bits_per_cycle(self, device: Device) -> int:
-        """Of the memory outside."""
-        return int(8 * device.bytes_per_second / self.clock * self.efficiency)
+        """Of the memory outside.
+
+        Raises:
+            Problem: If it is not even one.
+        """
+        found = int(8 * device.bytes_per_second / self.clock * self.efficiency)
+        if not found:
+            raise Problem(
+                f"{device.name}'s memory of {device.bytes_per_second:g} bytes per second gives not one bit in a cycle of {self.clock:g} Hz.",
+                why="no weight would ever arrive.",
+                fix="`bytes_per_second` in bytes, as 19.2e9, and `clock` in hertz.",
+            )
+        return found
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ HAIR = 1e-9
 """By how much a product of a share and a count may miss the whole number that it is."""
 
 
-def kept_count(tokens: int, keep: float) -> int:
+def kept_count(tokens: float, keep: float) -> int:
     """⌈keep·tokens⌉, where 0.55 of 100 is 55."""
     return math.ceil(keep * tokens - HAIR)
 
@@ -28,19 +28,25 @@ class Costs:
         site: What it costs to choose among so many tokens.
         outside: What comes on top, whatever leaves.
         unit: What is counted.
+        stays: Tokens that never leave.
+        whole: Whether only whole tokens stay, ⌈share·tokens⌉, which counts where there are few of them.
     """
 
     layers: Sequence[Callable[[float], float]]
     site: Callable[[float], float] = lambda tokens: 0.0
     outside: float = 0.0
     unit: str = "tokens"
+    stays: int = 0
+    whole: bool = False
 
     def by_layer(self, tokens: int, keep: Mapping[int, float]) -> list[float]:
         """Of every layer, with its site, where a share stays after some of them."""
         found, left = [], float(tokens)
         for layer, cost in enumerate(self.layers):
             found.append(cost(left) + (self.site(left) if layer in keep else 0.0))
-            left *= keep.get(layer, 1.0)
+            if layer in keep:
+                count = left - self.stays
+                left = self.stays + (kept_count(count, keep[layer]) if self.whole else keep[layer] * count)
         return found
 
     def total(self, tokens: int, keep: Mapping[int, float]) -> float:
@@ -59,7 +65,7 @@ def token_fraction(layers: int, keep: Mapping[int, float]) -> float:
 
 
 def solve_keep(costs: Costs, sites: Sequence[int], cut: float, *, tokens: int = 1) -> float:
-    """The share that must stay at every site to save ``cut`` of the cost of a prompt; the saving falls as the share grows, so by bisection.
+    """The largest share that may stay at every site to save ``cut`` of the cost of a prompt; the saving falls as the share grows, so by bisection.
 
     Args:
         costs: Of a prompt.
@@ -87,7 +93,7 @@ def solve_keep(costs: Costs, sites: Sequence[int], cut: float, *, tokens: int = 
     for _ in range(60):
         middle = (low + high) / 2
         low, high = (middle, high) if saved(middle) > cut else (low, middle)
-    return high
+    return low
 
 
 def published_sites(layers: int) -> list[int]:

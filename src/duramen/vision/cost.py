@@ -25,16 +25,17 @@ def patch_costs(network: Any) -> Costs:
         network: A Vim, a PlainMamba, or a transformer of ``duramen.vision.vit``.
     """
     config = network.config
+    costs = partial(Costs, unit="multiply-adds", stays=len(tokens_outside(network)), whole=True)
     if isinstance(config, VimConfig | PlainMambaConfig):
         of_layer = partial(_vim if isinstance(config, VimConfig) else _plainmamba, config)
-        return Costs([of_layer] * config.num_hidden_layers, outside=_outside(network), unit="multiply-adds")
+        return costs([of_layer] * config.num_hidden_layers, outside=_outside(network))
     layers, _ = transformer_layers(network)
     inside = {id(each) for layer in layers for each in layer.modules()}
     rest = [each for each in network.modules() if id(each) not in inside]
     once = sum(each.weight.numel() for each in rest if isinstance(each, nn.Linear))
     patches = sum(each.weight.numel() for each in rest if isinstance(each, nn.Conv2d))
     each_layer = [partial(_transformer, _weights(layer), config.hidden_size) for layer in layers]
-    return Costs(each_layer, outside=once + side(network) ** 2 * patches, unit="multiply-adds")
+    return costs(each_layer, outside=once + side(network) ** 2 * patches)
 
 
 def sequence_length(network: Any) -> int:

@@ -21,8 +21,8 @@ from duramen.hardware.simulation import Bench
 from duramen.problem import Exit, Problem, need
 from duramen.quantize.mixed_linear import MixedLinear
 from duramen.quantize.rows import integer_product
+from duramen.registry import Place, method
 from duramen.registry import Settings as MethodSettings
-from duramen.registry import method
 from duramen.rundir import CODES, write_json, write_tensors
 from duramen.vision.cpu import session
 from duramen.vision.elastic import ElasticViTForImageClassification
@@ -44,7 +44,7 @@ class Settings(MethodSettings):
     """Of the simulated engine: rows of four bits at once. A large one takes long to compile."""
     inputs: Annotated[int, Field(ge=1)] = 16
     """Of the simulated engine: of each row at once."""
-    device: str = "zcu102"
+    device: Place = "zcu102"
     """Whose memory feeds it: a shipped device, or the path of a data file."""
 
 

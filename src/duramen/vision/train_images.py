@@ -9,8 +9,9 @@ import torch
 from pydantic import Field
 from torch import nn
 
+from duramen.hardware.machine import fastest_device
 from duramen.problem import Problem
-from duramen.registry import method
+from duramen.registry import Place, method
 from duramen.vision.opening import load_classifier
 from duramen.vision.plainmamba import PlainMambaConfig, PlainMambaForImageClassification
 from duramen.vision.studio import Studio
@@ -40,7 +41,7 @@ class Settings(TrainingSettings):
     """How many."""
     learning_rate: Annotated[float, Field(gt=0)] = 3e-3
     """Of AdamW at its height; about 5e-4 for a model that is trained already."""
-    parent: str = ""
+    parent: Place = ""
     """Folder of a classifier of the same classes to imitate, which may be of another kind and size; empty for the dense model once patches leave, and for none before."""
 
 
@@ -57,7 +58,7 @@ def apply(studio: Studio, settings: Settings) -> dict[str, Any]:
                 hidden_size=settings.width, num_hidden_layers=settings.layers, image_size=size, patch_size=settings.patch,
                 num_channels=channels, state_size=settings.state_size, id2label=dict(enumerate(studio.train.classes)), **own,
             )
-        )  # fmt: skip
+        ).to(fastest_device())  # fmt: skip
     teacher = _parent(settings.parent, len(studio.train.classes)) if settings.parent else studio.dense
     task = Classification(
         studio.network, studio.train, studio.aside, teacher, settings.distill_weight, settings.temperature, settings.mirror

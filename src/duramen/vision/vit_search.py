@@ -8,6 +8,7 @@ All steps of activations are chosen anew for every candidate, since those of rar
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -22,8 +23,8 @@ from duramen.hardware.cost import Fpga, Part, Target, best_engine
 from duramen.hardware.fpga import Engine, read_device
 from duramen.hardware.packing import best_packing
 from duramen.problem import Exit, Problem
+from duramen.registry import Place, method
 from duramen.registry import Settings as MethodSettings
-from duramen.registry import method
 from duramen.search.constraints import Limit
 from duramen.search.mutate import up_to
 from duramen.search.surrogate import solve
@@ -46,7 +47,7 @@ class Settings(MethodSettings):
 
     target: Annotated[float, Field(gt=0)]
     """Images per second, one after another."""
-    device: str = "zcu102"
+    device: Place = "zcu102"
     """What runs the network: a shipped FPGA, the path of such a data file, or `cpu` for one thread of this machine through ONNX Runtime, in whole numbers."""
     lanes: Annotated[int, Field(ge=0, multiple_of=2)] = 0
     """Rows of four bits that the engine multiplies at once, T_m; 0 for the engine that is fastest for the largest network."""
@@ -252,7 +253,8 @@ class Search:
         elites = [seen[place] for place in ranked]
         mutants = (self.mutant(elites[up_to(len(elites), generator)], generator) for _ in range(DRAWS * settings.mutants))
         found = self.distinct((), mutants, settings.mutants, seen)
-        pairs = (torch.randperm(len(elites), generator=generator)[:2].tolist() for _ in range(DRAWS * settings.children))
+        draws = DRAWS * settings.children if len(elites) > 1 else 0
+        pairs = (torch.randperm(len(elites), generator=generator)[:2].tolist() for _ in range(draws))
         children = (self.child([elites[place] for place in pair], generator) for pair in pairs)
         return self.distinct(found, children, settings.mutants + settings.children, seen)
 
@@ -326,16 +328,16 @@ def _put(values: tuple[Any, ...], place: int, value: Any) -> tuple[Any, ...]:
     return (*values[:place], value, *values[place + 1 :])
 
 
-def target_of(settings: Settings, network: ElasticViTForImageClassification, space: Space) -> Target:
-    """What the settings say runs the networks.
+def target_of(settings: Settings, network: ElasticViTForImageClassification, space: Space, memo: Memo) -> Target:
+    """What the settings say runs the networks; what is timed on this machine is timed once a run.
 
     Raises:
         Problem: If there is no such device, or its engine cannot hold the products or the largest network.
     """
     if settings.device == CPU:
         here = measured_cpu(network.config)
-        here.seconds([part for each in space.kinds() for part in each.parts(network.config)])
-        return here
+        kinds = [part for each in space.kinds() for part in each.parts(network.config)]
+        return here.retold(kinds, memo("timed", lambda: here.timed(kinds)))
     device, parts = read_device(settings.device), space.largest.parts(network.config)
     bits = network.config.activation_bits
     engine = Engine(clock=settings.clock, efficiency=settings.efficiency, activation_bits=bits)
@@ -384,14 +386,14 @@ def apply(studio: Studio, settings: Settings) -> dict[str, Any]:
     space = space_of(network)
     if settings.shares:
         space = space.model_copy(update={"shares": settings.shares})
-    target = target_of(settings, network, space)
+    target = target_of(settings, network, space, studio.memo)
     search = Search(network, space, target, 1 / settings.target, studio.train, studio.aside, settings)
     fastest = search.seconds(space.smallest)
     if fastest > search.most:
         raise Problem(
             f"No sub-network reaches {settings.target:,.1f} images per second on {target.name}.",
             why=f"the fastest reaches {1 / fastest:,.1f}{_bound(target, space.smallest.parts(network.config))}.",
-            fix=f"a `target` of at most {1 / fastest:,.1f}, or a supernet with smaller choices.",
+            fix=f"a `target` of at most {math.floor(10 / fastest) / 10}, or a supernet with smaller choices.",
             code=Exit.OUT_OF_BUDGET,
         )
     tried = evolve(search, studio.memo, studio.told)
