@@ -276,3 +276,23 @@ def test_a_quality_takes_the_fewest_steps_that_have_it():
     assert choose_schedule(made, generate, STEPS, len(found.full) - 1, **seeds).quality < 30
     assert choose_schedule(made, generate, STEPS, quality=10, **seeds).quality < found.quality
     assert choose_schedule(made, generate, STEPS, quality=200, **seeds).full == list(range(STEPS))
+
+
+def test_a_failed_run_gives_the_denoiser_back():
+    network = torch.nn.Linear(2, 2)
+    pipeline = SimpleNamespace(unet=network, scheduler=diffusers.DDIMScheduler())
+    with pytest.raises(KeyboardInterrupt), Rehash(pipeline, [0], 4):
+        raise KeyboardInterrupt
+    assert "forward" not in network.__dict__
+
+
+@pytest.mark.parametrize(
+    ("scheduler", "words"),
+    [
+        (lambda: diffusers.FlowMatchEulerDiscreteScheduler(stochastic_sampling=True), "adds noise in every step"),
+        (lambda: diffusers.DDIMScheduler(prediction_type="sample"), "what is predicted is a `sample`"),
+    ],
+)
+def test_what_a_scheduler_says_is_asked(scheduler, words):
+    with pytest.raises(Problem, match=words):
+        course_of(scheduler())

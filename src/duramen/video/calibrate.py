@@ -51,12 +51,9 @@ def predictions(pipeline: Any, generate: Callable[[int], Tensor], steps: int, se
         seeds: Of the runs.
     """
     recorded: list[list[Tensor]] = [[] for _ in range(steps)]
-    handle = Rehash(
-        pipeline, range(steps), steps, record=lambda step, found: recorded[step].append(found.flatten().float().cpu())
-    )
-    for seed in seeds:
-        generate(seed)
-    handle.remove()
+    with Rehash(pipeline, range(steps), steps, record=lambda step, found: recorded[step].append(found.flatten().float().cpu())):
+        for seed in seeds:
+            generate(seed)
     return torch.stack([torch.stack(each) for each in recorded])
 
 
@@ -143,11 +140,10 @@ class _Trials:
         tried = candidates(self.pipeline, self.learned, count)
         errors: dict[str, list[float]] = {}
         for name, (full, order) in tried.items():
-            handle = Rehash(self.pipeline, full, self.steps, order=order)
-            errors[name] = [
-                float((self.generate(seed).double() - whole).square().mean().sqrt()) for seed, whole in self.whole.items()
-            ]
-            handle.remove()
+            with Rehash(self.pipeline, full, self.steps, order=order):
+                errors[name] = [
+                    float((self.generate(seed).double() - whole).square().mean().sqrt()) for seed, whole in self.whole.items()
+                ]
         best = min(errors, key=lambda name: float(np.mean(errors[name])))
         gain = paired_interval(np.array(errors[EVEN]), np.array(errors[best]))
         name = best if gain.high < 0 else EVEN

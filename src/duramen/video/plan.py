@@ -5,6 +5,8 @@ The prediction needs no weights, no accelerator, and seconds to a minute; what i
 
 from __future__ import annotations
 
+import math
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -19,6 +21,10 @@ from duramen.video.ledger import Ledger, counted
 from duramen.video.slices import Slices
 from duramen.video.streamline import Streamlined, known_networks
 
+AT_ONCE = 16
+"""Images that a pipeline of AnimateDiff decodes together."""
+WHOLE = ("AutoencoderKLWan", "AutoencoderKLLTXVideo")
+"""Decoders that run as they are."""
 LADDER = (None, *(size * 2**20 for size in (512, 256, 128, 96, 64, 32, 16, 8)))
 """Sizes of slices in bytes, from the largest on; smaller ones start many more operators and save next to nothing, since features themselves are what is left."""
 
@@ -33,6 +39,7 @@ class Clip:
         frames: Of the video.
         guided: Whether both branches of guidance run at once; pipelines of Wan run one after the other anyway.
         factor: Pixels of a side that a latent stands for.
+        per_token: Whether every token is given a time of its own, as by pipelines of Wan with ``expand_timesteps``.
     """
 
     height: int
@@ -40,6 +47,7 @@ class Clip:
     frames: int
     guided: bool = True
     factor: int = 8
+    per_token: bool = False
 
 
 @dataclass(frozen=True)
@@ -81,13 +89,16 @@ def predict(network: Any, clip: Clip, slices: Slices | None, change: Callable[[A
     """
     from torch._subclasses.fake_tensor import FakeTensorMode
 
-    dtype, before = next(network.parameters()).dtype, torch.get_default_dtype()
+    dtype, before = _dtype_of(network), torch.get_default_dtype()
     with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
         torch.set_default_dtype(dtype)
         try:
             copy: nn.Module = type(network).from_config(network.config).eval()
         finally:
             torch.set_default_dtype(before)
+        for name, parameter in copy.named_parameters():
+            if any(each in name.split(".") for each in getattr(network, "_keep_in_fp32_modules", None) or ()):
+                parameter.data = parameter.data.float()
         change(copy)
         run = example(copy, clip)
         handle = None if slices is None else Streamlined([copy], slices)
@@ -106,7 +117,7 @@ def example(network: Any, clip: Clip) -> Callable[[], Any]:
     """
     name, branches = type(network).__name__, 2 if clip.guided else 1
     config, height, width = network.config, clip.height // clip.factor, clip.width // clip.factor
-    like = next(network.parameters())
+    like = torch.empty(0, dtype=_dtype_of(network), device=next(network.parameters()).device)
 
     def some(*shape: int) -> Tensor:
         return torch.randn(shape, dtype=like.dtype, device=like.device)
@@ -123,10 +134,18 @@ def example(network: Any, clip: Clip) -> Callable[[], Any]:
     if name == "AutoencoderKLTemporalDecoder":
         return partial(network.decode, some(clip.frames, config.latent_channels, height, width), num_frames=clip.frames)
     if name == "AutoencoderKL":
-        return partial(network.decode, some(clip.frames, config.latent_channels, height, width))
+        return partial(network.decode, some(min(clip.frames, AT_ONCE), config.latent_channels, height, width))
+    if name == "AutoencoderKLWan":
+        return partial(network.decode, some(1, config.z_dim, (clip.frames - 1) // 4 + 1, height, width))
+    if name == "AutoencoderKLLTXVideo":
+        x = some(1, config.latent_channels, (clip.frames - 1) // 8 + 1, height, width)
+        return partial(network.decode, x, some(1)) if config.timestep_conditioning else partial(network.decode, x)
     if name == "WanTransformer3DModel":
         x = some(1, config.in_channels, (clip.frames - 1) // 4 + 1, height, width)
-        time = torch.ones(1, dtype=torch.long, device=like.device)
+        tokens = x.shape[2] * x.shape[3] * x.shape[4] // math.prod(config.patch_size)
+        time = (
+            torch.ones(1, tokens, device=like.device) if clip.per_token else torch.ones(1, dtype=torch.long, device=like.device)
+        )
         return partial(network, x, time, some(1, 512, config.text_dim))
     if name == "LTXVideoTransformer3DModel":
         frames = (clip.frames - 1) // 8 + 1
@@ -137,6 +156,14 @@ def example(network: Any, clip: Clip) -> Callable[[], Any]:
         f"The memory of a {name} cannot be predicted.", why="what it is given is not known.", fix="the UNet or the temporal decoder of a pipeline.",
         code=Exit.INCOMPATIBLE,
     )  # fmt: skip
+
+
+def _dtype_of(network: nn.Module) -> torch.dtype:
+    """That of most of its parameters; some networks keep a few in float32."""
+    counts: Counter[torch.dtype] = Counter()
+    for parameter in network.parameters():
+        counts[parameter.dtype] += parameter.numel()
+    return counts.most_common(1)[0][0]
 
 
 def _first(value: Any) -> int:
@@ -187,4 +214,19 @@ def streamline_within(pipeline: Any, clip: Clip, memory: int) -> tuple[Streamlin
     """
     networks = known_networks(pipeline)
     plans = [plan(network, clip, memory) for network in networks]
+    for each in getattr(pipeline, "components", {}).values():
+        if type(each).__name__ in WHOLE:
+            _check_whole(each, clip, memory)
     return Streamlined(networks, [each.slices for each in plans]), plans
+
+
+def _check_whole(decoder: Any, clip: Clip, memory: int) -> None:
+    """Stops if a decoder that runs as it is takes more."""
+    found = predict(decoder, clip, None).peak
+    if found > memory:
+        raise Problem(
+            f"{bytes_told(memory)} are too few for the activations of an {type(decoder).__name__} at {clip.frames} frames of {clip.width}x{clip.height}.",
+            why=f"it takes {bytes_told(found)}, and runs as it is: its blocks are none that run in slices.",
+            fix=f"at least {bytes_told(found)}, or fewer frames.",
+            code=Exit.OUT_OF_BUDGET,
+        )

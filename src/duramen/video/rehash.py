@@ -65,6 +65,15 @@ def check_scheduler(scheduler: Any) -> None:
             fix=f"one of {', '.join(FIRST_ORDER)}.",
             code=Exit.INCOMPATIBLE,
         )
+    config = scheduler.config
+    said = config.get("prediction_type", "epsilon") if "FlowMatch" not in type(scheduler).__name__ else "epsilon"
+    if config.get("stochastic_sampling") or said not in ("epsilon", "v_prediction"):
+        raise Problem(
+            f"This {type(scheduler).__name__} cannot take a prediction again.",
+            why="it adds noise in every step." if config.get("stochastic_sampling") else f"what is predicted is a `{said}`.",
+            fix="`stochastic_sampling: false`, and predictions of noise or velocity.",
+            code=Exit.INCOMPATIBLE,
+        )
 
 
 def course_of(scheduler: Any) -> Course:
@@ -121,10 +130,23 @@ class Rehash:
             )  # fmt: skip
         self.pipeline, self.full, self.steps, self.order, self.record = pipeline, set(full), steps, order, record
         check_scheduler(pipeline.scheduler)
+        if getattr(pipeline, "transformer_2", None) is not None:
+            raise Problem(
+                f"A {type(pipeline).__name__} with two transformers runs on all steps.",
+                why="half of its steps are the other one's, whose predictions nothing keeps.",
+                fix="a pipeline with one, or no `--full` and no `--quality`.",
+                code=Exit.INCOMPATIBLE,
+            )
         self.network: nn.Module = getattr(pipeline, "unet", None) or pipeline.transformer
         self.ran = self.asked = 0
         self.reset()
         self._undo = override(self.network, partial(self._run, self.network.forward))
+
+    def __enter__(self) -> Rehash:
+        return self
+
+    def __exit__(self, *ended: object) -> None:
+        self.remove()
 
     def remove(self) -> None:
         """Gives the denoiser its own way back."""
@@ -136,6 +158,7 @@ class Rehash:
         self._step, self._time, self._calls = -1, float("-inf"), 0
         self._branches: dict[int, list[tuple[int, Tensor]]] = {}
         self._course: Course | None = None
+        self._times: Any = None
 
     def _run(self, before: Callable[..., Any], *args: Any, **options: Any) -> Any:
         sample, timestep = _asked(args, options)
@@ -162,13 +185,14 @@ class Rehash:
         return (found,) if options.get("return_dict") is False else _Output(found)
 
     def _follow(self, time: float) -> None:
-        """Which step and which branch of guidance a call is of: the time stands still between branches, and jumps up when a new video begins."""
-        if time == self._time:
+        """Which step and which branch of guidance a call is of: the time stands still between branches, and jumps up when a new video begins, for which a scheduler makes its times anew."""
+        times = getattr(self.pipeline.scheduler, "timesteps", None)
+        if time == self._time and times is self._times:
             self._calls += 1
             return
-        if time > self._time or self._step < 0 or self._step >= self.steps - 1:
+        if times is not self._times or time > self._time or self._step < 0 or self._step >= self.steps - 1:
             self.reset()
-            self._course = course_of(self.pipeline.scheduler)
+            self._course, self._times = course_of(self.pipeline.scheduler), times
             found = len(self._course.signal) - 1
             if found != self.steps:
                 raise Problem(

@@ -5,6 +5,7 @@ Nothing is written under its own name before it is whole. The schedule of full s
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import math
@@ -23,7 +24,7 @@ from torch import Tensor
 from duramen.hardware.machine import describe, fastest_device
 from duramen.intervals import paired_interval
 from duramen.problem import Exit, Problem
-from duramen.reading import read_json
+from duramen.reading import read_json, reading
 from duramen.rundir import replacing, write_json
 from duramen.video.calibrate import Choice, choose_schedule
 from duramen.video.plan import Clip, Plan, streamline_within
@@ -39,6 +40,8 @@ GUIDED = {"AnimateDiffPipeline": True, "StableVideoDiffusionPipeline": True, "Wa
 """Pipelines that are known, and whether they run both branches of guidance at once."""
 FACTORS = ("vae_scale_factor", "vae_scale_factor_spatial", "vae_spatial_compression_ratio")
 """Where pipelines keep how many pixels of a side a latent stands for."""
+FRAMES_APART = {"WanPipeline": 4, "LTXPipeline": 8}
+"""Frames that a latent behind the first stands for."""
 Tell = Callable[[str], None]
 
 
@@ -105,13 +108,12 @@ def render(folder: Path, out: Path, wish: Wish, tell: Tell = lambda said: None) 
         tell("planning")
         handle, plans = streamline_within(pipeline, studio.clip, wish.memory)
     choice = None if wish.full is None and wish.quality is None else _schedule(studio, folder, out)
-    steps = None if choice is None else Rehash(pipeline, choice.full, wish.steps, order=choice.order)
     begun = time.perf_counter()
-    images = studio.images()
+    with Rehash(pipeline, choice.full, wish.steps, order=choice.order) if choice else contextlib.nullcontext():
+        images = studio.images()
     seconds = time.perf_counter() - begun
-    for undo in (steps, handle):
-        if undo is not None:
-            undo.remove()
+    if handle is not None:
+        handle.remove()
     files = write_video(images, out)
     results = {
         "schema": "duramen-video/1", "pipeline": str(folder), "class": type(pipeline).__name__, "wish": asdict(wish), "clip": asdict(studio.clip), "files": files,
@@ -151,7 +153,8 @@ def open_pipeline(folder: Path) -> Any:
 
     device = fastest_device()
     dtype = torch.float16 if device.type == "cuda" else torch.float32
-    pipeline = getattr(diffusers, name).from_pretrained(folder, dtype=dtype).to(device)
+    with reading(folder):
+        pipeline = getattr(diffusers, name).from_pretrained(folder, dtype=dtype).to(device)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 
@@ -166,11 +169,15 @@ class _Studio:
         frames, height, width = (
             mine or usual for mine, usual in zip((wish.frames, wish.height, wish.width), _usual(pipeline, factor), strict=True)
         )
-        if height % factor or width % factor or frames < 1:
+        side, apart = factor * _patch(pipeline), FRAMES_APART.get(name, 1)
+        if height % side or width % side or frames < 1 or (frames - 1) % apart:
+            near = (frames - 1) // apart * apart + 1
             raise Problem(
-                f"{frames} frames of {width}x{height} pixels cannot be.", why=f"a latent stands for {factor} by {factor} pixels.",
-                fix=f"at least one frame, and sides that {factor} divides.",
+                f"{frames} frames of {width}x{height} pixels cannot be.", why=f"a token stands for {side} by {side} pixels, and {apart} frames behind the first for one.",
+                fix=f"sides that {side} divides, and {near} or {near + apart} frames.",
             )  # fmt: skip
+        if wish.quality is not None and not math.isfinite(wish.quality):
+            raise Problem(f"A quality of {wish.quality} dB cannot be reached.", why="it is no number.", fix="`--quality 25`")
         most = pipeline.scheduler.config.num_train_timesteps
         if wish.steps > most:
             raise Problem(
@@ -180,7 +187,8 @@ class _Studio:
             raise Problem("Full steps and a quality do not go together.", why="each follows from the other.", fix="`--full` or `--quality`.")  # fmt: skip
         if wish.full is not None:
             check_count(wish.steps, wish.full)
-        self.clip = Clip(height, width, frames, GUIDED[name], factor)
+        per_token = bool(getattr(pipeline.config, "expand_timesteps", False))
+        self.clip = Clip(height, width, frames, GUIDED[name], factor, per_token)
         self.asked: dict[str, Any] = {"height": height, "width": width, "num_frames": frames, "num_inference_steps": wish.steps}
         if name == "StableVideoDiffusionPipeline":
             self.asked |= {"image": _first_frame(wish, width, height), "decode_chunk_size": frames}
@@ -200,6 +208,12 @@ class _Studio:
         generator = torch.Generator("cpu").manual_seed(seed)
         watch = partial(_watched, tell=self.tell if what else lambda said: None, steps=self.wish.steps)
         return self.pipeline(**self.asked, generator=generator, output_type=kind, callback_on_step_end=watch).frames[0]
+
+
+def _patch(pipeline: Any) -> int:
+    """Latents of a side that go into one token of the denoiser."""
+    found = getattr(getattr(pipeline, "transformer", None), "config", {}).get("patch_size", 1)
+    return int(found[-1] if isinstance(found, list | tuple) else found)
 
 
 def _usual(pipeline: Any, factor: int) -> tuple[int, int, int]:
@@ -242,9 +256,9 @@ def _schedule(studio: _Studio, folder: Path, out: Path) -> Choice:
     key = hashlib.sha256(
         (_identity(folder) + json.dumps([asked, wish.image, wish.full, wish.quantize_text, wish.quality])).encode()
     ).hexdigest()
-    if file.is_file():
+    with contextlib.suppress(OSError, ValueError, TypeError, AttributeError):  # a damaged one is as good as none
         kept = json.loads(file.read_text(encoding="utf-8"))
-        if kept.pop("key") == key:
+        if kept.pop("key", "") == key:
             return Choice(**kept)
     what = f"steps for {wish.quality:g} dB" if wish.full is None else f"{wish.full} of {wish.steps} steps"
     rounds = 1 if wish.quality is None else math.ceil(math.log2(wish.steps))

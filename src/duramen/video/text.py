@@ -18,6 +18,8 @@ from duramen.problem import Exit, Problem
 from duramen.quantize.steps import choose_steps
 
 EIGHT = Grid(8)
+LONGEST = 512
+"""Tokens of a prompt that are looked at, where the tokenizer knows no end."""
 
 
 class CodedLinear(nn.Module):
@@ -86,7 +88,10 @@ def quantize_text_encoder(pipeline: Any, prompt: str) -> dict[str, Any]:
             f"A {type(pipeline).__name__} has no text encoder.", why="its video begins with an image.", fix="leave `--quantize-text` out.",
             code=Exit.INCOMPATIBLE,
         )  # fmt: skip
-    ids = pipeline.tokenizer(prompt, return_tensors="pt").input_ids.to(next(encoder.parameters()).device)
+    most = min(pipeline.tokenizer.model_max_length, LONGEST)
+    ids = pipeline.tokenizer(prompt, truncation=True, max_length=most, return_tensors="pt").input_ids.to(
+        next(encoder.parameters()).device
+    )
     before, dense = bytes_held(encoder), encoder(ids)[0].float()
     hold_in_codes(encoder)
     moved = encoder(ids)[0].float() - dense
