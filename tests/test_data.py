@@ -125,3 +125,20 @@ def test_mistakes_are_named_by_their_line(lines, words, tmp_path):
     assert words in f"{caught.value} {caught.value.why}"
     with pytest.raises(Problem, match="no file"):
         read_rows(str(tmp_path / "none.jsonl"), tiny.tokenizer(), 32, packed=True)
+
+
+def test_other_ends_of_lines_stand_inside_a_text(tmp_path):
+    file = written(tmp_path / "data.jsonl", json.dumps({"text": "one\u2028two\x85three"}, ensure_ascii=False), {"text": "four"})
+    assert len(read_rows(file, tiny.tokenizer(), 32, packed=True).tokens) >= 1
+    (tmp_path / "odd.jsonl").write_bytes(b"\xff\xfe")
+    with pytest.raises(Problem, match="cannot be understood"):
+        read_rows(str(tmp_path / "odd.jsonl"), tiny.tokenizer(), 32, packed=True)
+
+
+def test_dropout_does_not_hide_that_documents_are_kept_apart():
+    model = tiny.model("gpt2").train()
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.3
+    assert keeps_apart(model, tiny.VOCAB)
+    assert model.training

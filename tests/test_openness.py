@@ -1,13 +1,15 @@
 """The openness class by the framework's rules: the public evaluator's results, where the profiles differ, invariants, and bad input."""
 
 import itertools
+import json
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from duramen.problem import Problem
-from duramen.release.components import BY_NAME, COMPONENTS, PAPER, REPORT, required
+from duramen.release.components import BY_NAME, COMPONENTS, PAPER, REPORT, WEIGHTS, required
+from duramen.release.evidence import Wish, gather, plain
 from duramen.release.licences import (
     FITTING,
     NEWER,
@@ -192,3 +194,33 @@ def test_licences_of_installed_packages_are_told_by_their_texts():
     assert len(told) > 40
     wrong = [name for name, right in told.items() if not right]
     assert len(wrong) <= 0.03 * len(told), wrong
+
+
+def test_exceptions_and_closing_words():
+    assert is_open("Apache-2.0 WITH LLVM-exception")
+    mit = "Permission is hereby granted, free of charge, to any person obtaining a copy of this software " + " ".join(
+        PHRASES["MIT"][0]
+    )
+    assert detect(mit) == ["MIT"]
+    assert detect(mit + " Commons Clause License Condition") == []
+    assert plain("MIT (non-commercial)").startswith("LicenseRef-")
+
+
+def test_a_tuned_model_keeps_the_licence_of_its_base(tmp_path):
+    """And does not prove what only its base could; what it learned of its own is no open data set."""
+    base, folder = tmp_path / "base", tmp_path / "out"
+    for place in (base, folder / "stages" / "00-curate", folder / "stages" / "01-sft"):
+        place.mkdir(parents=True)
+    (base / "README.md").write_text("---\nlicense: cc-by-nc-4.0\n---\n")
+    (folder / "config.json").write_text('{"architectures": ["LlamaForCausalLM"]}')
+    (folder / "model.safetensors").write_bytes(b"weights")
+    (folder / "stages" / "00-curate" / "manifest.json").write_text('{"method": "curate", "settings": {}}')
+    (folder / "stages" / "00-curate" / "record.json").write_text('{"licences": {"a": "CC0-1.0"}}')
+    for model, data in ((str(base), "mine.jsonl"), ("", "mine.jsonl"), ("", "exercises")):
+        settings = {"model": model, "data": data, "steps": 2}
+        (folder / "stages" / "01-sft" / "manifest.json").write_text(json.dumps({"method": "sft", "settings": settings}))
+        found = gather(folder, Wish())
+        assert found.base == ((str(base), "CC-BY-NC-4.0") if model else None)
+        assert found.components[WEIGHTS].licence == ("CC-BY-NC-4.0" if model else None)
+        datasets = found.components.get("Datasets")
+        assert (datasets and datasets.licence) == (None if model else "unlicensed" if data == "mine.jsonl" else "CC0-1.0")

@@ -29,8 +29,8 @@ from duramen.prune.layer import GRID, Damping, DampingGrid, HeldOut
 from duramen.prune.masks import Masks
 from duramen.prune.pattern import SPARSE_FROM
 from duramen.prune.reconstruct import compute_dtype, reconstruct
+from duramen.registry import Place, method
 from duramen.registry import Settings as MethodSettings
-from duramen.registry import method
 from duramen.shrink.groups import find_units
 from duramen.shrink.plan import PLAN, Plan, digest
 from duramen.train.models import find_parent
@@ -42,7 +42,7 @@ TRIAL_ROWS = 128
 class Settings(MethodSettings):
     """Settings of the refit."""
 
-    parent: str = ""
+    parent: Place = ""
     """The dense model: folder, embedded name, GGUF file or hub id; empty for the model that the recipe began with."""
     damping: Damping = "held-out"
     """λ as a share of the mean diagonal of the Gram, which holds the weights back; `held-out` chooses it on held-out sequences."""

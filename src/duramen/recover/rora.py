@@ -20,7 +20,7 @@ from duramen.calibrate import ranks
 from duramen.calibrate.statistics import Statistics
 from duramen.calibrate.walker import Records, Walk, walk_blocks
 from duramen.families.model import BlockModel, Layer, Model
-from duramen.families.select import filter_layers
+from duramen.families.select import trainable
 from duramen.grids import Quantized
 from duramen.problem import Problem
 from duramen.prune.masks import Masks
@@ -94,7 +94,7 @@ class Settings(TrainSettings):
     @property
     def undoes(self) -> tuple[str, ...]:
         """See ``duramen.order``."""
-        return ("reduction",)
+        return ("reduction",) if self.mode in ("auto", "grid") else ("codes", "reduction")
 
 
 @contextmanager
@@ -113,7 +113,7 @@ def adapted(network: nn.Module, model: BlockModel, settings: Settings) -> Iterat
         Problem: If filters match nothing, or nothing but layers that their blocks never call; if a rank is larger than a weight, or a
             change would fill the zeros of a sparse one.
     """
-    names = _targets(model, settings)
+    names = set(trainable(model, settings.only, settings.skip))
     generator, masks = torch.Generator().manual_seed(settings.seed), Masks(model)
     codes = {} if model.checkpoint is None else read_codes(model.checkpoint.folder)
     adapters: dict[str, Adapter] = {}
@@ -168,25 +168,6 @@ def _adapter(
         start=settings.init, seed=settings.seed,
         kept=~zeros if sparse or mode == "masked" else None, generator=generator, codes=codes if mode == "grid" else None,
     )  # fmt: skip
-
-
-def _targets(model: BlockModel, settings: Settings) -> set[str]:
-    """The layers to change; those that a block reads without calling them are left out, unless nothing else is asked for."""
-    untouchable = {
-        f"{model.family.blocks}.{index}.{item.path}"
-        for index in range(len(model.blocks))
-        for stage in model.stages(index)
-        for item in stage
-        if item.tap
-    }
-    names = set(filter_layers(model.layer_names(), settings.only, settings.skip))
-    if names <= untouchable:
-        raise Problem(
-            f"{min(names)} cannot have an adapter.",
-            why="its block reads the weight without calling the layer.",
-            fix="other layers in `only`.",
-        )
-    return names - untouchable
 
 
 @method("rora", title="RoRA", paper="arXiv 2501.04315", kind="recover", settings=Settings)

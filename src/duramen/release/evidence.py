@@ -6,6 +6,7 @@ milestones) is not counted, and its weights keep the base's licence, which may n
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,11 +19,16 @@ from duramen.recipe import DRAWN, NEW
 from duramen.release.components import PAPER, REPORT, WEIGHTS
 from duramen.release.licences import detect, parse, suggest
 from duramen.rundir import visible_files
+from duramen.train.exercises import EXERCISES
 
 FOLDER = "release"
 """In the model's folder: what ``duramen release`` writes."""
 USUAL = {"code": "Apache-2.0", "data": "CDLA-Permissive-2.0", "document": "CC-BY-4.0"}
 """Licences of what Duramen itself made of a training, where nothing else is said."""
+TUNED = ("sft", "dpo", "grpo")
+"""Stages that learn examples, of their own or made."""
+OF_THE_WHOLE = ("Training code", "Datasets", "Data card", "Data preprocessing code", "Model parameters (Intermediate)")
+"""What a training proves only if it began with nothing."""
 WEIGHT_FILES = ("model*.safetensors", "model.safetensors.index.json")
 
 
@@ -120,11 +126,14 @@ def gather(folder: Path, wish: Wish) -> Gathered:
     check_links(folder)
     results = _json(folder / "results.json")
     stages = [_json(file) | {"folder": file.parent.name} for file in sorted(folder.glob("stages/*/manifest.json"))]
-    new = bool(stages) or results.get("model") == NEW
-    base = None if new else _base(folder, results, wish)
+    tuned = next((name for stage in stages if isinstance(name := stage["settings"].get("model"), str) and name), "")
+    new = (bool(stages) or results.get("model") == NEW) and not tuned
+    base = None if new else _base(folder, tuned, results, wish)
     licences = _licences(wish, base)
     architectures = tuple(read_json(folder / "config.json").get("architectures") or ())
     found = _model(folder, base, architectures) | (_trained(folder, stages) if stages else {})
+    if tuned:  # how the model that it begins with came about is not in the folder
+        found = {name: each for name, each in found.items() if name not in OF_THE_WHOLE}
     with reading(folder / "results.json"):
         found |= _measured(folder, results)
     if new and not stages:
@@ -162,22 +171,28 @@ def _json(file: Path) -> dict[str, Any]:
     return read_json(file) if file.is_file() else {}
 
 
-def _base(folder: Path, results: Mapping[str, Any], wish: Wish) -> tuple[str, str]:
-    """Name and licence of the model that this one was made from, or that it is."""
-    name = str(results.get("model", folder.name))
+def _base(folder: Path, tuned: str, results: Mapping[str, Any], wish: Wish) -> tuple[str, str]:
+    """Name and licence of the model that this one was made from, or that it is; the folder of one that stages have ``tuned`` speaks for it."""
+    name, place = tuned or str(results.get("model", folder.name)), Path(tuned) if tuned and Path(tuned).is_dir() else folder
     known = ASSETS.get(name)
-    said = wish.base_licence or (known.licence.split(" (")[0] if known else "") or _card_licence(folder)
+    said = wish.base_licence or (known.licence.split(" (")[0] if known else "") or _card_licence(place)
     there = {
         each
-        for file in sorted(folder.glob("LICEN[CS]E*"))
+        for file in sorted(place.glob("LICEN[CS]E*"))
         for each in detect(file.read_text(encoding="utf-8", errors="replace"))
     }
-    if said and there and said not in there:
+    if said and there and _either(said) not in map(_either, there):
         raise Problem(
             f"Two licences conflict: {said} is stated, and the text of {' and '.join(sorted(there))} is in the folder.", why="only one can hold.",
-            fix="mend the card or the file; `--base-licence` says which one holds.",
+            fix="mend the card, the file or `--base-licence`.",
         )  # fmt: skip
-    return name, said or " AND ".join(sorted(there))
+    licence = said or " AND ".join(sorted(there))
+    return name, plain(licence) if licence and not there else licence
+
+
+def _either(licence: str) -> str:
+    """Without what the text of a licence leaves open: whether later ones hold too."""
+    return licence.removesuffix("-only").removesuffix("-or-later")
 
 
 def _card_licence(folder: Path) -> str:
@@ -247,13 +262,27 @@ def _trained(folder: Path, stages: list[dict[str, Any]]) -> dict[str, Evidence]:
             lock, "the stages `curate` and `tokenize`, with every setting, carried out by Duramen"
         )
         files = tuple(name for name in visible_files(folder) if name.startswith(f"{place}/data/"))
-        found["Datasets"] = Evidence(files, "the documents that were learned and set apart", joined(licences.values()))
+        own = sorted(
+            {
+                stage["method"]
+                for stage in stages
+                if stage["settings"].get("data", EXERCISES) != EXERCISES and stage["method"] in TUNED
+            }
+        )
+        terms = joined(licences.values()) if not own else "unlicensed"
+        said = f"; what {' and '.join(own)} learned is not among them" if own else ""
+        found["Datasets"] = Evidence(files, f"the documents that were learned and set apart{said}", terms)
         found["Data card"] = Evidence(
             (f"{FOLDER}/DATA_CARD.md", f"{FOLDER}/croissant.json"), "sources, terms and what was left out"
         )
     if "pretrain" in kinds:
         found["Training code"] = Evidence(lock, "all stages, with every setting, carried out by Duramen")
-        kept = tuple(name for name in visible_files(folder) if "/checkpoints/" in name)
+        last = {f"stages/{stage['folder']}": int(stage["settings"].get("steps", 0)) for stage in stages}
+        kept = tuple(
+            name
+            for name in visible_files(folder)
+            if (at := re.match(r"(stages/[^/]+)/checkpoints/step-(\d+)/", name)) and int(at[2]) < last.get(at[1], 0)
+        )
         if kept:
             found["Model parameters (Intermediate)"] = Evidence(kept, "checkpoints on the way, with the optimizer's moments")
     manifests = tuple(f"stages/{stage['folder']}/manifest.json" for stage in stages)
@@ -270,7 +299,8 @@ def joined(licences: Any) -> str:
 
 def plain(licence: str) -> str:
     """An SPDX id of how a source states its licence, without what it says beyond it; ``LicenseRef`` for what is none."""
-    bare = licence.split(" (", maxsplit=1)[0].strip()
+    embedded = licence in {asset.licence for asset in (ASSETS | DEBIAN).values()}  # whose words behind are a remark
+    bare = licence.split(" (", maxsplit=1)[0].strip() if embedded else licence.strip()
     try:
         parse(bare)
     except Problem:
@@ -291,17 +321,14 @@ def _measured(folder: Path, results: Mapping[str, Any]) -> dict[str, Evidence]:
     if not results.get("evaluations"):
         return {}
     names = measured_on(results)
-    licences = [asset.licence for name in names if (asset := (ASSETS | DEBIAN).get(name))]
-    if DRAWN in names:
-        licences.append(USUAL["code"])
+    known = {name: asset.licence for name, asset in (ASSETS | DEBIAN).items()} | {DRAWN: USUAL["code"]}
+    terms = joined(known[name] for name in names) if all(name in known for name in names) else "unlicensed"
     found = {
         "Evaluation code": Evidence(
             _top(folder, "recipe.lock.yaml"), "the steps that measure, with every setting, carried out by Duramen"
         ),
         "Evaluation results": Evidence(_top(folder, "results.json", "report.html"), "figures with intervals and counts"),
-        "Evaluation data": Evidence(
-            (f"{FOLDER}/evaluation.json",), f"{', '.join(names)}: packages, files and hashes", joined(licences)
-        ),
+        "Evaluation data": Evidence((f"{FOLDER}/evaluation.json",), f"{', '.join(names)}: packages, files and hashes", terms),
     }
     if any(each.get("generations") for each in results["evaluations"]):
         found["Sample model outputs"] = Evidence((f"{FOLDER}/samples.md",), "greedy continuations")

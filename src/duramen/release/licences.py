@@ -79,6 +79,8 @@ MENDED: dict[Kind, set[str]] = {
     "document": FITTING["document"] | {"OpenMDW-1.1"},
 }
 MENDED_OPEN = {"PDDL-1.0", "CC-PDDC", "FreeBSD-DOC", "MulanPSL-1.0", "OpenMDW-1.0", "OpenMDW-1.1"}
+CLOSING = ("commons clause", "good, not evil")
+"""What closes an open text that it stands in."""
 UNLICENSED = "unlicensed"
 NONE = ("", UNLICENSED)
 CUSTOM = re.compile(r"^(LicenseRef|DocumentRef)-[\w.:-]+$")
@@ -155,8 +157,9 @@ def parse(expression: str) -> Any:
         tree = Licensing().parse(expression, validate=False)
     except (ExpressionError, ExpressionParseError) as error:
         raise _unknown(expression, f"it cannot be read: {error}") from error
+    exceptions = re.findall(r"\bWITH\s+([\w.+-]+)", expression)
     ids = [str(key) for key in Licensing().license_keys(tree)]
-    for each in ids:
+    for each in set(ids) - set(exceptions):
         if each.removesuffix("+") not in spdx() and each not in OPEN_DATA | MENDED_OPEN and not CUSTOM.match(each):
             raise _unknown(each, "SPDX's list does not have it")
     return tree
@@ -251,7 +254,7 @@ def detect(text: str) -> list[str]:
                 *(
                     name
                     for name, (has, lacks) in PHRASES.items()
-                    if all(each in words for each in has) and not any(each in words for each in lacks)
+                    if all(each in words for each in has) and not any(each in words for each in (*lacks, *CLOSING))
                 ),
             ]
         )

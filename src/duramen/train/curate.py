@@ -18,8 +18,8 @@ from pydantic import BaseModel, ConfigDict, Field
 from duramen.assets import ASSETS, DEBIAN
 from duramen.calibrate.tokens import read_documents
 from duramen.problem import Exit, Problem, need
+from duramen.registry import Place, method
 from duramen.registry import Settings as Base
-from duramen.registry import method
 from duramen.rundir import write_json
 from duramen.train.stage import DATA, WORK, Stage
 
@@ -34,7 +34,7 @@ class Source(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
-    text: str
+    text: Place
     """Embedded text, file (.txt, .jsonl or .parquet with a column `text`), or folder of such files."""
     licence: str = ""
     """SPDX id; embedded texts know theirs."""
@@ -64,7 +64,7 @@ class Settings(Base):
     """Fewest and most words of a document."""
     quality: bool = True
     """Whether Gopher's rules hold: lengths of words, symbols, bullets, ellipses, letters, stop words."""
-    decontaminate: tuple[str, ...] = ()
+    decontaminate: tuple[Place, ...] = ()
     """Embedded tasks and texts, or files, that the model will be measured on."""
     decontaminate_words: Annotated[int, Field(ge=2)] = 13
     """Words in a row that a document must not share with them."""

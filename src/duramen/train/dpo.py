@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from duramen.problem import Problem
-from duramen.registry import method
+from duramen.registry import Place, method
 from duramen.train.stage import WORK, Stage
 from duramen.train.tuning import TuningSettings, as_turns, divided, read_pairs, tuned
 
@@ -22,7 +22,7 @@ LOSSES = {"length_normalised": "sigmoid_norm", "plain": "sigmoid"}
 class Settings(TuningSettings):
     """Settings of preference optimisation."""
 
-    data: str
+    data: Place
     """Pairs: a jsonl file with `prompt`, `chosen` and `rejected`, as texts or turns; or `exercises`, which are made."""
     loss: Literal["length_normalised", "plain"] = "length_normalised"
     """Whether an answer's log-ratio is divided by its tokens."""

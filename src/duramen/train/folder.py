@@ -22,6 +22,8 @@ TEXT_FILES = (
     "chat_template.jinja",
     "vocab.json",
     "merges.txt",
+    "tokenizer.model",
+    "added_tokens.json",
 )
 
 

@@ -13,9 +13,9 @@ import torch
 from pydantic import Field
 
 from duramen.families.model import BlockModel
-from duramen.problem import Problem
+from duramen.problem import Exit, Problem
+from duramen.registry import Place, method
 from duramen.registry import Settings as Base
-from duramen.registry import method
 from duramen.rundir import write_json
 from duramen.train.folder import open_causal, save_causal
 from duramen.train.stage import MODEL, Stage
@@ -32,7 +32,7 @@ class Settings(Base):
     """Equal groups of blocks, after each of which new ones come."""
     copies: Annotated[int, Field(ge=1)] = 1
     """New blocks after each group."""
-    model: str = ""
+    model: Place = ""
     """Folder of the model; empty for that of the stage before."""
 
 
@@ -55,6 +55,11 @@ def apply(stage: Stage, settings: Settings) -> dict[str, Any]:
     tokens = torch.arange(32)[None] % network.config.vocab_size
     with torch.no_grad():
         difference = float((open_causal(stage.folder / MODEL)(tokens).logits - network(tokens).logits).abs().max())
+    if difference > 1e-5:
+        raise Problem(
+            f"The deeper model's logits differ by {difference:.3g}.", why="a new block of this family adds to the stream whatever its projections are.",
+            fix="a model of another family.", code=Exit.INCOMPATIBLE,
+        )  # fmt: skip
     blocks = {"before": network.config.num_hidden_layers, "after": grown.config.num_hidden_layers}
     return {"blocks": blocks, "new": new, "largest_difference": difference}
 
@@ -104,7 +109,13 @@ def grow(network: Any, groups: int, copies: int) -> tuple[Any, list[int]]:
     fresh = {}
     for name in grown.state_dict():
         number, _, rest = name.removeprefix(inside).partition(".")
-        fresh[name] = state[f"{inside}{old[int(number)]}.{rest}" if name.startswith(inside) else name].clone()
+        there = f"{inside}{old[int(number)]}.{rest}" if name.startswith(inside) and number.isdigit() else name
+        if there not in state:
+            raise Problem(
+                f"The deeper model wants {name}, and the model has no {there}.", why="its blocks are of several kinds, in a fixed order.",
+                fix="a model whose blocks are all alike.",
+            )  # fmt: skip
+        fresh[name] = state[there].clone()
     grown.load_state_dict(fresh)
     model = BlockModel.of(grown)
     for block in new:

@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from duramen.problem import Exit, Problem
-from duramen.registry import method
+from duramen.registry import Place, method
 from duramen.train.rewards import REWARDS, Reward
 from duramen.train.stage import WORK, Stage
 from duramen.train.tuning import TuningSettings, as_turns, read_pairs, tuned
@@ -37,7 +37,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
 class Settings(TuningSettings):
     """Settings of policy optimisation."""
 
-    data: str
+    data: Place
     """Prompts: a jsonl file with `prompt` and `answer`; or `exercises`, which are made."""
     reward: Literal["exact", "near", "number", "pattern", "mathematics"] = "exact"
     """How an answer is judged by the expected one."""

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+import numpy as np
 import torch
 from pydantic import Field
 from torch import Tensor, nn
@@ -264,7 +265,8 @@ def learn(stage: Stage, settings: Settings, network: Any, only: set[str] | None)
 def first_rows(corpus: Corpus, most: int) -> Rows:
     """Rows of all sources, evenly spread, for the held-out loss."""
     wanted = [(source, number) for source, each in corpus.packed.items() for number in range(len(each.rows))]
-    return corpus.rows(wanted[:: max(1, len(wanted) // most)][:most])
+    spread = np.linspace(0, len(wanted) - 1, min(most, len(wanted))).round().astype(int)
+    return corpus.rows([wanted[place] for place in spread])
 
 
 class Metrics:

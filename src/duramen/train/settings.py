@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from duramen.registry import Settings
+from duramen.registry import Place, Settings
 from duramen.train.schedule import Schedule
 
 
@@ -39,7 +39,7 @@ class TrainSettings(ScheduleSettings):
 
     held_out: Annotated[float, Field(gt=0, le=0.5)] = 0.125
     """Share of the sequences that are not trained on."""
-    data: str = ""
+    data: Place = ""
     """Examples to learn instead of the recipe's text: a jsonl file with `text`, `prompt` and `completion`, `instruction` and `output`, or `messages`; only responses count."""
     recompute: bool = False
     """Whether blocks run again in the backward pass instead of keeping what is inside them: less memory, a third more time."""
@@ -49,7 +49,7 @@ class TrainSettings(ScheduleSettings):
     """Share of the divergence from the dense model in `distill`."""
     temperature: Annotated[float, Field(gt=0)] = 1.0
     """By which both models' logits are divided in the divergence, which then counts its square."""
-    parent: str = ""
+    parent: Place = ""
     """The dense model: folder, embedded name, GGUF file or hub id; empty for the model that the recipe began with."""
     only: tuple[str, ...] = ()
     """Layers to change, by role (`down`), block range (`blocks:4-27`) or glob; empty means all."""

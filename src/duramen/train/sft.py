@@ -8,8 +8,8 @@ import numpy as np
 from pydantic import Field
 
 from duramen.problem import Problem
-from duramen.registry import method
-from duramen.train.data import examples, tokenise
+from duramen.registry import Place, method
+from duramen.train.data import examples, keeps_apart, tokenise
 from duramen.train.stage import TOKENS, WORK, Stage
 from duramen.train.text import read_corpus
 from duramen.train.tuning import TuningSettings, divided, tuned
@@ -18,7 +18,7 @@ from duramen.train.tuning import TuningSettings, divided, tuned
 class Settings(TuningSettings):
     """Settings of supervised tuning."""
 
-    data: str
+    data: Place
     """Examples: a jsonl file with `text`, `prompt` and `completion`, `instruction` and `output`, or `messages`; or `exercises`, which are made."""
     epochs: Annotated[float, Field(gt=0)] = 2
     """How often the examples are seen."""
@@ -63,14 +63,20 @@ def _trainer(network: Any, tokenizer: Any, file: str, stage: Stage, settings: Se
     ]
     learned, aside = divided(rows, settings)
     replayed = text_again(stage, settings, sum(len(row["input_ids"]) for row in learned)) if settings.replay else []
+    packed = settings.packing and keeps_apart(network, len(tokenizer))
     config = SFTConfig(
-        max_length=settings.length, packing=settings.packing, eval_packing=False, eval_strategy="steps", eval_steps=settings.every,
+        max_length=settings.length, packing=packed, eval_packing=False, eval_strategy="steps", eval_steps=settings.every,
         average_tokens_across_devices=True, **settings.arguments(stage.folder / WORK),
     )  # fmt: skip
     trainer = SFTTrainer(
         network, config, train_dataset=Dataset.from_list(learned + replayed), eval_dataset=Dataset.from_list(aside), processing_class=tokenizer,
     )  # fmt: skip
-    counts = {"examples": len(learned), "held_out_examples": len(aside), "without_target": len(documents) - len(fine)}
+    counts = {
+        "examples": len(learned),
+        "held_out_examples": len(aside),
+        "without_target": len(documents) - len(fine),
+        "packed": packed,
+    }
     return trainer, counts | {"replayed_pieces": len(replayed)}
 
 

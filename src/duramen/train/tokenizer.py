@@ -19,8 +19,8 @@ from pydantic import Field
 from safetensors import SafetensorError, safe_open
 
 from duramen.problem import Exit, Problem
+from duramen.registry import Place, method
 from duramen.registry import Settings as Base
-from duramen.registry import method
 from duramen.rundir import write_json, write_tensors
 from duramen.train.curate import SPLITS, read_documents_of, read_split
 from duramen.train.stage import DATA, TOKENIZER, TOKENS, Stage
@@ -42,7 +42,7 @@ class Settings(Base):
 
     vocabulary: Annotated[int, Field(ge=300)] = 4096
     """Tokens, special ones counted."""
-    tokenizer: str = ""
+    tokenizer: Place = ""
     """Folder of a model whose tokenizer is taken as it is; empty to learn one."""
 
 

@@ -22,6 +22,8 @@ from pydantic import Field
 from duramen.calibrate import ranks
 from duramen.hardware.machine import forward_dtype
 from duramen.problem import Exit, Problem, need
+from duramen.reading import reading
+from duramen.registry import Place
 from duramen.registry import Settings as Base
 from duramen.rundir import hash_folder, write_json
 from duramen.train.checkpoint import MANIFEST, damaged
@@ -33,9 +35,9 @@ from duramen.train.stage import MODEL, Stage
 class TuningSettings(Base):
     """What every stage takes that tunes a model on TRL."""
 
-    data: str
+    data: Place
     """What is learned."""
-    model: str = ""
+    model: Place = ""
     """Folder of the model; empty for that of the stage before."""
     learning_rate: Annotated[float, Field(gt=0)] = 5e-6
     """Of AdamW at its height."""
@@ -233,7 +235,9 @@ def read_pairs(file: str, fields: tuple[str, ...]) -> list[dict[str, Any]]:
     if not place.is_file():
         raise Problem(f"There is no file {place}.", why="`data` names the examples.", fix=f"a jsonl file with {wanted}.")
     rows = []
-    for number, line in enumerate(place.read_text(encoding="utf-8").splitlines(), 1):
+    with reading(place):
+        lines = place.read_text(encoding="utf-8").split("\n")  # other ends of lines may stand inside a text
+    for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
         try:
@@ -257,15 +261,28 @@ def _no_row(place: Path, number: int, why: str, wanted: str) -> Problem:
 
 def divided(rows: list[Any], settings: TuningSettings) -> tuple[list[Any], list[Any]]:
     """Rows that are learned, and evenly spread ones that are not, of the first ones."""
-    every = max(2, round(1 / settings.held_out))
     rows = rows[: settings.examples or None]
+    every = min(max(2, round(1 / settings.held_out)), len(rows))
     return [row for number, row in enumerate(rows) if number % every != every - 1], rows[every - 1 :: every]
 
 
 def as_turns(tokenizer: Any, prompt: Any, answer: Any) -> tuple[Any, Any]:
-    """A prompt and its answer as turns where the tokenizer has a chat template, else as text with its end."""
+    """A prompt and its answer as turns where the tokenizer has a chat template, else as text with its end.
+
+    Raises:
+        Problem: If one is neither text nor turns, or the tokenizer does not know how turns are written.
+    """
+    odd = next((each for each in (prompt, answer) if not isinstance(each, str | list)), None)
+    if odd is not None:
+        raise Problem(f"An example has {odd!r} where a text or turns should be.", why="it is neither.", fix="quotes around it.")
     if not isinstance(prompt, str) or not isinstance(answer, str):
-        return prompt, answer
+        if not tokenizer.chat_template:
+            raise Problem(
+                "The examples are turns, and the tokenizer has no chat template.", why="nothing says how turns are written.",
+                fix="examples as texts, or a tokenizer with a template.",
+            )  # fmt: skip
+        asked = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+        return asked, [{"role": "assistant", "content": answer}] if isinstance(answer, str) else answer
     if tokenizer.chat_template:
         return [{"role": "user", "content": prompt}], [{"role": "assistant", "content": answer}]
     return prompt, answer + (tokenizer.eos_token or "")
