@@ -143,10 +143,12 @@ def test_a_recipe_exports_what_it_made_and_the_report_says_so(model, texts, tmp_
         {"method": "multiweight", "pattern": "2:4", "effort": "fast"},
         {"method": "gptq", "format": "W4A8 g32"},
         {"method": "qat", "steps": 2, "every": 1, "batch": 2},
-        {"method": "export", "form": "onnx"},
-        {"method": "export", "form": "compressed"},
+        {"method": "export", "form": "onnx", "id": "onnx"},
+        {"method": "export", "form": "compressed", "id": "packed"},
         {"method": "export", "form": "gguf"},
     ]
+    with pytest.raises(Problem, match="Two exports would both be `exports/onnx`"):
+        duramen.plan(recipe(texts, *steps[:4], steps[4] | {"id": "onnx"}), str(model))
     planned = duramen.plan(recipe(texts, *steps), str(model))
     assert "ONNX Runtime" in planned["steps"][3]["note"]
     found = duramen.run(recipe(texts, *steps), str(model), tmp_path / "out")

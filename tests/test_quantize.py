@@ -16,6 +16,7 @@ from duramen.export.gguf import export_gguf
 from duramen.grids import Quantized, parse_format
 from duramen.problem import Problem
 from duramen.quantize.allocation import choose_widths
+from duramen.quantize.steps import rounded_to
 from duramen.report.page import write_report
 from duramen.rundir import CODES, FORMATS, MASKS, unpack_mask
 
@@ -227,3 +228,35 @@ def test_a_budget_of_bits_is_kept_and_bettered_by_choosing(llama, texts, tmp_pat
         duramen.run(recipe(texts, {"method": "rtn", "format": "W4 g8", "mean_bits": 3.0}), str(llama), tmp_path / "no")
     with pytest.raises(Problem, match="budget of weights"):
         duramen.plan(recipe(texts, {"method": "rtn", "format": "A8", "mean_bits": 3.0}), str(llama))
+
+
+def test_a_second_rounding_adds_to_the_first(texts, tmp_path):
+    """Codes and the rounding of inputs, in either order."""
+    tiny.save("llama", tmp_path / "model")
+    weights_, inputs = rounding(format="W4 g8"), {"method": "rtn", "format": "A8"}
+    for place, steps in (("a", (weights_, inputs)), ("b", (inputs, weights_))):
+        duramen.run(recipe(texts, *steps), str(tmp_path / "model"), tmp_path / place)
+        found = duramen.inspect(str(tmp_path / place))["codes"]
+        assert found["modules"] == {"W4A8 g8": 21}
+        assert found["broken"] == []
+
+
+def test_codes_of_zero_are_no_removed_weights(texts, tmp_path):
+    tiny.save("llama", tmp_path / "model")
+    steps = [{"method": "rtn", "format": "W2 row"}, {"method": "gptq", "format": "W8 row"}]
+    duramen.run(recipe(texts, *steps), str(tmp_path / "model"), tmp_path / "out")
+    assert not (tmp_path / "out" / MASKS).is_file()
+
+
+def test_small_steps_are_stored_as_they_are():
+    steps = torch.tensor([2.0**-20, 1e-6, 0.0])
+    assert rounded_to(steps, torch.float16).tolist() == pytest.approx([2.0**-20, 1e-6, 2.0**-24], rel=0.05)
+
+
+def test_what_rounds_as_it_runs_is_not_folded(texts, tmp_path):
+    tiny.save("llama", tmp_path / "model")
+    for step in ("smooth", "rotate"):
+        with pytest.raises(Problem, match=f"`{step}` cannot follow `rtn`"):
+            duramen.run(
+                recipe(texts, {"method": "rtn", "format": "KV4"}, {"method": step}), str(tmp_path / "model"), tmp_path / step
+            )

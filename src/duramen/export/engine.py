@@ -7,7 +7,7 @@ import re
 import signal
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -69,7 +69,7 @@ def run_engine(program: str, model: Path, prompts: Sequence[Sequence[int]], voca
         ``memory``: the most bytes that the process held.
 
     Raises:
-        Problem: If the engine crashed or said why not.
+        NotRun: If the engine crashed or said why not.
     """
     timed = prompt(vocabulary)[0].tolist()
     question = {
@@ -86,11 +86,23 @@ def run_engine(program: str, model: Path, prompts: Sequence[Sequence[int]], voca
             return {name: found[name] for name in found.files}
 
 
+class NotRun(Problem):
+    """An engine ended otherwise than well."""
+
+
+def run_or_said(run: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """What an engine found, or ``failed`` with why there is nothing: its crash is no fault of the file."""
+    try:
+        return run()
+    except NotRun as problem:
+        return {"failed": problem.why}
+
+
 def run_program(arguments: list[str], what: str) -> None:
     """Runs a Python program by this interpreter, its output aside.
 
     Raises:
-        Problem: If it ends otherwise than well, with the last that it said, or the signal that ended it.
+        NotRun: If it ends otherwise than well, with the last that it said, or the signal that ended it.
     """
     ended = subprocess.run([sys.executable, *arguments], capture_output=True, text=True, check=False)
     if ended.returncode:
@@ -98,12 +110,12 @@ def run_program(arguments: list[str], what: str) -> None:
         errors = [number for number, line in enumerate(lines) if re.match(r"[\w.]*(Error|Exception)\b", line)]
         said = lines[errors[-1] :][:3] if errors else lines[-1:]
         crashed = ended.returncode < 0
-        raise Problem(
+        raise NotRun(
             f"{what}.",
             why=f"it was ended by {signal.Signals(-ended.returncode).name}."
             if crashed
             else f"it says: {' '.join(said) or 'nothing'}",
-            fix="the file is kept; another version of the engine may open it.",
+            fix="another version of the engine.",
             code=Exit.CHECK_FAILED,
         )
 

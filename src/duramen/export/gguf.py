@@ -14,6 +14,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -23,7 +24,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from duramen.export.engine import PROMPTS, hold_against
+from duramen.export.engine import PROMPTS, hold_against, run_or_said
 from duramen.families import OWN
 from duramen.families.model import BlockModel
 from duramen.grids import Inputs, Quantized
@@ -83,8 +84,8 @@ def export_gguf(folder: Path, file: Path, *, kind: Type = "f16") -> dict[str, An
     shapes = gguf_shapes(model)
     alike = _alike(shapes) and 0 not in (shapes[0].heads, shapes[0].ffn)
     architecture = "llama" if alike else "deci"
-    with replacing(file) as partial:
-        writer = gguf.GGUFWriter(partial, architecture, use_temp_file=True)
+    with replacing(file) as unfinished:
+        writer = gguf.GGUFWriter(unfinished, architecture, use_temp_file=True)
         _write_header(writer, model, shapes, folder.resolve().name)
         _write_type(writer, codes, kind)
         _write_tokenizer(writer, folder)
@@ -97,11 +98,13 @@ def export_gguf(folder: Path, file: Path, *, kind: Type = "f16") -> dict[str, An
         writer.write_kv_data_to_file()
         writer.write_tensors_to_file()
         writer.close()
-        count, error = _read_back(partial, _tensors(model, shapes, codes), kind)
-        small = 16 * sum(p.numel() for p in model.network.parameters()) < total_memory()
-        plain = architecture == "llama" and _rotary_factors(model) is None and kind in ("f16", "q8_0")
-        there = {"llama.cpp": find_spec("xllamacpp"), "OpenVINO": plain and find_spec("openvino_genai")}
-        ran = {engine: run_gguf(engine, partial, folder, coded=codes) for engine in there if there[engine] and small}
+        count, error = _read_back(unfinished, _tensors(model, shapes, codes), kind)
+    small = 16 * sum(p.numel() for p in model.network.parameters()) < total_memory()
+    plain = architecture == "llama" and _rotary_factors(model) is None and kind in ("f16", "q8_0")
+    there = {"llama.cpp": find_spec("xllamacpp"), "OpenVINO": plain and find_spec("openvino_genai")}
+    ran = {
+        engine: run_or_said(partial(run_gguf, engine, file, folder, coded=codes)) for engine in there if there[engine] and small
+    }
     return {
         "architecture": architecture, "bytes": file.stat().st_size, "tensors": count, "coded": coded, "largest_error": error, "ran": ran,
     }  # fmt: skip

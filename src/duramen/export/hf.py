@@ -41,6 +41,8 @@ from duramen.rundir import (
 
 TOLERANCE = 1e-3
 """Largest difference of logits after reopening, relative to the largest logit."""
+WEIGHTS = (".safetensors", ".bin", ".pth", ".pt", ".h5", ".msgpack", ".onnx", ".gguf")
+"""Ends of the names of files with weights. Those of the source in other forms, as Mistral's consolidated ones, would be taken for the result by programs that look for them first."""
 _OWN = {
     INDEX,
     MASKS,
@@ -136,7 +138,7 @@ def _write_masks(source: Path, store: BlockStore, num_blocks: int, folder: Path,
 def copy_other_files(source: Path, folder: Path, *, but: tuple[str, ...] = ()) -> None:
     """Copies config, tokenizer and whatever else belongs to the source, byte for byte; weights, run files and those of ``but`` stay behind."""
     for file in sorted(source.iterdir()):
-        weights = file.name.startswith(("model", "pytorch_model")) and file.suffix in (".safetensors", ".bin")
+        weights = file.suffix in WEIGHTS or file.name in ("params.json", "pytorch_model.bin.index.json")
         if file.is_file() and not weights and file.name not in (*_OWN, *but) and not file.name.startswith("."):
             shutil.copyfile(file, folder / file.name)
 

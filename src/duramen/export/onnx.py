@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from torch import Tensor
 
-from duramen.export.engine import hold_against, run_program
+from duramen.export.engine import hold_against, run_or_said, run_program
 from duramen.export.packed import check_empty, common_group, container, pack_bytes, unsigned, write_packed
 from duramen.families import OWN
 from duramen.families.checkpoint import Checkpoint
@@ -67,7 +67,7 @@ def export_onnx(folder: Path, out: Path, *, kind: Type = "auto") -> dict[str, An
         )  # fmt: skip
     found = {"bytes": sum(file.stat().st_size for file in out.glob("model.onnx*")), "coded": len(codes), "type": chosen}
     inputs = {name: Inputs(8, width) for name, width in blocks.items()} if chosen == "int8" else {}
-    return found | {"ran": {"ONNX Runtime": _checked(folder, out, inputs)}}
+    return found | {"ran": {"ONNX Runtime": run_or_said(lambda: _checked(folder, out, inputs))}}
 
 
 def write_olive(folder: Path, out: Path, codes: dict[str, Quantized]) -> dict[str, int]:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+from pydantic import model_validator
+
 from duramen.export.compressed import export_compressed
 from duramen.export.gguf import Type as GgufType
 from duramen.export.gguf import export_gguf
@@ -33,6 +35,16 @@ class Settings(MethodSettings):
     type: str = "auto"
     """GGUF: type of the matrices without codes, `f32`, `f16` (auto), `bf16` or `q8_0`. ONNX: what coded layers multiply with, `float` or `int8`; auto is `int8` where inputs are rounded."""
 
+    @model_validator(mode="after")
+    def _type_is_known(self) -> Settings:
+        if self.type != "auto" and self.type not in TYPES[self.form]:
+            raise Problem(
+                f"{self.form} has no type {self.type!r}.",
+                why=f"its types are {', '.join(TYPES[self.form])}." if TYPES[self.form] else "there is nothing to choose.",
+                fix="`auto`, or leave it out.",
+            )
+        return self
+
 
 @method("export", title="Export", paper="documented in export/", kind="export", settings=Settings)
 def apply(folder: Path, out: Path, **settings: object) -> dict[str, Any]:
@@ -50,12 +62,6 @@ def apply(folder: Path, out: Path, **settings: object) -> dict[str, Any]:
         Problem: On a type that the format does not have, or if the model cannot be expressed in it, or comes out as another one.
     """
     chosen = Settings.model_validate(settings)
-    if chosen.type != "auto" and chosen.type not in TYPES[chosen.form]:
-        raise Problem(
-            f"{chosen.form} has no type {chosen.type!r}.",
-            why=f"its types are {', '.join(TYPES[chosen.form])}." if TYPES[chosen.form] else "there is nothing to choose.",
-            fix="`auto`, or leave it out.",
-        )
     found: dict[str, Any]
     if chosen.form == "gguf":
         kind = "f16" if chosen.type == "auto" else chosen.type

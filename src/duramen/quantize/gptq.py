@@ -154,11 +154,12 @@ def quantize(
     refine: int = 4,
     damping: float = 0.01,
     factor: Factor | None = None,
+    pruned: Bool[Tensor, "O I"] | None = None,
 ) -> Pruned:
     """Rounds by GPTQ, and refines.
 
     Args:
-        weight: [O, I]; where it is sparse its zeros stay.
+        weight: [O, I].
         gram: XXᵀ over tokens, [I, I].
         grid: What to round to.
         step: How steps are chosen before the first column is rounded.
@@ -167,6 +168,7 @@ def quantize(
         refine: Rounds of refinement at most.
         damping: λ as a share of the mean diagonal of the Gram.
         factor: The Gram with this damping, factorised in its natural order, where the caller has it already.
+        pruned: What must stay zero, [O, I]; None for all zeros of a sparse weight.
 
     Raises:
         Problem: On shapes or settings that do not fit.
@@ -174,7 +176,7 @@ def quantize(
     check_shapes(weight, gram)
     factor = factor or factorise(gram, damping, dtype=compute_dtype(weight))
     hessian = factor.hessian
-    work, pruned = weight.to(hessian.dtype), lasting_zeros(weight)
+    work, pruned = weight.to(hessian.dtype), lasting_zeros(weight) if pruned is None else pruned
     steps, zeros = choose_steps(work, grid, step, hessian.diagonal())
     steps = rounded_to(steps, step_type)
     alpha, zero = of_every_weight(steps, zeros, work.shape[1])

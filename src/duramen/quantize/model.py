@@ -19,12 +19,14 @@ from duramen.families.select import filter_layers
 from duramen.grids import Format, Quantized, parse_format
 from duramen.problem import Exit, Problem
 from duramen.prune.layer import GRID, DampingGrid, HeldOut, PruneFunction, prepare, prune_layer
+from duramen.prune.masks import Masks
 from duramen.prune.pruned import Pruned
 from duramen.prune.reconstruct import output_error
 from duramen.quantize.allocation import choose_widths, survey
 from duramen.quantize.steps import Step
 from duramen.registry import Settings
 from duramen.rounding import start_rounding
+from duramen.rundir import read_formats
 
 OWN = {"format", "mean_bits", "widths", "only", "skip", "damping", "damping_grid", "held_out", "dense_target", "step_type"}
 """Settings that this file handles; all others go to the rounding function as they are."""
@@ -88,7 +90,8 @@ class QuantizeSettings(Settings):
     @property
     def leaves(self) -> tuple[str, ...]:
         """See ``duramen.order``."""
-        return ("codes",) if parse_format(self.format).weights else ()
+        wanted = parse_format(self.format)
+        return ("codes",) * (wanted.weights is not None) + ("rounding",) * wanted.runs
 
     @property
     def undoes(self) -> tuple[str, ...]:
@@ -127,14 +130,19 @@ def quantize_model(
     blocks, wanted = BlockModel.of(model), parse_format(settings.format)
     names = filter_layers(blocks.layer_names(), settings.only, settings.skip)
     formats = formats_of(blocks, names, wanted)
-    choose, walk = getattr(settings, "damping", None) == "held-out", walk or Walk()
+    choose, walk, masks = getattr(settings, "damping", None) == "held-out", walk or Walk(), Masks(blocks)
     if settings.mean_bits is not None:
         widths = walk.memo("widths", lambda: _widths(blocks, tokens, settings, names, walk))
         formats |= {name: replace(formats[name], weights=replace(wanted.weights, bits=bits)) for name, bits in widths.items()}  # type: ignore[type-var]
 
     def edit(layers: list[Layer], statistics: Statistics) -> Callable[[Layer], dict[str, Any]]:
         stage = prepare(quantize, layers, statistics, settings, {"grid": formats[layers[0].name].weights})
-        return lambda layer: prune_layer(quantize, layer, stage, settings, {"grid": formats[layer.name].weights})
+
+        def rounded(layer: Layer) -> dict[str, Any]:
+            target = {"grid": formats[layer.name].weights, "pruned": masks.removed(layer.name, layer.read())}
+            return prune_layer(quantize, layer, stage, settings, target)
+
+        return rounded
 
     records = walk_blocks(
         blocks, tokens, edit, names if wanted.weights else [], walk=walk,
@@ -158,8 +166,15 @@ def _widths(blocks: BlockModel, tokens: Tensor, settings: QuantizeSettings, name
     return choose_widths(walk_blocks(blocks, tokens, look, names, walk=looking), settings.widths, budget)
 
 
+def _also(wanted: Format, before: Format | None) -> Format:
+    """A format, with what an earlier one rounds beside it."""
+    if before is None:
+        return wanted
+    return Format(wanted.weights or before.weights, wanted.inputs or before.inputs, wanted.cache or before.cache)
+
+
 def formats_of(model: BlockModel, names: Sequence[str], wanted: Format) -> dict[str, Format]:
-    """What the named layers, and the attention of their blocks, round.
+    """What the named layers, and the attention of their blocks, round; what an earlier step has made them round they still do.
 
     Raises:
         Problem: On groups that do not fit, or layers or attention whose inputs, keys or values cannot be reached.
@@ -177,7 +192,8 @@ def formats_of(model: BlockModel, names: Sequence[str], wanted: Format) -> dict[
                 why="its block reads the weight without calling the layer.",
                 fix=f"leave such layers out (`skip: [{where[name][0]}]`), or a format without `A`.",
             )
-    found = dict.fromkeys(names, layer) if layer != Format() else {}
+    before = {} if model.checkpoint is None else read_formats(model.checkpoint.folder)
+    found = {name: _also(layer, before.get(name)) for name in names} if layer != Format() else {}
     if wanted.cache:
         touched = tuple(f"{model.family.blocks}.{block}." for block in {where[name][1] for name in names})
         inside = [path for path in attention_paths(model.network) if path.startswith(touched)]

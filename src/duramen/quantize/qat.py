@@ -22,7 +22,7 @@ from duramen.attention import Seen, attention_paths, watch
 from duramen.calibrate.statistics import Statistics
 from duramen.calibrate.walker import Records, Walk, walk_blocks
 from duramen.families.model import BlockModel, Layer, Model
-from duramen.families.select import filter_layers
+from duramen.families.select import trainable
 from duramen.grids import Format, parse_format
 from duramen.problem import Exit, Problem
 from duramen.prune.masks import Masks
@@ -218,7 +218,7 @@ def apply(model: Model, tokens: Tensor, *, walk: Walk | None = None, dense: Mode
     """
     chosen, walk = Settings.model_validate(settings), walk or Walk()
     blocks = BlockModel.of(model)
-    names = filter_layers(blocks.layer_names(), chosen.only, chosen.skip)
+    names = trainable(blocks, chosen.only, chosen.skip)
     formats = _formats(blocks, names, chosen)
     if dense is None and walk.parent is None and not chosen.parent and chosen.format and not _rounds(blocks):
         dense = _as_it_is(blocks)

@@ -39,7 +39,7 @@ class Settings(MethodSettings):
     @property
     def undoes(self) -> tuple[str, ...]:
         """See ``duramen.order``."""
-        return ("zeros", "codes", "reduction")
+        return ("zeros", "codes", "rounding", "reduction")
 
 
 def hadamard(width: int) -> Float[Tensor, "n n"] | None:

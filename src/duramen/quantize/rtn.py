@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from jaxtyping import Bool
 from torch import Tensor
 
 from duramen.calibrate.walker import Records, Walk
@@ -17,7 +18,13 @@ from duramen.registry import method
 
 
 def quantize(
-    weight: Tensor, gram: Tensor, *, grid: Grid, step: Step = "weighted", step_type: torch.dtype = torch.float32
+    weight: Tensor,
+    gram: Tensor,
+    *,
+    grid: Grid,
+    step: Step = "weighted",
+    step_type: torch.dtype = torch.float32,
+    pruned: Bool[Tensor, "O I"] | None = None,
 ) -> Pruned:
     """Rounds to nearest.
 
@@ -27,6 +34,7 @@ def quantize(
         grid: What to round to.
         step: How steps are chosen.
         step_type: Type that steps are rounded to.
+        pruned: What must stay zero, [O, I]; None for all zeros of a sparse weight.
 
     Raises:
         Problem: On shapes or settings that do not fit.
@@ -35,7 +43,8 @@ def quantize(
     work = weight.to(compute_dtype(weight))
     steps, zeros = choose_steps(work, grid, step, gram.diagonal())
     steps = rounded_to(steps, step_type)
-    return finish(weight, pack(encode(work, steps, zeros, grid), steps.to(step_type), zeros, grid), gram, lasting_zeros(weight))
+    pruned = lasting_zeros(weight) if pruned is None else pruned
+    return finish(weight, pack(encode(work, steps, zeros, grid), steps.to(step_type), zeros, grid), gram, pruned)
 
 
 @method("rtn", title="Round to nearest", paper="the baseline of all", kind="quantize", settings=QuantizeSettings)

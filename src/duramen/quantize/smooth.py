@@ -41,7 +41,7 @@ class Settings(MethodSettings):
     @property
     def undoes(self) -> tuple[str, ...]:
         """See ``duramen.order``."""
-        return ("codes", "reduction")
+        return ("codes", "rounding", "reduction")
 
 
 def smoothing_scales(

@@ -78,4 +78,5 @@ def of_every_weight(
 
 def rounded_to(steps: Tensor, kind: torch.dtype) -> Tensor:
     """Steps as they will be stored, never zero."""
-    return steps.to(kind).clamp_min(torch.finfo(kind).tiny).to(steps.dtype)
+    least = torch.finfo(kind).tiny * (torch.finfo(kind).eps if kind == torch.float16 else 1)  # its normal numbers end at 6e-5
+    return steps.to(kind).clamp_min(least).to(steps.dtype)
