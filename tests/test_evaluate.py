@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 
+import duramen
 import tiny
 from duramen.assets import get_asset
 from duramen.evaluate import likelihood
@@ -15,6 +16,7 @@ from duramen.evaluate.evaluate import apply as measure
 from duramen.evaluate.perplexity import divergence, final_hidden, perplexity, token_losses
 from duramen.families.model import BlockModel
 from duramen.intervals import mean_interval, mean_of, paired_interval, wilson_interval
+from duramen.problem import Problem
 
 
 @pytest.mark.parametrize("name", ["llama", "bloom", "gemma3_text"])
@@ -155,3 +157,31 @@ def test_a_set_of_tasks_is_measured_task_by_task_and_averaged(tmp_path, monkeypa
     assert mean["documents"] == 24
     assert mean["after"]["acc"]["value"] == pytest.approx(np.mean([task["after"]["acc"]["value"] for task in found.values()]))
     assert mean["difference"]["value"] == 0
+
+
+def test_two_texts_of_one_name_and_two_vocabularies_are_refused(llama, tmp_path):
+    with pytest.raises(Problem, match="two texts would both be called `test`"):
+        duramen.evaluate(str(llama), text=["a/test.txt", "b/test.txt"])
+    other = tiny.save("gpt2", tmp_path / "other")
+    tokenizer = json.loads((other / "tokenizer.json").read_text())
+    tokenizer["added_tokens"].append(
+        {
+            "id": 259,
+            "content": "<more>",
+            "single_word": False,
+            "lstrip": False,
+            "rstrip": False,
+            "normalized": False,
+            "special": True,
+        }
+    )
+    (other / "tokenizer.json").write_text(json.dumps(tokenizer))
+    with pytest.raises(Problem, match="have other vocabularies"):
+        duramen.compare(str(llama), str(other), text=[], prompts=[], latency=False)
+
+
+def test_more_tokens_than_positions_are_refused():
+    with pytest.raises(Problem, match="has learned 512 positions"):
+        BlockModel.of(tiny.model("gpt2")).capture(tiny.ids(1, 600))
+    with pytest.raises(Problem, match="has learned 512 positions"):
+        BlockModel.of(tiny.model("opt")).capture(tiny.ids(1, 600))

@@ -101,3 +101,32 @@ def test_files_that_are_no_recipes(tmp_path, text, words):
     file.write_text(text)
     with pytest.raises(Problem, match=words):
         load_recipe(file)
+
+
+def test_an_id_is_no_path():
+    for name in ("../up", "/tmp/x", "", "."):
+        with pytest.raises(Problem, match="has the id"):
+            load_recipe({"steps": [{"method": "magnitude", "sparsity": 0.5, "id": name}]})
+
+
+def test_what_is_extended_lies_beside_and_has_no_step_twice(tmp_path):
+    base = "steps: [{method: evaluate, windows: 2}, {method: magnitude, sparsity: 0.5}]"
+    (tmp_path / "base.yaml").write_text(base)
+    (tmp_path / "child.yaml").write_text("extends: base.yaml\nsteps: [{method: magnitude, sparsity: 0.7}]")
+    assert [step["method"] for step in load_recipe(tmp_path / "child.yaml").steps] == ["evaluate", "magnitude"]
+    (tmp_path / "base.yaml").write_text(base.replace("]", ", {method: evaluate, windows: 4}]"))
+    with pytest.raises(Problem, match="several steps `evaluate`"):
+        load_recipe(tmp_path / "child.yaml")
+
+
+@pytest.mark.parametrize(
+    ("recipe", "override"),
+    [
+        ({"steps": ["magnitude"]}, "magnitude.sparsity=0.5"),
+        ({"steps": None}, "a.b=1"),
+        ({"calibration": 3, "steps": []}, "calibration.length=16"),
+    ],
+)
+def test_overrides_of_what_is_no_recipe(recipe, override):
+    with pytest.raises(Problem):
+        load_recipe(recipe, [override])

@@ -9,10 +9,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from duramen.problem import Exit, Problem
+from duramen.recipe import resolve_step
 from duramen.rundir import (
     BlockStore,
     Finished,
     RunDirectory,
+    hash_named,
     pack_mask,
     replacing,
     unpack_mask,
@@ -34,6 +36,22 @@ def test_the_same_run_goes_on_and_others_are_refused(tmp_path):
     for line in ('model.model.safetensors: "a1" -> "a2"', 'tokens: "b2" -> "b3"', "recipe.steps[0].sparsity: 0.5 -> 0.6"):
         assert line in caught.value.what
     assert caught.value.code == Exit.INCOMPATIBLE
+
+
+def test_what_settings_name_is_hashed_and_nothing_else(tmp_path, monkeypatch):
+    """A folder named like a method, a format or OUT is not what a setting means."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "parent").mkdir()
+    for name in ("a.txt", "parent/config.json", "auto", "refit"):
+        (tmp_path / name).write_text(name)
+    steps = [
+        resolve_step({"method": "evaluate", "text": ["a.txt", "boolq"]}, 0),
+        resolve_step({"method": "refit", "parent": "parent"}, 1),
+    ]
+    found = hash_named(step.settings for step in steps)
+    assert list(found) == ["a.txt", "parent/config.json"]
+    sources = {"method": "curate", "sources": [{"text": "a.txt", "licence": "MIT"}], "decontaminate": ["auto"]}
+    assert list(hash_named([resolve_step(sources, 0).settings])) == ["a.txt", "auto"]
 
 
 def test_a_folder_with_something_else_is_left_alone(tmp_path):

@@ -12,7 +12,7 @@ import torch
 from duramen.assets import open_model
 from duramen.calibrate import ranks
 from duramen.dial import Choice, Target, judge, met, turn
-from duramen.engine import Progress, carry_out, load_results, opening, prepare, silent, versions
+from duramen.engine import Progress, carry_out, check_steps, load_results, opening, prepare, silent, versions
 from duramen.evaluate.evaluate import Settings as EvaluateSettings
 from duramen.evaluate.evaluate import apply as measure
 from duramen.evaluate.evaluate import open_subject
@@ -125,7 +125,9 @@ def train(
     with ranks.joined():
         loaded = load_recipe(recipe, overrides)
         stages, rest = divided(loaded)
-        directory = RunDirectory(Path(out))
+        directory, after = RunDirectory(Path(out)), loaded.model_copy(update={"steps": tuple(rest)})
+        check_steps(after.resolved(), loaded.calibration.text)
+        directory.check_free(STAGES)
 
         curves: dict[str, list[tuple[int, float]]] = {}
 
@@ -140,7 +142,6 @@ def train(
                 write_live(directory.out / STAGES, {name: points for name, points in curves.items() if points})
 
         trained = run_stages(loaded, stages, directory.out, versions=versions(), tell=tell)
-        after = loaded.model_copy(update={"steps": tuple(rest)})
         context, steps = prepare(after, str(trained.model), directory.out, False, progress)
         made = trained.model.relative_to(directory.out).as_posix()
         return carry_out(context, steps, made, _command("train", recipe, "", out, overrides), trained.stages)
@@ -159,7 +160,7 @@ def _check_workers(recipe: Recipe, workers: int, address: str) -> None:
 
 
 def _command(verb: str, recipe: str | Path | dict[str, Any], model: str, out: str | Path, overrides: list[str] | None) -> str:
-    named = "recipe.yaml" if isinstance(recipe, dict) else str(recipe)
+    named = str(Path(out) / "recipe.yaml") if isinstance(recipe, dict) else str(recipe)
     words = [named, model, str(out), *(f"--set={item}" for item in overrides or [])]
     return shlex.join(["duramen", verb, *filter(None, words)])
 
@@ -187,6 +188,7 @@ def plan(
             fix="`duramen run`; the same line again goes on where it stopped.",
         )
     steps = loaded.resolved()
+    check_steps(steps, loaded.calibration.text)
     folder = open_model(model)
     check_order(steps, marks_of(folder))
     opened = BlockModel.from_folder(folder, allow_generic=allow_generic)

@@ -6,6 +6,7 @@ once per machine. Nothing here downloads; a missing asset raises with the one li
 
 from __future__ import annotations
 
+import contextlib
 import gzip
 import hashlib
 import importlib.util
@@ -160,6 +161,8 @@ class DebianAsset:
         """Unpacks the package into the cache; whether that went well."""
         import subprocess
 
+        if not all(map(shutil.which, ("apt-get", "dpkg-deb"))):
+            return False
         target = cache_folder() / "debian"
         target.mkdir(parents=True, exist_ok=True)
         if subprocess.run(["apt-get", "download", self.package], cwd=target, check=False).returncode:
@@ -258,13 +261,24 @@ def read_requests(path: Path) -> Iterator[dict[str, Any]]:
             yield json.loads(line)
 
 
+def find_text(name: str) -> Path:
+    """The file or folder of an embedded text.
+
+    Raises:
+        Problem: If there is none of this name, or it is not installed.
+    """
+    return DEBIAN[name].path() if name in DEBIAN and DEBIAN[name].kind == "text" else get_asset(name, "text").path()
+
+
 def read_text(name: str) -> list[str]:
     """The distinct documents of an embedded text, in order."""
-    if name in DEBIAN and DEBIAN[name].kind == "text":
-        files = sorted(DEBIAN[name].path().glob("*.md.gz"))
-        return list(dict.fromkeys(_plain(gzip.decompress(file.read_bytes()).decode()) for file in files))
+    place = find_text(name)
+    if place.is_dir():
+        return list(
+            dict.fromkeys(_plain(gzip.decompress(file.read_bytes()).decode()) for file in sorted(place.glob("*.md.gz")))
+        )
     asset = get_asset(name, "text")
-    return list(dict.fromkeys(asset.extract(row["doc"]) for row in read_requests(asset.path())))
+    return list(dict.fromkeys(asset.extract(row["doc"]) for row in read_requests(place)))
 
 
 def _plain(markdown: str) -> str:
@@ -286,12 +300,13 @@ def file_hash(path: Path) -> str:
     status = path.stat()
     key = hashlib.sha256(f"{path.resolve()} {status.st_size} {status.st_mtime_ns}".encode()).hexdigest()
     memo = cache_folder() / "hashes" / key
-    if memo.is_file():
-        return memo.read_text(encoding="ascii")
+    if memo.is_file() and len(known := memo.read_text(encoding="ascii")) == len(key):
+        return known
     with path.open("rb") as stream:
         digest = hashlib.file_digest(stream, "sha256").hexdigest()
-    memo.parent.mkdir(parents=True, exist_ok=True)
-    memo.write_text(digest, encoding="ascii")
+    with contextlib.suppress(OSError):  # it is taken again next time
+        memo.parent.mkdir(parents=True, exist_ok=True)
+        memo.write_text(digest, encoding="ascii")
     return digest
 
 

@@ -217,6 +217,8 @@ def sweep(
     typer.echo(
         f"{out / 'index.html'}: {len(lines) - len(refused)} runs" + "".join(f"\n{line.name}: {line.wrong}" for line in refused)
     )
+    if len(refused) == len(lines):
+        raise typer.Exit(Exit.INCOMPATIBLE)
 
 
 @app.command()
@@ -271,6 +273,8 @@ def video(
     from duramen.video.render import Wish, render
 
     _quiet()
+    if memory is not None and not 0 < memory < float("inf"):
+        raise Problem(f"`--memory {memory}` is no size.", why="it is in GiB.", fix="`--memory 4`")
     budget = None if memory is None else int(memory * 2**30)
     wish = Wish(prompt, image, frames, height, width, steps, full, budget, seed, quantize_text, quality)
     render(pipeline, out, wish, partial(typer.echo, err=True))

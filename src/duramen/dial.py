@@ -228,8 +228,17 @@ def edge(counts: Counts, most: float, tokenizer: int) -> Iterator[Rung]:
 
 
 def folder(counts: Counts, most: float, tokenizer: int) -> Iterator[Rung]:
-    """The one rung of an ordinary folder, whose weights stay numbers of their own: fewer of them."""
-    yield Rung("the model as it is", counts.stored, [])
+    """The one rung of an ordinary folder, whose weights stay numbers of their own: fewer of them.
+
+    Raises:
+        Problem: If the model is as small as that already.
+    """
+    if counts.stored <= most:
+        raise Problem(
+            f"The model is of {counts.stored / 1e6:,.1f} MB already.",
+            why=f"{most / 1e6:,.1f} MB were asked for.",
+            fix="a smaller `--target`.",
+        )
     inside = counts.stored * counts.coded / counts.weights
     share, cut = _cut(1 - (counts.stored - MARGIN * most) / inside)
     says = f"{share:.1%} of the weights inside the blocks stay, by search: less is stored, and less is multiplied"

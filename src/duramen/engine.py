@@ -18,7 +18,7 @@ from duramen.calibrate import ranks
 from duramen.calibrate.tokens import calibration_tokens
 from duramen.calibrate.walker import SCRATCH, Memo, Records, Walk
 from duramen.evaluate.evaluate import Settings as EvaluateSettings
-from duramen.evaluate.evaluate import Subject, check_texts, open_subject
+from duramen.evaluate.evaluate import Subject, check_subjects, open_subject
 from duramen.evaluate.evaluate import apply as measure
 from duramen.export.card import write_card
 from duramen.export.hf import annotate, assemble, copy_other_files, publish, verify_logits
@@ -33,7 +33,7 @@ from duramen.reading import read_json
 from duramen.recipe import Recipe, Step, write_recipe
 from duramen.registry import get_method
 from duramen.report.page import write_report
-from duramen.rundir import BlockStore, RunDirectory, hash_model, hash_tokens, read_formats, write_json
+from duramen.rundir import BlockStore, RunDirectory, hash_model, hash_named, hash_tokens, read_formats, write_json
 from duramen.stages import STAGES
 from duramen.tokens.folder import no_likelihood
 
@@ -123,6 +123,32 @@ def prepare(recipe: Recipe, model: str, out: Path, allow_generic: bool, progress
         Problem: If a step does not belong here, the model cannot be opened, or the folder holds another run.
     """
     steps = recipe.resolved()
+    check_steps(steps, recipe.calibration.text)
+    source = ranks.shared(open_model(model) if ranks.leads() else None)
+    check_order(steps, marks_of(source))
+    Checkpoint(source)
+    reading = any(get_method(step.method).kind not in ("evaluate", "export") for step in steps)
+    tokens = _tokens(recipe, source) if reading else torch.zeros(0, 0, dtype=torch.long)
+    directory = RunDirectory(out)
+    wanted = directory.recorded("recipe", "dtype") if recipe.dtype == "auto" else recipe.dtype
+    dtype = ranks.shared(forward_dtype(wanted) if ranks.leads() else None)
+    context = Context(recipe, source, directory, tokens, dtype, allow_generic, progress)
+    if ranks.leads():
+        _claim(context, steps)
+    ranks.wait()
+    return context, steps
+
+
+def check_steps(steps: list[Step], calibration: tuple[str, ...]) -> None:
+    """Stops before anything is computed on what can be told without the model.
+
+    Args:
+        steps: All that follow, in order.
+        calibration: Texts that nothing may be measured on.
+
+    Raises:
+        Problem: On steps that do not belong here or undo each other, texts or tasks that are not there, exports of one name.
+    """
     for step in steps:
         if get_method(step.method).kind == "train":
             raise Problem(
@@ -136,35 +162,31 @@ def prepare(recipe: Recipe, model: str, out: Path, allow_generic: bool, progress
                 why="this recipe has texts.",
                 fix="`images:` with `data: fashion-mnist`, or a folder, in the recipe.",
             )
-    source = ranks.shared(open_model(model) if ranks.leads() else None)
-    check_order(steps, marks_of(source))
-    Checkpoint(source)
-    reading = any(get_method(step.method).kind not in ("evaluate", "export") for step in steps)
-    tokens = _tokens(recipe, source) if reading else torch.zeros(0, 0, dtype=torch.long)
-    directory = RunDirectory(out)
-    wanted = directory.recorded("recipe", "dtype") if recipe.dtype == "auto" else recipe.dtype
-    dtype = ranks.shared(forward_dtype(wanted) if ranks.leads() else None)
+    targets = [_export_name(step) for step in steps if get_method(step.method).kind == "export"]
+    if len(set(targets)) < len(targets):
+        raise Problem(
+            f"Two exports would both be `exports/{next(name for name in targets if targets.count(name) > 1)}`.",
+            why="each is called by the `id` of its step.", fix="an `id` of its own for each of them.",
+        )  # fmt: skip
+    check_order(steps)
     shortened = False
     for step in steps:
         shortened = shortened or get_method(step.method).kind == "reduce"
         if isinstance(step.settings, EvaluateSettings):
-            check_texts(step.settings, recipe.calibration.text)
+            check_subjects(step.settings, calibration)
             if shortened and step.settings.text and not step.settings.context:
                 raise no_likelihood()
-    context = Context(recipe, source, directory, tokens, dtype, allow_generic, progress)
-    if ranks.leads():
-        _claim(context, _lock(recipe, steps, dtype))
-    ranks.wait()
-    return context, steps
 
 
-def _claim(context: Context, lock: dict[str, Any]) -> None:
+def _claim(context: Context, steps: list[Step]) -> None:
     """Takes the run directory for this run and writes down what it is."""
     directory, source = context.directory, context.source
+    lock = _lock(context.recipe, steps, context.dtype)
     directory.claim(beside=(STAGES,), fingerprint={
         "model": hash_model(source, ".json", ".safetensors"),
         "calibration tokens": hash_tokens(context.tokens),
         "recipe": lock,
+        "files": hash_named(step.settings for step in steps),
         "versions": versions(),
     })  # fmt: skip
     for left_over in directory.state.glob(f"{SCRATCH}*"):
@@ -297,10 +319,15 @@ def _reduce(context: Context, folder: Path, step: Step, place: str, results: dic
     return target
 
 
+def _export_name(step: Step) -> str:
+    """Of its file or folder."""
+    return f"{step.id}.gguf" if step.settings.form == "gguf" else step.id
+
+
 def _export(context: Context, folder: Path, step: Step, place: str) -> dict[str, Any]:
     """Writes what there is so far for another program, into ``exports``; once finished it is not written again."""
     assert isinstance(step.settings, ExportSettings)
-    name = f"{step.id}.gguf" if step.settings.form == "gguf" else step.id
+    name = _export_name(step)
     target = context.directory.out / "exports" / name
 
     def write() -> dict[str, Any]:

@@ -143,8 +143,9 @@ def shipped_folder() -> Path:
 
 
 def find_recipe(name: str, near: Path | None = None) -> Path:
-    """The file of a recipe, by path or shipped name."""
-    places = [Path(name), (near or Path()) / f"{name}.yaml", shipped_folder() / f"{name}.yaml"]
+    """The file of a recipe, by its path, from ``near`` if given, or by its shipped name."""
+    beside = [near / name, near / f"{name}.yaml"] if near else []
+    places = [*beside, Path(name), Path(f"{name}.yaml"), shipped_folder() / f"{name}.yaml"]
     for place in places:
         if place.is_file():
             return place
@@ -181,13 +182,44 @@ def _merge(base: dict[str, Any], child: dict[str, Any]) -> dict[str, Any]:
     """The child's keys win; steps merge by id (the method's name if none is given), new ones are appended."""
     merged = base | child
     if "calibration" in base and "calibration" in child:
-        merged["calibration"] = base["calibration"] | child["calibration"]
+        merged["calibration"] = _mapping(base, "calibration") | _mapping(child, "calibration")
     if "steps" in base and "steps" in child:
-        steps = {_step_id(step): step for step in base["steps"]}
-        for step in child["steps"]:
+        ids = [_step_id(step) for step in _steps(base)]
+        twice = sorted({each for each in ids if ids.count(each) > 1})
+        if twice:
+            raise Problem(
+                f"The recipe that is extended has several steps `{twice[0]}`.", why="steps are merged by their ids.",
+                fix="an `id` of its own for each of them.",
+            )  # fmt: skip
+        steps = dict(zip(ids, _steps(base), strict=True))
+        for step in _steps(child):
             steps[_step_id(step)] = steps.get(_step_id(step), {}) | step
         merged["steps"] = list(steps.values())
     return merged
+
+
+def _mapping(raw: dict[str, Any], key: str) -> dict[str, Any]:
+    """A part of a recipe that has keys of its own."""
+    found = raw.get(key) or {}
+    if not isinstance(found, dict):
+        raise Problem(
+            f"`{key}` reads {found!r}.",
+            why="it is a mapping with keys of its own.",
+            fix="compare with recipes/quickstart.yaml.",
+        )
+    return found
+
+
+def _steps(raw: dict[str, Any]) -> list[dict[str, Any]]:
+    """The steps of a recipe that was not validated yet."""
+    found = raw.get("steps") or []
+    if not isinstance(found, list) or not all(isinstance(step, dict) for step in found):
+        raise Problem(
+            "`steps` is no list of methods with their settings.",
+            why="every step is a mapping.",
+            fix="`- method: multiweight`, then its settings.",
+        )
+    return found
 
 
 def _step_id(step: dict[str, Any]) -> str:
@@ -215,14 +247,14 @@ def _override(raw: dict[str, Any], override: str) -> dict[str, Any]:
     if not dot:
         return raw | {key: value}
     if place in ("calibration", "images"):
-        return raw | {place: raw.get(place, {}) | {name: value}}
-    ids = [_step_id(step) for step in raw.get("steps", [])]
+        return raw | {place: _mapping(raw, place) | {name: value}}
+    ids = [_step_id(step) for step in _steps(raw)]
     if place not in ids:
         raise Problem(
             f"`--set {override}`: there is no step {place!r}.", why=f"the steps are: {', '.join(ids)}.",
             fix=suggestion(place, ids) or "name a step by its id or method.",
         )  # fmt: skip
-    return raw | {"steps": [step | {name: value} if _step_id(step) == place else step for step in raw["steps"]]}
+    return raw | {"steps": [step | {name: value} if _step_id(step) == place else step for step in _steps(raw)]}
 
 
 def resolve_step(step: dict[str, Any], number: int) -> Step:
@@ -234,6 +266,12 @@ def resolve_step(step: dict[str, Any], number: int) -> Step:
     if not isinstance(step, dict) or "method" not in step:
         raise Problem(
             f"Step {number} has no `method`.", why=f"it reads {step!r}.", fix="`- method: multiweight`, then its settings."
+        )
+    if not re.fullmatch(r"\w[\w .-]*", _step_id(step)):
+        raise Problem(
+            f"Step {number} has the id {_step_id(step)!r}.",
+            why="it becomes the name of a file.",
+            fix="letters, digits, spaces, `-` and `_`.",
         )
     found = get_method(str(step["method"]))
     values = {key: value for key, value in step.items() if key not in ("method", "id")}

@@ -14,11 +14,20 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import AfterValidator, BaseModel, ConfigDict
 
 from duramen.problem import Problem
+
+
+class Named(str):
+    """Text in a setting that may name a file or folder; what that holds decides the result as well."""
+
+    __slots__ = ()
+
+
+Place = Annotated[str, AfterValidator(Named)]
 
 
 class Settings(BaseModel):

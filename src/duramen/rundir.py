@@ -10,7 +10,7 @@ import errno
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,6 +24,7 @@ from torch import Tensor
 from duramen.grids import Format, Quantized, parse_format
 from duramen.problem import Exit, Problem
 from duramen.reading import read_json, reading
+from duramen.registry import Named, Settings
 
 STATE = ".duramen"
 MASKS = "masks.safetensors"
@@ -133,12 +134,7 @@ class RunDirectory:
         """
         file = self.state / "fingerprint.json"
         if not file.is_file():
-            if self.out.is_dir() and any(item.name not in (STATE, *beside) for item in self.out.iterdir()):
-                raise Problem(
-                    f"{self.out} is not empty and holds no Duramen run.",
-                    why="a run writes a whole model folder and would mix it with what is there.",
-                    fix="another OUT folder, or remove this one.",
-                )
+            self.check_free(*beside)
             write_json(file, fingerprint)
             return
         old = read_json(file)
@@ -149,6 +145,21 @@ class RunDirectory:
                 why="continuing would mix two runs in one model.",
                 fix="another OUT folder, or the settings and files of the first run.",
                 code=Exit.INCOMPATIBLE,
+            )
+
+    def check_free(self, *beside: str) -> None:
+        """Stops if a folder that no run has taken holds something other than ``beside``.
+
+        Raises:
+            Problem: Then.
+        """
+        if (self.state / "fingerprint.json").is_file() or not self.out.is_dir():
+            return
+        if any(item.name not in (STATE, *beside) for item in self.out.iterdir()):
+            raise Problem(
+                f"{self.out} is not empty and holds no Duramen run.",
+                why="a run writes a whole model folder and would mix it with what is there.",
+                fix="another OUT folder.",
             )
 
     def recorded(self, *keys: str) -> str:
@@ -163,10 +174,13 @@ class RunDirectory:
         """Appends one event to ``log.jsonl``."""
         import datetime
 
-        self.out.mkdir(parents=True, exist_ok=True)
-        now = datetime.datetime.now(datetime.UTC).isoformat(timespec="milliseconds")
-        with (self.out / "log.jsonl").open("a", encoding="utf-8") as stream:
-            stream.write(json.dumps({"time": now, "event": event} | fields) + "\n")
+        file, now = self.out / "log.jsonl", datetime.datetime.now(datetime.UTC).isoformat(timespec="milliseconds")
+        try:
+            self.out.mkdir(parents=True, exist_ok=True)
+            with file.open("a", encoding="utf-8") as stream:
+                stream.write(json.dumps({"time": now, "event": event} | fields) + "\n")
+        except OSError as error:
+            raise cannot_write(file, error) from error
 
     def memo(self, step: str) -> Callable[[str, Callable[[], Any]], Any]:
         """A memo that keeps each finished part of a step as JSON."""
@@ -222,6 +236,27 @@ def _short(value: Any) -> str:
 def hash_folder(folder: Path) -> dict[str, str]:
     """sha256 of the visible files of a folder and its folders, by their paths in it."""
     return {name: hash_file(file) for name, file in visible_files(folder).items()}
+
+
+def hash_named(settings: Iterable[Settings]) -> dict[str, str]:
+    """sha256 of all files that settings name, and of what decides a result in the folders."""
+    found: dict[str, str] = {}
+    for text in (text for each in settings for text in _named(each.model_dump())):
+        place = Path(text)
+        if place.is_file():
+            found[text] = hash_file(place)
+        elif text and place.is_dir():
+            inside = {name: file for name, file in visible_files(place).items() if file.name not in MEASURED}
+            found |= {f"{text}/{name}": hash_file(file) for name, file in inside.items()}
+    return found
+
+
+def _named(value: Any) -> Iterator[str]:
+    if isinstance(value, Named):
+        yield str(value)
+    elif isinstance(value, dict | list | tuple):
+        for each in value.values() if isinstance(value, dict) else value:
+            yield from _named(each)
 
 
 def unlike(folder: Path, hashes: dict[str, str]) -> dict[str, str]:

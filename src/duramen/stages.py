@@ -7,7 +7,7 @@ it was.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from duramen.problem import Exit, Problem
 from duramen.reading import read_json, reading
 from duramen.recipe import Recipe, Step, dump_yaml
 from duramen.registry import get_method
-from duramen.rundir import RunDirectory, hash_file, hash_folder, unlike, write_json, write_text
+from duramen.rundir import RunDirectory, hash_folder, hash_named, unlike, write_json, write_text
 from duramen.train.forecast import forecast_pretraining
 from duramen.train.pretrain import METRICS
 from duramen.train.stage import DATA, MODEL, TOKENIZER, TOKENS, WORK, Stage
@@ -103,7 +103,7 @@ def run_stages(recipe: Recipe, steps: list[Step], out: Path, *, versions: dict[s
     directory = RunDirectory(out / STAGES)
     lock = {"seed": recipe.seed, "stages": [step.lock() for step in steps]}
     if ranks.leads():
-        directory.claim({"recipe": lock, "files": named_files(lock), "versions": versions})
+        directory.claim({"recipe": lock, "files": hash_named(step.settings for step in steps), "versions": versions})
         write_text(out / STAGES / "stages.lock.yaml", dump_yaml(lock))
     ranks.wait()
     given: dict[str, Path] = {}
@@ -176,26 +176,6 @@ def check_stage(folder: Path) -> None:
             f"{folder.name}/{name} {state}.", why="the stages after it were made from it, or are about to be.",
             fix=f"put the file back, or remove {folder} and the stages after it to make them anew.", code=Exit.CHECK_FAILED,
         )  # fmt: skip
-
-
-def named_files(value: Any) -> dict[str, str]:
-    """Hashes of all files and folders that settings name."""
-    found: dict[str, str] = {}
-    for text in _texts(value):
-        place = Path(text)
-        if text and place.is_file():
-            found[text] = hash_file(place)
-        elif text and place.is_dir():
-            found |= {f"{text}/{name}": digest for name, digest in hash_folder(place).items()}
-    return found
-
-
-def _texts(value: Any) -> Iterator[str]:
-    if isinstance(value, str):
-        yield value
-    elif isinstance(value, dict | list | tuple):
-        for each in value.values() if isinstance(value, dict) else value:
-            yield from _texts(each)
 
 
 def forecast_stages(recipe: Recipe) -> dict[str, Any]:

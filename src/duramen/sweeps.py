@@ -14,6 +14,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from duramen.assets import open_model
 from duramen.problem import Problem, need
 from duramen.recipe import load_recipe, parse_value
 from duramen.report.overview import Line, summarise, write_overview
@@ -56,7 +57,15 @@ def axes(over: list[str]) -> list[list[str]]:
 
 def _written(value: Any) -> str:
     """A value as an override spells it."""
-    return value if isinstance(value, str) else json.dumps(value)
+    plain = isinstance(value, str) and _reads_as(value, value)
+    return value if plain else json.dumps(value)
+
+
+def _reads_as(text: str, value: Any) -> bool:
+    try:
+        return bool(parse_value(text) == value)
+    except Problem:
+        return False
 
 
 @dataclass
@@ -181,6 +190,8 @@ def run_all(
     for each in chosen.checked():
         load_recipe(recipe, [*fixed, *each])
     base = load_recipe(recipe, fixed)
+    if base.images is None:
+        open_model(model)
     directory = RunDirectory(out)
     directory.claim({"recipe": base.model_dump(mode="json"), "model": model, "over": over})
     lines: list[Line] = []

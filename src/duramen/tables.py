@@ -173,6 +173,8 @@ def export_tables(found: dict[str, Any]) -> list[Printable]:
 
 def _ran(engine: str, ran: dict[str, Any]) -> list[Printable]:
     """What an engine said, and how fast."""
+    if "failed" in ran:
+        return [f"{engine} did not run it: {ran['failed']}"]
     words = f"run in {engine}: {ran['agreed']} of {ran['prompts']} prompts were continued as transformers does"
     if ran["apart"]:
         gaps = sorted(each["gap"] for each in ran["apart"])

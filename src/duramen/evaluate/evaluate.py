@@ -17,15 +17,15 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from duramen.assets import get_asset
+from duramen.assets import find_text, get_asset
 from duramen.calibrate.tokens import evaluation_tokens, opening
 from duramen.evaluate import likelihood, perplexity, speed
 from duramen.families.model import BlockModel
 from duramen.intervals import Measured, mean_interval, mean_of, paired_interval, wilson_interval
 from duramen.opening import load, open_blocks
-from duramen.problem import Problem
+from duramen.problem import Exit, Problem
+from duramen.registry import Place, method
 from duramen.registry import Settings as MethodSettings
-from duramen.registry import method
 
 Memo = Callable[[str, Callable[[], Any]], Any]
 """(key, compute) -> the result, from an earlier run if it is kept."""
@@ -42,7 +42,7 @@ TASK_SETS = {
 class Settings(MethodSettings):
     """Settings of an evaluation."""
 
-    text: tuple[str, ...] = ("boolq",)
+    text: tuple[Place, ...] = ("boolq",)
     """Texts for perplexity and divergence: embedded names or files. None of them may be a calibration text."""
     length: int = Field(default=1024, ge=2)
     """Tokens per window; windows are disjoint."""
@@ -65,7 +65,14 @@ class Settings(MethodSettings):
     def _something_is_scored(self) -> Settings:
         if self.context >= self.length:
             raise ValueError(f"a context of {self.context} leaves nothing to score of windows of {self.length}")
+        names = [Path(text).stem for text in self.text]
+        if len(set(names)) < len(names):
+            raise ValueError(f"two texts would both be called `{next(name for name in names if names.count(name) > 1)}`")
         return self
+
+    def task_names(self) -> list[str]:
+        """Every task once, those of sets one by one."""
+        return list(dict.fromkeys(task for name in self.tasks for task in TASK_SETS.get(name, (name,))))
 
 
 @dataclass(frozen=True)
@@ -101,14 +108,12 @@ def apply(subjects: dict[str, Subject], *, memo: Memo = _no_memo, **settings: ob
         The measurements, as in ``results.json`` (docs: results).
     """
     chosen = Settings.model_validate(settings)
-    tasks = list(dict.fromkeys(task for name in chosen.tasks for task in TASK_SETS.get(name, (name,))))
-    for task in tasks:
-        get_asset(task, "task").path()
+    _check_alike(subjects)
     measured: dict[str, Any] = {"perplexity": {}, "tasks": {}}
     for text in chosen.text:
         name = Path(text).stem
         measured["perplexity"][name] = memo(f"perplexity-{name}", partial(_texts, subjects, text, chosen))
-    for task in tasks:
+    for task in chosen.task_names():
         measured["tasks"][task] = memo(f"task-{task}", partial(_task, subjects, task, chosen.documents))
     for name in set(chosen.tasks) & TASK_SETS.keys():
         measured["tasks"][f"{name}, mean"] = _mean([measured["tasks"][task] for task in TASK_SETS[name]])
@@ -117,15 +122,41 @@ def apply(subjects: dict[str, Subject], *, memo: Memo = _no_memo, **settings: ob
     return measured
 
 
-def check_texts(settings: Settings, calibration: tuple[str, ...]) -> None:
-    """Stops if a text would be both calibrated and evaluated on."""
-    both = sorted(set(settings.text) & set(calibration))
+def check_subjects(settings: Settings, calibration: tuple[str, ...]) -> None:
+    """Stops before anything runs if a text or task is not there, or a text would be both calibrated and evaluated on."""
+    for task in settings.task_names():
+        get_asset(task, "task").path()
+    for text in settings.text:
+        if not Path(text).is_file():
+            find_text(text)
+    both = sorted({_place(text) for text in settings.text} & {_place(text) for text in calibration})
     if both:
         raise Problem(
             f"{', '.join(both)} is both calibration and evaluation text.",
             why="a model fitted to the text that it is judged by looks better than it is.",
             fix="another `text` in the evaluate step, or another calibration text.",
         )
+
+
+def _check_alike(subjects: dict[str, Subject]) -> None:
+    """Stops if two models do not read the same tokens.
+
+    Raises:
+        Problem: Then.
+    """
+    vocabularies = [each.tokenizer.get_vocab() for each in subjects.values()]
+    widths = [each.model.config.get_text_config().vocab_size for each in subjects.values()]
+    if any(each != vocabularies[0] for each in vocabularies) or len(set(widths)) > 1:
+        raise Problem(
+            f"{' and '.join(each.folder.name for each in subjects.values())} have other vocabularies.",
+            why="they would be compared token by token, on distributions over the same tokens.", fix="two models with one tokenizer.",
+            code=Exit.INCOMPATIBLE,
+        )  # fmt: skip
+
+
+def _place(text: str) -> str:
+    """A file by its whole path, whichever way it was written; an embedded text by its name."""
+    return str(Path(text).resolve()) if Path(text).is_file() else text
 
 
 def _texts(subjects: dict[str, Subject], text: str, settings: Settings) -> dict[str, Any]:

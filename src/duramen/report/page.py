@@ -263,6 +263,12 @@ def _exported_to(found: dict[str, Any], name: str, ran: dict[str, Any] | None) -
             else f"{row['name']}: opened by plain transformers, its logits differ by at most {opened:.2g} (largest {found['largest_logit']:.3g})."
         )
         return row | dict.fromkeys(("alike", "prefill", "decode", "memory"), "") | {"words": words}
+    if "failed" in ran:
+        return (
+            row
+            | dict.fromkeys(("alike", "prefill", "decode", "memory"), "")
+            | {"words": f"{name} did not run it: {ran['failed']}"}
+        )
     speed = {
         key: "{median:,.0f} ({low:,.0f} to {high:,.0f})".format(**ran[f"{key}_tokens_per_second"])
         for key in ("prefill", "decode")
