@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerF
 
 import duramen
 import tiny
+from duramen.export.engine import NotRun
 from duramen.export.gguf import SPLIT_LLAMA3, _split_name, export_gguf, run_gguf
 from duramen.families.model import BlockModel
 from duramen.problem import Problem
@@ -174,3 +175,18 @@ def test_another_tokenizer_is_refused(tmp_path):
     PreTrainedTokenizerFast(tokenizer_object=inner).save_pretrained(folder)
     with pytest.raises(Problem, match="The tokenizer of"):
         export_gguf(folder, tmp_path / "model.gguf")
+
+
+@pytest.mark.parametrize(("wrong", "stays"), [(NotRun, True), (Problem, False)])
+def test_a_crash_takes_no_file_away_and_other_words_do(wrong, stays, tmp_path, monkeypatch):
+    def ends(*_, **__):
+        raise wrong("It ended.", why="it was ended by SIGSEGV.", fix="another one.")
+
+    folder, file = cut(tmp_path / "model", skipped={}), tmp_path / "model.gguf"
+    monkeypatch.setattr("duramen.export.gguf.run_gguf", ends)
+    if stays:
+        assert export_gguf(folder, file)["ran"]["llama.cpp"] == {"failed": "it was ended by SIGSEGV."}
+    else:
+        with pytest.raises(Problem, match="It ended"):
+            export_gguf(folder, file)
+    assert file.is_file() == stays

@@ -99,12 +99,14 @@ def export_gguf(folder: Path, file: Path, *, kind: Type = "f16") -> dict[str, An
         writer.write_tensors_to_file()
         writer.close()
         count, error = _read_back(unfinished, _tensors(model, shapes, codes), kind)
-    small = 16 * sum(p.numel() for p in model.network.parameters()) < total_memory()
-    plain = architecture == "llama" and _rotary_factors(model) is None and kind in ("f16", "q8_0")
-    there = {"llama.cpp": find_spec("xllamacpp"), "OpenVINO": plain and find_spec("openvino_genai")}
-    ran = {
-        engine: run_or_said(partial(run_gguf, engine, file, folder, coded=codes)) for engine in there if there[engine] and small
-    }
+        small = 16 * sum(p.numel() for p in model.network.parameters()) < total_memory()
+        plain = architecture == "llama" and _rotary_factors(model) is None and kind in ("f16", "q8_0")
+        there = {"llama.cpp": find_spec("xllamacpp"), "OpenVINO": plain and find_spec("openvino_genai")}
+        ran = {
+            engine: run_or_said(partial(run_gguf, engine, unfinished, folder, coded=codes))
+            for engine in there
+            if there[engine] and small
+        }
     return {
         "architecture": architecture, "bytes": file.stat().st_size, "tensors": count, "coded": coded, "largest_error": error, "ran": ran,
     }  # fmt: skip

@@ -45,8 +45,6 @@ WEIGHTS = (".safetensors", ".bin", ".pth", ".pt", ".h5", ".msgpack", ".onnx", ".
 """Ends of the names of files with weights. Those of the source in other forms, as Mistral's consolidated ones, would be taken for the result by programs that look for them first."""
 _OWN = {
     INDEX,
-    MASKS,
-    CODES,
     FORMATS,
     "manifest.json",
     "results.json",
@@ -55,7 +53,6 @@ _OWN = {
     "log.jsonl",
     "report.html",
     "README.md",
-    "nested.safetensors",
 }
 
 
