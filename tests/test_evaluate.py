@@ -185,3 +185,8 @@ def test_more_tokens_than_positions_are_refused():
         BlockModel.of(tiny.model("gpt2")).capture(tiny.ids(1, 600))
     with pytest.raises(Problem, match="has learned 512 positions"):
         BlockModel.of(tiny.model("opt")).capture(tiny.ids(1, 600))
+
+
+def test_a_task_that_is_not_there_is_said_before_anything_is_measured(llama):
+    with pytest.raises(Problem, match="no embedded task `piqua`"):
+        measure({"before": open_subject(llama)}, tasks=("piqua",), memo=lambda key, compute: pytest.fail(key))

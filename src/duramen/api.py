@@ -126,7 +126,9 @@ def train(
         loaded = load_recipe(recipe, overrides)
         stages, rest = divided(loaded)
         directory, after = RunDirectory(Path(out)), loaded.model_copy(update={"steps": tuple(rest)})
-        check_steps(after.resolved(), loaded.calibration.text)
+        following = after.resolved()
+        check_steps(following, loaded.calibration.text)
+        check_order(following)
         directory.check_free(STAGES)
 
         curves: dict[str, list[tuple[int, float]]] = {}

@@ -18,7 +18,7 @@ from duramen.calibrate import ranks
 from duramen.calibrate.tokens import calibration_tokens
 from duramen.calibrate.walker import SCRATCH, Memo, Records, Walk
 from duramen.evaluate.evaluate import Settings as EvaluateSettings
-from duramen.evaluate.evaluate import Subject, check_subjects, open_subject
+from duramen.evaluate.evaluate import Subject, check_texts, check_there, open_subject
 from duramen.evaluate.evaluate import apply as measure
 from duramen.export.card import write_card
 from duramen.export.hf import annotate, assemble, copy_other_files, publish, verify_logits
@@ -147,7 +147,7 @@ def check_steps(steps: list[Step], calibration: tuple[str, ...]) -> None:
         calibration: Texts that nothing may be measured on.
 
     Raises:
-        Problem: On steps that do not belong here or undo each other, texts or tasks that are not there, exports of one name.
+        Problem: On steps that do not belong here, texts or tasks that are not there, exports of one name.
     """
     for step in steps:
         if get_method(step.method).kind == "train":
@@ -168,12 +168,12 @@ def check_steps(steps: list[Step], calibration: tuple[str, ...]) -> None:
             f"Two exports would both be `exports/{next(name for name in targets if targets.count(name) > 1)}`.",
             why="each is called by the `id` of its step.", fix="an `id` of its own for each of them.",
         )  # fmt: skip
-    check_order(steps)
     shortened = False
     for step in steps:
         shortened = shortened or get_method(step.method).kind == "reduce"
         if isinstance(step.settings, EvaluateSettings):
-            check_subjects(step.settings, calibration)
+            check_there(step.settings)
+            check_texts(step.settings, calibration)
             if shortened and step.settings.text and not step.settings.context:
                 raise no_likelihood()
 

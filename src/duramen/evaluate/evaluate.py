@@ -108,6 +108,7 @@ def apply(subjects: dict[str, Subject], *, memo: Memo = _no_memo, **settings: ob
         The measurements, as in ``results.json`` (docs: results).
     """
     chosen = Settings.model_validate(settings)
+    check_there(chosen)
     _check_alike(subjects)
     measured: dict[str, Any] = {"perplexity": {}, "tasks": {}}
     for text in chosen.text:
@@ -122,13 +123,17 @@ def apply(subjects: dict[str, Subject], *, memo: Memo = _no_memo, **settings: ob
     return measured
 
 
-def check_subjects(settings: Settings, calibration: tuple[str, ...]) -> None:
-    """Stops before anything runs if a text or task is not there, or a text would be both calibrated and evaluated on."""
+def check_there(settings: Settings) -> None:
+    """Stops if a task or text is not there, before anything is measured."""
     for task in settings.task_names():
         get_asset(task, "task").path()
     for text in settings.text:
         if not Path(text).is_file():
             find_text(text)
+
+
+def check_texts(settings: Settings, calibration: tuple[str, ...]) -> None:
+    """Stops if a text would be both calibrated and evaluated on."""
     both = sorted({_place(text) for text in settings.text} & {_place(text) for text in calibration})
     if both:
         raise Problem(
