@@ -38,6 +38,17 @@ def reading(file: Path) -> Iterator[None]:
         ) from error  # fmt: skip
 
 
+def read_lines(file: Path) -> list[tuple[int, str]]:
+    """The lines of a file of JSON lines that hold something, with their numbers from 1; what else ends lines for Unicode may stand inside a text.
+
+    Raises:
+        Problem: If it is no text.
+    """
+    with reading(file):
+        lines = file.read_text(encoding="utf-8").split("\n")
+    return [(number, line) for number, line in enumerate(lines, 1) if line.strip()]
+
+
 def read_json(file: Path) -> dict[str, Any]:
     """A JSON file that holds an object.
 

@@ -248,13 +248,14 @@ def _override(raw: dict[str, Any], override: str) -> dict[str, Any]:
         return raw | {key: value}
     if place in ("calibration", "images"):
         return raw | {place: _mapping(raw, place) | {name: value}}
-    ids = [_step_id(step) for step in _steps(raw)]
+    steps = _steps(raw)
+    ids = [_step_id(step) for step in steps]
     if place not in ids:
         raise Problem(
             f"`--set {override}`: there is no step {place!r}.", why=f"the steps are: {', '.join(ids)}.",
             fix=suggestion(place, ids) or "name a step by its id or method.",
         )  # fmt: skip
-    return raw | {"steps": [step | {name: value} if _step_id(step) == place else step for step in _steps(raw)]}
+    return raw | {"steps": [step | {name: value} if _step_id(step) == place else step for step in steps]}
 
 
 def resolve_step(step: dict[str, Any], number: int) -> Step:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from duramen.assets import read_text
 from duramen.problem import Problem
-from duramen.reading import reading
+from duramen.reading import read_lines, reading
 
 
 def read_documents(source: str) -> list[str]:
@@ -27,7 +27,7 @@ def read_documents(source: str) -> list[str]:
         return read_text(source)
     with reading(path):
         if path.suffix == ".jsonl":
-            rows = [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line.strip()]
+            rows = [json.loads(line) for _, line in read_lines(path)]
             return [_text_of(row, path) for row in rows]
         if path.suffix == ".parquet":
             import pyarrow.parquet

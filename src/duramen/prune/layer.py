@@ -22,8 +22,10 @@ PruneFunction = Callable[..., Pruned]
 Damping = Annotated[float, Field(ge=0)] | Literal["held-out"]
 HeldOut = Annotated[float, Field(gt=0, le=0.5)]
 DampingGrid = Annotated[tuple[Annotated[float, Field(ge=0)], ...], Field(min_length=1)]
-GRID, UNTRIED = (0.001, 0.01, 0.03, 0.1, 0.3), 0.01
+GRID = (0.001, 0.01, 0.03, 0.1, 0.3)
 """Candidates for a damping, unless others are given."""
+UNTRIED = 0.01
+"""The published damping, where no sequence is set aside to choose one by."""
 
 
 @runtime_checkable

@@ -241,7 +241,7 @@ class Space:
         return tuple(self.best(number, count) for number, count in enumerate(self.inside(self.usual, generator)))
 
     def inside(self, counts: list[int], generator: torch.Generator) -> list[int]:
-        """Steps of random modules, among those that a limit counts which does not hold, until all do, and up again until one is nearly met or nothing more fits.
+        """Steps of random modules, among those that a limit counts which does not hold, until all do, and up again until all are nearly met or nothing more fits.
 
         Args:
             counts: Units of every module, 0 where its block left.

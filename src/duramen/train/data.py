@@ -21,7 +21,7 @@ from jaxtyping import Bool, Int
 from torch import Tensor, nn
 
 from duramen.problem import Problem
-from duramen.reading import reading
+from duramen.reading import read_lines
 
 FORMS = "`text`; `prompt` and `completion`; `instruction`, `output` and perhaps `input`; or `messages`"
 Parts = list[tuple[str, bool]]
@@ -129,11 +129,7 @@ def examples(name: str, tokenizer: Any) -> Iterator[Parts]:
     file = Path(name)
     if not file.is_file():
         raise Problem(f"There is no file {file}.", why="`data` names the examples to learn.", fix=f"a jsonl file with {FORMS}.")
-    with reading(file):
-        lines = file.read_text(encoding="utf-8").split("\n")  # other ends of lines may stand inside a text
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
+    for number, line in read_lines(file):
         try:
             row = json.loads(line)
         except ValueError as error:

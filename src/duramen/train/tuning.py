@@ -22,7 +22,7 @@ from pydantic import Field
 from duramen.calibrate import ranks
 from duramen.hardware.machine import forward_dtype
 from duramen.problem import Exit, Problem, need
-from duramen.reading import reading
+from duramen.reading import read_lines
 from duramen.registry import Place
 from duramen.registry import Settings as Base
 from duramen.rundir import hash_folder, write_json
@@ -235,11 +235,7 @@ def read_pairs(file: str, fields: tuple[str, ...]) -> list[dict[str, Any]]:
     if not place.is_file():
         raise Problem(f"There is no file {place}.", why="`data` names the examples.", fix=f"a jsonl file with {wanted}.")
     rows = []
-    with reading(place):
-        lines = place.read_text(encoding="utf-8").split("\n")  # other ends of lines may stand inside a text
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
+    for number, line in read_lines(place):
         try:
             row = json.loads(line)
         except ValueError as error:
