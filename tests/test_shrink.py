@@ -158,6 +158,15 @@ def test_too_much_is_refused():
     assert "smaller `ratio`" in caught.value.fix
 
 
+@pytest.mark.parametrize("allocation", ["local", "global", "flap"])
+def test_a_cut_that_takes_nothing_out_is_said(allocation):
+    with pytest.raises(Problem, match="10 parameters are to go, and no unit is so small") as caught:
+        counts(units_of(), 10, allocation=allocation)
+    assert "larger `ratio`" in caught.value.fix
+    with pytest.raises(Problem, match="no unit is so small"):
+        counts(units_of(kinds=("ffn_channel",)), 3 * 5 * 96, round_to=16, allocation=allocation)
+
+
 METHODS = [
     ("fusion", {"gradient_sequences": 4, "gradient_length": 16}),
     ("fusion", {"gradient_sequences": 4, "gradient_length": 16, "fusion": "search", "allocation": "global"}),
@@ -338,6 +347,23 @@ def test_steps_follow_one_another(outside, tmp_path):
     assert gate[name].shape == source_gate[list(kept[block])].shape
 
 
+@torch.no_grad()
+def test_parts_leave_where_they_are(outside, tmp_path):
+    source, out = tiny.save("llama", tmp_path / "model"), tmp_path / "out"
+    step = {"method": "depth", "parts": "attention", "count": 1}
+    steps = [step, step | {"id": "again"}, step | {"id": "mlp", "parts": "mlp"}]
+    results = duramen.run(write_recipe(tmp_path, steps), str(source), out)
+    plan = Plan.load(out / "pruning_plan.json")
+    assert sorted(block for block, parts in plan.skipped.items() if "attention" in parts) == [1, 2]
+    assert sum("mlp" in parts for parts in plan.skipped.values()) == 1
+    assert results["steps"][1]["shape"]["parameters"]["after"] < results["steps"][0]["shape"]["parameters"]["after"]
+    tokens = tiny.ids(2, 20)
+    opened = BlockModel.from_folder(out)
+    assert torch.equal(outside(out, True, tokens), opened.logits(opened.last_hidden([tokens])[0]))
+    with pytest.raises(Problem, match="1 of 3 blocks are to lose their attention, and at most 0 can"):
+        duramen.run(write_recipe(tmp_path, [step]), str(out), tmp_path / "none")
+
+
 def test_nothing_to_cut_changes_nothing(tmp_path):
     source = tiny.save("llama", tmp_path / "model")
     out = tmp_path / "out"
@@ -461,6 +487,19 @@ def test_plan_and_inspect_show_groups(tmp_path):
     assert {item["kind"]: item["units"] for item in step["units"]} == {"ffn_channel": 48, "kv_group": 2}
     assert step["parameters"]["after"] < step["parameters"]["before"]
     assert found["macs_per_token"]["after"] < found["macs_per_token"]["before"]
+    step = {"method": "wanda_sp", "ratio": 0.2, "ratio_of": "units", **FREE}
+    steps = [step, {"method": "depth", "count": 1}, {"method": "depth", "id": "part", "parts": "attention", "count": 1}]
+    steps += [
+        step | {"id": "again", "families": ["ffn_channel"]},
+        {"method": "magnitude", "sparsity": 0.5},
+        {"method": "depth", "id": "last", "count": 1},
+    ]
+    foretold = duramen.plan(write_recipe(tmp_path, steps), str(source))["steps"]
+    assert foretold[4]["roles"][0]["layers"] == 1, "attention has left the other"
+    assert sum(role["parameters"] for role in foretold[4]["roles"]) < foretold[3]["parameters"]["after"]
+    found = duramen.run(write_recipe(tmp_path, steps), str(source), tmp_path / "out")["steps"]
+    for number in (0, 1, 2, 3):
+        assert foretold[number]["parameters"] == found[number]["shape"]["parameters"]
     groups = duramen.inspect(str(source))["groups"]
     assert len(groups) == 9
     assert "self_attn.q_proj.weight[0] x16" in next(item for item in groups if item["kind"] == "kv_group")["members"]

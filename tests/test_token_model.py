@@ -42,6 +42,8 @@ def test_of_a_prompt_that_is_all_protected_nothing_leaves():
     with Reduced(network, some()) as reduced:
         found = network(tokens).logits
         assert reduced.prompt.positions.tolist() == [list(range(5))] * 2
+        with pytest.raises(Problem, match="already"):
+            Reduced(network, some())
     with ExactScans(network):
         assert torch.equal(network(tokens).logits, found)
 

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from duramen.problem import Problem
 from duramen.tokens.compact import Kept, reduce, staying
 from duramen.tokens.match import match
+from duramen.tokens.model import Reduction
 from duramen.tokens.schedule import counted_tokens, kept_count, published_sites, solve_keep, token_fraction
 from duramen.tokens.score import importance
 
@@ -154,6 +155,19 @@ def test_the_published_schedules():
         solve_keep(counted_tokens(48), [40], 0.5)
     with pytest.raises(Problem, match="after the layers none"):
         solve_keep(counted_tokens(48), [], 0.1)
+
+
+def test_no_more_is_promised_than_pairs_can_merge():
+    assert solve_keep(counted_tokens(4), [1], 0.25, least=0.5) == 0.5
+    assert solve_keep(counted_tokens(4), [1], 0.26) == pytest.approx(0.48)
+    with pytest.raises(Problem, match="26% of the tokens cannot be cut") as caught:
+        solve_keep(counted_tokens(4), [1], 0.26, least=0.5)
+    assert "at most half" in caught.value.why
+    assert "at most 25%" in caught.value.why
+    for kind in ("utrc", "tome"):
+        with pytest.raises(ValueError, match="at most half"):
+            Reduction(kind=kind, sites=(0, 1), keep=(0.8, 0.4))
+    assert Reduction(kind="prune", sites=(0,), keep=(0.4,)).keep == (0.4,)
 
 
 def test_sorting_every_channel_over_time_would_thin_the_beginning():

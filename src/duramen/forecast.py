@@ -27,7 +27,7 @@ from duramen.registry import Settings
 from duramen.search import evolution, masks, subnet
 from duramen.shrink import cut, depth
 from duramen.shrink.model import ShrinkSettings, predicted
-from duramen.shrink.surgery import REMOTE, Surgery
+from duramen.shrink.surgery import REMOTE, Surgery, left
 from duramen.tokens import reduction
 
 EFFICIENCY = 0.6
@@ -37,7 +37,7 @@ BASE_MEMORY = 700 * 2**20
 
 
 def forecast(model: BlockModel, recipe: Recipe, steps: list[Step], *, gigaflops: float) -> dict[str, Any]:
-    """Predicts a run.
+    """Predicts a run; steps behind a cut are foretold for what it leaves.
 
     Args:
         model: The model, opened from its folder.
@@ -87,6 +87,8 @@ def forecast(model: BlockModel, recipe: Recipe, steps: list[Step], *, gigaflops:
             surgery = _surgery(model, step.settings)
             entry = _shrunk(model, shapes, step, surgery, tokens, width)
             macs["after"], opens = surgery.summary["macs_per_token"]["after"], entry.pop("opens_in")
+            model = left(surgery)
+            shapes = _shapes(model)
         edited = edited or not isinstance(step.settings, EvaluateSettings | ExportSettings)
         entries.append(
             {"id": step.id, "method": step.method, "seconds": entry.pop("flops") / gigaflops / 1e9 / EFFICIENCY, **entry}

@@ -31,7 +31,7 @@ def allocate(units: list[Units], scores: Scores, wanted: float, *, allocation: A
         minimum: Least FFN width.
 
     Raises:
-        Problem: If so much cannot be removed.
+        Problem: If so much cannot be removed, or nothing is so little.
     """
     reachable = sum(_most(each, round_to, minimum) * each.parameters for each in units)
     if wanted > reachable:
@@ -44,6 +44,12 @@ def allocate(units: list[Units], scores: Scores, wanted: float, *, allocation: A
         _local(units, wanted) if allocation == "local" else _global(units, scores, wanted, standardised=allocation == "flap")
     )
     rounded = {key: _rounded(each, counts[key], round_to, minimum) for each in units for key in [(each.block, each.kind)]}
+    if wanted and not any(rounded.values()):
+        raise Problem(
+            f"{wanted:,.0f} parameters are to go, and no unit is so small.",
+            why=f"heads leave as wholes and FFN widths become multiples of {round_to}, to the nearest, which is none here.",
+            fix="a larger `ratio`, or a smaller `round_to`.",
+        )
     return {key: sorted(torch.argsort(scores[key], stable=True)[:count].tolist()) for key, count in rounded.items()}
 
 

@@ -14,6 +14,7 @@ from pydantic import Field
 from torch import Tensor
 
 from duramen.calibrate.walker import Records, Walk, walk_blocks
+from duramen.families import OWN
 from duramen.families.model import BlockModel, Model, has_module, run_block
 from duramen.problem import Exit, Problem
 from duramen.registry import Settings as MethodSettings
@@ -22,6 +23,7 @@ from duramen.shrink.plan import Plan, digest
 from duramen.shrink.surgery import Surgery, masked, silenced
 
 Part = Literal["block", "attention", "mlp"]
+Influences = list[float | None]
 
 
 class Settings(MethodSettings):
@@ -41,7 +43,7 @@ class Settings(MethodSettings):
 
 
 @torch.no_grad()
-def influences(model: BlockModel, tokens: Tensor, parts: Part) -> list[float]:
+def influences(model: BlockModel, tokens: Tensor, parts: Part) -> Influences:
     """1 − cos of the hidden states after every block with and without what would leave, averaged over tokens.
 
     Args:
@@ -49,22 +51,22 @@ def influences(model: BlockModel, tokens: Tensor, parts: Part) -> list[float]:
         tokens: Token ids, [S, T].
         parts: What would leave. A whole block leaves its input (ShortGPT); for a part the comparison is ours.
 
+    Returns:
+        One for every block; None where the part has left before.
+
     Raises:
-        Problem: If not every block has such a part.
+        Problem: If blocks of some kind never have such a part.
     """
-    if parts != "block":
-        path = model.family.writer(parts)
-        lacking = [number for number, block in enumerate(model.blocks) if not has_module(block, path)]
-        if lacking:
-            raise Problem(
-                f"Blocks {', '.join(map(str, lacking))} have no {parts} that could leave.", why="in a hybrid the blocks are of several kinds.",
-                fix="`parts: block`.", code=Exit.INCOMPATIBLE,
-            )  # fmt: skip
+    gone = _left_before(model, parts)
     hidden, calls = model.capture(tokens)
-    found = []
+    found: Influences = []
     for index in range(len(model.blocks)):
         with model.opened(index) as block:
             after = run_block(block.module, hidden, calls[index])
+            if index in gone:
+                found.append(None)
+                hidden = after
+                continue
             if parts == "block":
                 without = hidden
             else:
@@ -75,7 +77,21 @@ def influences(model: BlockModel, tokens: Tensor, parts: Part) -> list[float]:
     return found
 
 
-def choose(model: BlockModel, scores: list[float], settings: Settings) -> Plan:
+def _left_before(model: BlockModel, parts: Part) -> list[int]:
+    """Blocks that have lost the part already."""
+    if parts == "block":
+        return []
+    path = model.family.writer(parts)
+    lacking = [number for number, block in enumerate(model.blocks) if not has_module(block, path)]
+    if lacking and not str(model.config.model_type).startswith(OWN):
+        raise Problem(
+            f"Blocks {', '.join(map(str, lacking))} have no {parts} that could leave.", why="in a hybrid the blocks are of several kinds.",
+            fix="`parts: block`.", code=Exit.INCOMPATIBLE,
+        )  # fmt: skip
+    return lacking
+
+
+def choose(model: BlockModel, scores: Influences, settings: Settings) -> Plan:
     """The plan in which the blocks of least influence lose the part.
 
     Raises:
@@ -89,15 +105,15 @@ def choose(model: BlockModel, scores: list[float], settings: Settings) -> Plan:
             fix=f"numbers from 0 to {len(scores) - 1}.",
         )
     stay = {*settings.protect, *((0,) if settings.parts == "attention" else ())}
-    free = [index for index in range(len(scores)) if index not in stay]
+    free = [(score, index) for index, score in enumerate(scores) if score is not None and index not in stay]
     most = len(free) - (settings.parts == "block" and not stay)
     if settings.count > most:
         raise Problem(
             f"{settings.count} of {len(scores)} blocks are to lose their {settings.parts}, and at most {most} can.",
-            why="one block stays, the protected ones do, and so does the attention of the first one, which generation needs.",
+            why="one block stays, the protected ones do, and so does the attention of the first one, which generation needs; what has left before cannot leave.",
             fix=f"`count: {most}`, or fewer blocks in `protect`.",
         )
-    leave = sorted(sorted(free, key=scores.__getitem__)[: settings.count])
+    leave = sorted(index for _, index in sorted(free)[: settings.count])
     made_by = {"method": "depth", "settings": settings.model_dump(mode="json"), "influence": scores}
     if settings.parts == "block":
         return Plan(digest(model), len(scores), dropped=tuple(leave), made_by=made_by)
@@ -106,7 +122,10 @@ def choose(model: BlockModel, scores: list[float], settings: Settings) -> Plan:
 
 def predicted(model: BlockModel, settings: Settings) -> Surgery:
     """What the settings come to, whichever blocks it will be."""
-    return Surgery(model, choose(model, [-float(index) for index in range(len(model.blocks))], settings))
+    gone = _left_before(model, settings.parts)
+    return Surgery(
+        model, choose(model, [None if index in gone else -float(index) for index in range(len(model.blocks))], settings)
+    )
 
 
 @method("depth", title="Depth pruning", paper="arXiv 2403.03853", kind="shrink", settings=Settings)

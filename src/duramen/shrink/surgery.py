@@ -222,14 +222,10 @@ class Surgery:
 
     def _builds(self, config: dict[str, Any]) -> bool:
         """Whether the stock class accepts this config and has the shapes of what stays."""
-        from accelerate import init_empty_weights
         from huggingface_hub.errors import StrictDataclassError
-        from transformers import AutoConfig, AutoModelForCausalLM
 
         try:
-            made = AutoConfig.for_model(**config)
-            with init_empty_weights():
-                network = AutoModelForCausalLM.from_config(made)
+            network = _without_data(config)
         except (ValueError, StrictDataclassError):
             return False
         built = network.get_submodule(self.model.family.blocks)
@@ -238,6 +234,21 @@ class Surgery:
     def _shapes(self, index: int) -> dict[str, torch.Size]:
         state = self.model.blocks[index].state_dict()
         return {path: cut.shape for path, cut in self.block(index, {p: t.to("meta") for p, t in state.items()}).items()}
+
+
+def left(surgery: Surgery) -> BlockModel:
+    """The model that a surgery leaves, without data: its shapes, for what is foretold of later steps."""
+    register_own(surgery.config["model_type"])
+    return BlockModel.from_module(_without_data(surgery.config))
+
+
+def _without_data(config: dict[str, Any]) -> Any:
+    from accelerate import init_empty_weights
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    with init_empty_weights():
+        network: Any = AutoModelForCausalLM.from_config(AutoConfig.for_model(**config))
+    return network
 
 
 def part_children(model_type: str, part: str) -> tuple[str, ...]:

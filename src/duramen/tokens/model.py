@@ -27,9 +27,11 @@ from duramen.ssm.mixer import ExactScans, Passage, find_mixers
 from duramen.tokens.compact import Kept, reduce, staying
 from duramen.tokens.match import Pairs, match
 from duramen.tokens.prompt import Prompt
-from duramen.tokens.schedule import counted_tokens, kept_count, published_sites, solve_keep
+from duramen.tokens.schedule import HALF, counted_tokens, kept_count, published_sites, solve_keep
 from duramen.tokens.score import Score, importance
 
+MARK = "_duramen_reduced"
+"""Where a model keeps what shortens it."""
 Kind = Literal["utrc", "tome", "prune", "random", "truncate"]
 
 
@@ -71,7 +73,16 @@ class Reduction(MethodSettings):
             raise ValueError("sites must rise")
         if self.keep and len(self.keep) != len(self.sites):
             raise ValueError(f"{len(self.keep)} shares in `keep` for {len(self.sites)} `sites`")
+        if self.keep and min(self.keep) < self.least:
+            raise ValueError(
+                f"`kind: {self.kind}` merges at most half of the tokens at a site, and `keep` has {min(self.keep)}"
+            )
         return self
+
+    @property
+    def least(self) -> float:
+        """Share that stays at a site, however much is to leave."""
+        return HALF if self.kind in ("utrc", "tome") else 0.0
 
     @property
     def shares(self) -> tuple[float, float]:
@@ -97,10 +108,15 @@ class Reduced:
         keep: What share stays, by the layers after which tokens leave.
 
     Raises:
-        Problem: If the model has no state-space layer, or none where tokens are to leave, or the cut is impossible at these sites.
+        Problem: If the model has no state-space layer, or none where tokens are to leave, or the cut is impossible at these sites; or if it is shortened already.
     """
 
     def __init__(self, network: nn.Module, reduction: Reduction | None = None) -> None:
+        if MARK in network.__dict__:
+            raise Problem(
+                "This model shortens its prompts already.", why="tokens that have left cannot leave again.",
+                fix="`remove()` of what shortens it; `network.reduced` where `duramen.load` opened it.",
+            )  # fmt: skip
         self.reduction = reduction or Reduction()
         self.protect: Tensor | None = None
         self.prompt: Prompt
@@ -114,7 +130,11 @@ class Reduced:
                 fix=f"sites among {', '.join(map(str, mixers))}.",
                 code=Exit.INCOMPATIBLE,
             )
-        one = 1.0 if self.reduction.keep else solve_keep(counted_tokens(len(blocks)), sites, self.reduction.cut)
+        one = (
+            1.0
+            if self.reduction.keep
+            else solve_keep(counted_tokens(len(blocks)), sites, self.reduction.cut, least=self.reduction.least)
+        )
         self.keep = dict(zip(sites, self.reduction.keep or [one] * len(sites), strict=True))
         gap_step, aligned = self.reduction.gap_step, self.reduction.aligned
         self._passages = {layer: Passage(gap_step=gap_step, aligned=aligned, watch=layer in self.keep) for layer in mixers}
@@ -128,12 +148,14 @@ class Reduced:
             mask = next(name for name in ("causal_mask", "attention_mask") if name in names) if attends else None
             run = partial(self._run, layer, block.forward, names, mask)
             self._undo.append(override(block, run))
+        self._network, network.__dict__[MARK] = network, self
 
     def remove(self) -> None:
         """Gives the model its own way back."""
         while self._undo:
             self._undo.pop()()
         self._scans.remove()
+        self._network.__dict__.pop(MARK, None)
 
     def __enter__(self) -> Reduced:
         return self

@@ -106,7 +106,7 @@ def apply(model: BlockModel, tokens: Tensor, *, walk: Walk | None = None, **sett
 def candidates(model: BlockModel, chosen: Settings) -> tuple[Costs, list[Reduction]]:
     """What a prompt costs, and where tokens may leave: at the sites that were asked for, or the published ones; if it is to be chosen, also at all layers from a quarter, or from half of the depth on."""
     _, mixers = scanned_blocks(model.network)
-    layers, matches = len(model.blocks), chosen.kind in ("utrc", "tome")
+    layers, matches = len(model.blocks), chosen.least > 0
     prompt = costs(chosen.cut_of, model, chosen.length, matches=matches, window=chosen.window)
     asked = {key: getattr(chosen, key) for key in Reduction.model_fields}
     ladders = [list(chosen.sites) or nearest_mixers(published_sites(layers), mixers)]
@@ -115,14 +115,14 @@ def candidates(model: BlockModel, chosen: Settings) -> tuple[Costs, list[Reducti
         ladders += [sites for sites in deeper if sites and sites not in ladders and _possible(prompt, sites, chosen)]
     found = []
     for sites in ladders:
-        keep = chosen.keep or (solve_keep(prompt, sites, chosen.cut, tokens=chosen.length),) * len(sites)
+        keep = chosen.keep or (solve_keep(prompt, sites, chosen.cut, tokens=chosen.length, least=chosen.least),) * len(sites)
         found.append(Reduction(**asked | {"sites": tuple(sites), "keep": keep}))
     return prompt, found
 
 
 def _possible(prompt: Costs, sites: list[int], chosen: Settings) -> bool:
     """Whether so much can be cut at these sites."""
-    return 1 - prompt.total(chosen.length, dict.fromkeys(sites, 0.0)) / prompt.total(chosen.length, {}) > chosen.cut
+    return 1 - prompt.total(chosen.length, dict.fromkeys(sites, chosen.least)) / prompt.total(chosen.length, {}) > chosen.cut
 
 
 def _best(tried: list[dict[str, Any]]) -> Reduction:

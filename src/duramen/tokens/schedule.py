@@ -10,6 +10,8 @@ from duramen.problem import Problem
 
 FIRST, EVERY = 10, 5
 """The published sites: not before the tenth layer, then every fifth."""
+HALF = 0.5
+"""Share that stays where tokens are merged in pairs."""
 HAIR = 1e-9
 """By how much a product of a share and a count may miss the whole number that it is."""
 
@@ -64,7 +66,7 @@ def token_fraction(layers: int, keep: Mapping[int, float]) -> float:
     return sum(counted_tokens(layers).by_layer(1, keep)) / layers
 
 
-def solve_keep(costs: Costs, sites: Sequence[int], cut: float, *, tokens: int = 1) -> float:
+def solve_keep(costs: Costs, sites: Sequence[int], cut: float, *, tokens: int = 1, least: float = 0.0) -> float:
     """The largest share that may stay at every site to save ``cut`` of the cost of a prompt; the saving falls as the share grows, so by bisection.
 
     Args:
@@ -72,6 +74,7 @@ def solve_keep(costs: Costs, sites: Sequence[int], cut: float, *, tokens: int = 
         sites: Layers after which tokens leave, from 0.
         cut: Share of the cost to save.
         tokens: Length of the prompt.
+        least: Share that has to stay at a site: a half, ``HALF``, where what leaves is merged with what stays.
 
     Raises:
         Problem: If so much cannot be saved at these sites.
@@ -83,13 +86,15 @@ def solve_keep(costs: Costs, sites: Sequence[int], cut: float, *, tokens: int = 
 
     if cut == 0:
         return 1.0
-    if not cut < (most := saved(0.0)):
+    most = saved(least)
+    if cut > most or (cut == most and not least):
+        merged = "at most half of the tokens at a site find another to be merged with, and " if least else ""
         raise Problem(
             f"{cut:.0%} of the {costs.unit} cannot be cut after the layers {', '.join(map(str, sites)) or 'none'} of {len(costs.layers)}.",
-            why=f"the layers up to the first site see all tokens; at most {most:.0%} can be cut.",
+            why=f"{merged}the layers up to the first site see all tokens; at most {most:.0%} can be cut.",
             fix="earlier `sites`, or a smaller `cut`.",
         )
-    low, high = 0.0, 1.0
+    low, high = least, 1.0
     for _ in range(60):
         middle = (low + high) / 2
         low, high = (middle, high) if saved(middle) > cut else (low, middle)

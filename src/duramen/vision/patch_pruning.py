@@ -16,7 +16,7 @@ from torch.nn.functional import cross_entropy
 
 from duramen.problem import Problem
 from duramen.registry import method
-from duramen.tokens.schedule import Costs, solve_keep, vision_sites
+from duramen.tokens.schedule import HALF, Costs, solve_keep, vision_sites
 from duramen.vision.cost import patch_costs, sequence_length
 from duramen.vision.images import Images, in_parts, seen_by
 from duramen.vision.opening import set_reduction
@@ -92,11 +92,22 @@ def apply(studio: Studio, settings: Settings) -> dict[str, Any]:
 def _adaptive(studio: Studio, reduction: PatchReduction, costs: Costs, settings: Settings) -> PatchReduction:
     """The same with the share of importance that saves enough in the mean; the saving falls as it grows, so by bisection."""
     network = studio.model
-    wanted, low, high = (1 - settings.cut) * costs.total(sequence_length(network), {}), 0.01, 0.999
+    dense, low, high = costs.total(sequence_length(network), {}), 0.01, 0.999
+
+    def saved(mass: float) -> float:
+        set_reduction(network, reduction.model_copy(update={"mass": mass}).model_dump(mode="json"))
+        return 1 - mean_cost(network, studio.aside, costs, settings.images) / dense
+
+    most = saved(low)
+    if most < settings.cut:
+        raise Problem(
+            f"{settings.cut:.0%} of the multiply-adds cannot be cut after the layers {', '.join(map(str, reduction.sites))}.",
+            why=f"the layers up to the first site see all patches; at most {most:.0%} can be cut.",
+            fix="earlier `sites`, or a smaller `cut`.",
+        )
     for _ in range(8):
         middle = (low + high) / 2
-        set_reduction(network, reduction.model_copy(update={"mass": middle}).model_dump(mode="json"))
-        low, high = (middle, high) if mean_cost(network, studio.aside, costs, settings.images) < wanted else (low, middle)
+        low, high = (middle, high) if saved(middle) > settings.cut else (low, middle)
     return reduction.model_copy(update={"mass": low})
 
 
@@ -135,15 +146,12 @@ def candidates(network: Any, costs: Costs, length: int, settings: Settings) -> l
             continue
         if number and not (settings.keep or settings.mass) and not _possible(costs, sites, settings.cut, length):
             continue
+        least = HALF if settings.kind == "merge" else 0.0
         keep = settings.keep or (
-            1.0 if settings.mass is not None or settings.adaptive else solve_keep(costs, sites, settings.cut, tokens=length),
+            1.0
+            if settings.mass is not None or settings.adaptive
+            else solve_keep(costs, sites, settings.cut, tokens=length, least=least),
         )
-        if settings.kind == "merge" and min(keep) < 0.5:
-            raise Problem(
-                f"{settings.cut:.0%} of the multiply-adds cannot be cut by merging after the layers {', '.join(map(str, sites))}.",
-                why=f"{1 - min(keep):.0%} of the patches would have to go at each, and at most half find another to be merged with.",
-                fix="more or earlier `sites`, or a smaller `cut`.",
-            )
         found += [
             PatchReduction(**own | {"sites": sites, "keep": keep, "score": score, "gap_step": gap}) for score, gap in variants
         ]
