@@ -8,10 +8,11 @@ benchmarks/results/video_curves.csv and docs/images/video_curves.svg. About ten 
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import rows
-from duramen.video.plan import Clip, predict
+from duramen.video.plan import predict
 from duramen.video.slices import Slices
 from video_memory import MIB, animatediff, svd, wan
 
@@ -30,13 +31,8 @@ def main() -> None:
     table = rows.read("video_curves")
     for name, make in NETWORKS.items():
         network, usual, _, _ = make()
-        clips = [
-            ("frames", frames, Clip(usual.height, usual.width, frames, usual.guided, usual.factor)) for frames in FRAMES[name]
-        ]
-        clips += [
-            ("pixels", height * width, Clip(height, width, usual.frames, usual.guided, usual.factor))
-            for height, width in SIZES[name]
-        ]
+        clips = [("frames", frames, replace(usual, frames=frames)) for frames in FRAMES[name]]
+        clips += [("pixels", height * width, replace(usual, height=height, width=width)) for height, width in SIZES[name]]
         for along, number, clip in clips:
             case = f"{name}, {clip.frames} frames of {clip.width}x{clip.height}, {number} {along}"
             for subject, slices in SUBJECTS.items():

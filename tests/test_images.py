@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from transformers import AutoModelForImageClassification, ViTConfig, ViTForImageClassification
+from transformers import AutoImageProcessor, AutoModelForImageClassification, ViTConfig, ViTForImageClassification
 
 import duramen
 import tiny
@@ -166,12 +166,20 @@ def test_images_keep_what_they_need_under_a_mean_budget(tmp_path):
     assert 0 < found["reduction"]["mass"] < 1
     assert 1 - found["macs"]["reduced"] / found["macs"]["dense"] == pytest.approx(0.3, abs=0.05)
     network = AutoModelForImageClassification.from_pretrained(tmp_path / "out")
-    output = network(seen_by(network, shapes(24, 16, seed=9).values))
+    drawn = shapes(24, 16, seed=9).values
+    Image.fromarray(drawn[0].permute(1, 2, 0).numpy()).resize((61, 37)).save(tmp_path / "wide.png")
+    processed = AutoImageProcessor.from_pretrained(tmp_path / "out")(Image.open(tmp_path / "wide.png"), return_tensors="pt")
+    mine = seen_by(network, decode(tmp_path / "wide.png", 16)[None])
+    torch.testing.assert_close(processed["pixel_values"], mine, rtol=0, atol=1e-6)
+    output = network(seen_by(network, drawn))
     assert len(set(output.counts[:, -1].tolist())) > 1
     assert (output.counts[:, 1] <= output.counts[:, 0]).all()
     for wrong in ({"keep": [0.5]}, {"mass": 0.5}, {"kind": "merge", "keep": []}):
         with pytest.raises(Problem, match="adaptive"):
             duramen.run(RECIPE | {"steps": [steps[0], steps[1] | wrong]}, "new", tmp_path / "no")
+    with pytest.raises(Problem, match="95% of the multiply-adds cannot be cut after the layers 0, 1") as caught:
+        duramen.run(RECIPE | {"steps": [steps[0], steps[1] | {"cut": 0.95}]}, "new", tmp_path / "much")
+    assert "at most" in caught.value.why
 
 
 def test_a_teacher_of_another_kind_and_size(tmp_path):

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, Gemma3TextConfig
 
 import tiny
 from duramen.problem import Problem
@@ -424,6 +424,18 @@ def test_a_longer_context_is_shown_by_place(texts_as_tokens, tmp_path):
     assert config.rope_parameters["rope_theta"] == 50_000
     with pytest.raises(Problem, match="No held-out document has 4096"):
         extend.apply(stage, extend.Settings(context=4096))
+
+
+def test_the_base_is_that_of_layers_that_see_the_whole_row():
+    assert extend.slower({"rope_type": "default", "rope_theta": 1e4}, 1e6) == {"rope_type": "default", "rope_theta": 1e6}
+    gemma3 = Gemma3TextConfig(
+        hidden_size=16, num_hidden_layers=6, num_attention_heads=2, num_key_value_heads=1, head_dim=8, intermediate_size=16, vocab_size=16
+    )  # fmt: skip
+    before = dict(gemma3.rope_parameters)
+    network = extend.turned(AutoModelForCausalLM.from_config(gemma3), extend.Settings(context=64, rope_theta=5e6))
+    assert network.config.rope_parameters["full_attention"]["rope_theta"] == 5e6
+    assert network.config.rope_parameters["sliding_attention"] == before["sliding_attention"]
+    assert torch.isfinite(network(torch.arange(16)[None]).logits).all()
 
 
 @pytest.mark.parametrize(

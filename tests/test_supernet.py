@@ -408,6 +408,8 @@ def test_what_cannot_be_is_said(tmp_path):
         duramen.vision.vit_search.apply(studio(tmp_path, materialise(network, space.smallest)), SearchSettings(target=1))
     with pytest.raises(Problem, match="does not fit zcu102"):
         target_of(SearchSettings(target=1, lanes=512, inputs=512), network, space, here)
+    with pytest.raises(ValueError, match="of one engine"):
+        SearchSettings(target=1, lanes=32)
     wide = copy.deepcopy(network)
     wide.config.activation_bits = 8
     with pytest.raises(Problem, match="4 products of 4 by 8 bits"):

@@ -49,10 +49,11 @@ def data(tmp_path):
     return str(file)
 
 
-SMALL = {"batch": 4, "at_once": 4, "length": 64, "every": 2, "learning_rate": 1e-3, "held_out": 0.25}
+SMALL = {"batch": 4, "at_once": 4, "every": 2, "learning_rate": 1e-3}
+EXAMPLES = SMALL | {"length": 64, "held_out": 0.25}
 STAGES = {
-    "sft": (sft, {"epochs": 4, **SMALL}),
-    "dpo": (dpo, SMALL),
+    "sft": (sft, EXAMPLES | {"epochs": 4}),
+    "dpo": (dpo, EXAMPLES),
     "grpo": (grpo, SMALL | {"steps": 4, "answers": 2, "longest": 6, "reward": "near"}),
 }
 

@@ -281,6 +281,14 @@ def test_a_prediction_is_what_a_run_takes(kind, slices):
     assert predict(network, clip, slices).peak == measured
 
 
+def test_a_video_has_as_many_latents_in_time_as_its_autoencoder_makes():
+    network, _, _ = wan()
+    usual = predict(network, Clip(64, 80, 17, guided=False), None).peak
+    assert usual == predict(network, Clip(64, 80, 17, guided=False, apart=4), None).peak
+    assert usual == predict(network, Clip(64, 80, 9, guided=False, apart=2), None).peak
+    assert usual < predict(network, Clip(64, 80, 17, guided=False, apart=2), None).peak
+
+
 def test_a_plan_takes_the_largest_slices_that_fit(monkeypatch):
     network, _, _ = svd()
     clip = Clip(80, 112, 5)

@@ -13,13 +13,13 @@ from pydantic import Field
 from duramen.problem import Problem
 from duramen.registry import Place, method
 from duramen.train.stage import WORK, Stage
-from duramen.train.tuning import TuningSettings, as_turns, divided, read_pairs, tuned
+from duramen.train.tuning import ExampleSettings, as_turns, divided, read_pairs, tuned
 
 LOSSES = {"length_normalised": "sigmoid_norm", "plain": "sigmoid"}
 """TRL's names."""
 
 
-class Settings(TuningSettings):
+class Settings(ExampleSettings):
     """Settings of preference optimisation."""
 
     data: Place

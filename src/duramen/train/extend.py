@@ -33,7 +33,7 @@ class Settings(pretrain.Settings):
     learning_rate: Annotated[float, Field(gt=0)] = 3e-4
     """Of AdamW at its height."""
     rope_theta: Annotated[float, Field(ge=0)] = 0.0
-    """The new base of the rotary embedding; 0 keeps the old one."""
+    """The new base of the rotary embedding; 0 keeps the old one. Layers that look through a sliding window keep theirs."""
 
 
 @method("extend", title="Context extension", paper="arXiv 2309.16039, 2412.06845", kind="train", settings=Settings)
@@ -74,10 +74,17 @@ def turned(network: Any, settings: Settings) -> Any:
                 why="`rope_theta` is its base.",
                 fix="`rope_theta: 0`, which keeps all as it is.",
             )
-        config.rope_parameters = dict(config.rope_parameters) | {"rope_theta": settings.rope_theta}
+        config.rope_parameters = slower(config.rope_parameters, settings.rope_theta)
     fresh = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     fresh.load_state_dict(network.state_dict())
     return fresh
+
+
+def slower(rope: dict[str, Any], base: float) -> dict[str, Any]:
+    """Rotary parameters with another base; where kinds of attention have their own, those that see the whole row have it."""
+    if "rope_theta" in rope:
+        return rope | {"rope_theta": base}
+    return {kind: own | {"rope_theta": base} if kind == "full_attention" else own for kind, own in rope.items()}
 
 
 def long_rows(rows: Rows, settings: Settings) -> Rows:

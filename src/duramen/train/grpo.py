@@ -106,7 +106,7 @@ def _trainer(network: Any, tokenizer: Any, file: str, stage: Stage, settings: Se
         for row in read_pairs(file, ("prompt", "answer"))[: settings.examples or None]
     ]
     config = GRPOConfig(
-        **settings.arguments(stage.folder / WORK) | {"num_train_epochs": 1, "max_steps": settings.steps}, **VARIANTS[settings.variant],
+        **settings.arguments(stage.folder / WORK), max_steps=settings.steps, **VARIANTS[settings.variant],
         num_generations=settings.answers, max_completion_length=settings.longest, temperature=settings.temperature, beta=settings.beta,
         epsilon=settings.clip_ratio, use_bias_correction_kl=settings.penalty == "corrected", steps_per_generation=settings.parts, num_iterations=1,
     )  # fmt: skip

@@ -12,10 +12,10 @@ from duramen.registry import Place, method
 from duramen.train.data import examples, keeps_apart, tokenise
 from duramen.train.stage import TOKENS, WORK, Stage
 from duramen.train.text import read_corpus
-from duramen.train.tuning import TuningSettings, divided, tuned
+from duramen.train.tuning import ExampleSettings, divided, tuned
 
 
-class Settings(TuningSettings):
+class Settings(ExampleSettings):
     """Settings of supervised tuning."""
 
     data: Place

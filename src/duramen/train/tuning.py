@@ -43,22 +43,16 @@ class TuningSettings(Base):
     """Of AdamW at its height."""
     warmup: Annotated[float, Field(ge=0, lt=1)] = 0.03
     """Share of the steps in which the rate rises; then it falls to zero in a line."""
-    epochs: Annotated[float, Field(gt=0)] = 1
-    """How often the examples are seen."""
     batch: Annotated[int, Field(ge=1)] = 16
     """Examples of a step, over all processes."""
     at_once: Annotated[int, Field(ge=1)] = 16
     """Examples that run together; the gradients of a step's parts add up."""
-    length: Annotated[int, Field(ge=8)] = 512
-    """Most tokens of an example."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     """Of all parameters but norms and biases."""
     clip: Annotated[float, Field(gt=0)] = 1.0
     """Largest norm of a step's gradient."""
     every: Annotated[int, Field(ge=1)] = 50
     """Steps between checkpoints."""
-    held_out: Annotated[float, Field(gt=0, le=0.5)] = 0.05
-    """Share of the examples that are not learned."""
     dtype: Annotated[str, Field(pattern="^(auto|float32|bfloat16)$")] = "auto"
     """Of what is computed; weights and moments stay in float32."""
     recompute: bool = False
@@ -91,10 +85,25 @@ class TuningSettings(Base):
         return {
             "output_dir": str(folder), "per_device_train_batch_size": self.at_once, "per_device_eval_batch_size": self.at_once,
             "gradient_accumulation_steps": self.parts, "learning_rate": self.learning_rate, "lr_scheduler_type": "linear",
-            "warmup_steps": self.warmup, "num_train_epochs": self.epochs, "weight_decay": self.weight_decay, "max_grad_norm": self.clip,
+            "warmup_steps": self.warmup, "weight_decay": self.weight_decay, "max_grad_norm": self.clip,
             "bf16": half, "activation_checkpointing": self.recompute, "save_steps": self.every, "save_total_limit": 2, "logging_steps": 1,
             "report_to": [], "disable_tqdm": True, "seed": self.seed, "data_seed": self.seed, "use_cpu": not torch.cuda.is_available(),
         }  # fmt: skip
+
+
+class ExampleSettings(TuningSettings):
+    """What every stage takes that learns examples as they are."""
+
+    epochs: Annotated[float, Field(gt=0)] = 1
+    """How often the examples are seen."""
+    length: Annotated[int, Field(ge=8)] = 512
+    """Most tokens of an example."""
+    held_out: Annotated[float, Field(gt=0, le=0.5)] = 0.05
+    """Share of the examples that are not learned."""
+
+    def arguments(self, folder: Path) -> dict[str, Any]:
+        """The same in transformers' words."""
+        return super().arguments(folder) | {"num_train_epochs": self.epochs}
 
 
 @contextlib.contextmanager
@@ -255,7 +264,7 @@ def _no_row(place: Path, number: int, why: str, wanted: str) -> Problem:
     )
 
 
-def divided(rows: list[Any], settings: TuningSettings) -> tuple[list[Any], list[Any]]:
+def divided(rows: list[Any], settings: ExampleSettings) -> tuple[list[Any], list[Any]]:
     """Rows that are learned, and evenly spread ones that are not, of the first ones."""
     rows = rows[: settings.examples or None]
     every = min(max(2, round(1 / settings.held_out)), len(rows))

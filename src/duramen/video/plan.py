@@ -25,6 +25,8 @@ AT_ONCE = 16
 """Images that a pipeline of AnimateDiff decodes together."""
 WHOLE = ("AutoencoderKLWan", "AutoencoderKLLTXVideo")
 """Decoders that run as they are."""
+USUALLY_APART = {"Wan": 4, "LTX": 8}
+"""Frames that a latent behind the first stands for, by what a network's class is called."""
 LADDER = (None, *(size * 2**20 for size in (512, 256, 128, 96, 64, 32, 16, 8)))
 """Sizes of slices in bytes, from the largest on; smaller ones start many more operators and save next to nothing, since features themselves are what is left."""
 
@@ -39,6 +41,7 @@ class Clip:
         frames: Of the video.
         guided: Whether both branches of guidance run at once; pipelines of Wan run one after the other anyway.
         factor: Pixels of a side that a latent stands for.
+        apart: Frames that a latent behind the first stands for; None for as many as usual with the network, 4 of Wan and 8 of LTX-Video.
         per_token: Whether every token is given a time of its own, as by pipelines of Wan with ``expand_timesteps``.
     """
 
@@ -47,6 +50,7 @@ class Clip:
     frames: int
     guided: bool = True
     factor: int = 8
+    apart: int | None = None
     per_token: bool = False
 
 
@@ -117,6 +121,8 @@ def example(network: Any, clip: Clip) -> Callable[[], Any]:
     """
     name, branches = type(network).__name__, 2 if clip.guided else 1
     config, height, width = network.config, clip.height // clip.factor, clip.width // clip.factor
+    usual = next((apart for family, apart in USUALLY_APART.items() if family in name), 1)
+    latents = (clip.frames - 1) // (clip.apart or usual) + 1
     like = torch.empty(0, dtype=_dtype_of(network), device=next(network.parameters()).device)
 
     def some(*shape: int) -> Tensor:
@@ -136,22 +142,21 @@ def example(network: Any, clip: Clip) -> Callable[[], Any]:
     if name == "AutoencoderKL":
         return partial(network.decode, some(min(clip.frames, AT_ONCE), config.latent_channels, height, width))
     if name == "AutoencoderKLWan":
-        return partial(network.decode, some(1, config.z_dim, (clip.frames - 1) // 4 + 1, height, width))
+        return partial(network.decode, some(1, config.z_dim, latents, height, width))
     if name == "AutoencoderKLLTXVideo":
-        x = some(1, config.latent_channels, (clip.frames - 1) // 8 + 1, height, width)
+        x = some(1, config.latent_channels, latents, height, width)
         return partial(network.decode, x, some(1)) if config.timestep_conditioning else partial(network.decode, x)
     if name == "WanTransformer3DModel":
-        x = some(1, config.in_channels, (clip.frames - 1) // 4 + 1, height, width)
+        x = some(1, config.in_channels, latents, height, width)
         tokens = x.shape[2] * x.shape[3] * x.shape[4] // math.prod(config.patch_size)
         time = (
             torch.ones(1, tokens, device=like.device) if clip.per_token else torch.ones(1, dtype=torch.long, device=like.device)
         )
         return partial(network, x, time, some(1, 512, config.text_dim))
     if name == "LTXVideoTransformer3DModel":
-        frames = (clip.frames - 1) // 8 + 1
-        x, mask = some(branches, frames * height * width, config.in_channels), torch.ones(branches, 128, device=like.device)
+        x, mask = some(branches, latents * height * width, config.in_channels), torch.ones(branches, 128, device=like.device)
         time, looked = torch.ones(branches, device=like.device), some(branches, 128, config.caption_channels)
-        return partial(network, x, looked, time, mask, frames, height, width)
+        return partial(network, x, looked, time, mask, latents, height, width)
     raise Problem(
         f"The memory of a {name} cannot be predicted.", why="what it is given is not known.", fix="the UNet or the temporal decoder of a pipeline.",
         code=Exit.INCOMPATIBLE,

