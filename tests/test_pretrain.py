@@ -17,6 +17,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, AutoModelForCausalLM, Gemma3TextConfig
 
 import tiny
+from duramen.families.model import BlockModel
+from duramen.families.norms import last_norm
 from duramen.problem import Problem
 from duramen.train import checkpoint, extend, grow, pretrain, width
 from duramen.train.checkpoint import Checkpoints
@@ -226,7 +228,7 @@ def test_rates_carry_over_to_other_widths():
         network = AutoModelForCausalLM.from_config(AutoConfig.for_model(**MODEL | wide, vocab_size=64, initializer_range=0.1))
         if carried:
             width.widen(network, 64)
-        named = width.groups(network, 0.003, 64 if carried else 0)
+        named = width.groups(network, 0.003, width.shares(network, 64 if carried else 0))
         optimizer, tokens = (
             torch.optim.AdamW([{key: group[key] for key in ("params", "lr")} for group in named]),
             tiny.ids(4, 32) % 64,
@@ -251,6 +253,24 @@ def test_a_wide_model_is_an_ordinary_one():
     plain = network(tokens).logits
     network.model.norm.weight.data.div_(4)
     torch.testing.assert_close(network(tokens).logits, plain / 4)
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma", "gemma3_text", "gpt2", "bloom", "opt", "gpt_neox", "mamba"])
+@torch.no_grad()
+def test_logits_are_divided_by_the_norm_before_the_head(name):
+    """Whatever its kind: about zero in Gemma, with a bias in GPT-2; the norm behind Bloom's embedding is another."""
+    network, tokens = tiny.model(name), tiny.ids(1, 12)
+    norm = network.get_submodule(last_norm(BlockModel.of(network)))
+    kept = {key: parameter.clone() for key, parameter in norm.named_parameters()}
+    width.widen(network, network.config.hidden_size // 4)
+    wide = network(tokens).logits
+    for key, parameter in norm.named_parameters():
+        parameter.copy_(kept[key])
+    torch.testing.assert_close(wide, network(tokens).logits / 4)
+    taken = width.shares(network, network.config.hidden_size // 4)
+    vectors = [each for each, share in taken.items() if share == 0.25 and network.get_parameter(each).ndim == 1]
+    assert {id(network.get_parameter(each)) for each in vectors} == {id(parameter) for parameter in norm.parameters()}
+    assert set(width.shares(network, 0).values()) == {1.0}
 
 
 @pytest.fixture

@@ -7,37 +7,17 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from jaxtyping import Float
 from torch import Tensor, nn
 
 from duramen.calibrate import ranks
 from duramen.calibrate.walker import Records, Walk
 from duramen.families.model import BlockModel, Layer, OpenBlock
+from duramen.families.norms import is_norm
 from duramen.problem import Exit, Problem
 from duramen.rundir import Finished
 
 SAME = 1e-3
 """Largest difference of a block's outputs after folding, relative to the largest; 2⁻⁴ where a half type runs or is stored."""
-
-
-def is_norm(module: nn.Module) -> bool:
-    """Whether a module is a leaf with one weight per channel."""
-    weight = getattr(module, "weight", None)
-    return isinstance(weight, Tensor) and weight.ndim == 1 and not list(module.children())
-
-
-def gain_of(norm: nn.Module) -> tuple[Float[Tensor, "D"], float] | None:
-    """By what an RMS norm multiplies every channel, in float64, and the weight with which it multiplies none; None if it is another kind of norm."""
-    weight: Tensor = norm.weight  # type: ignore[assignment]
-    generator = torch.Generator().manual_seed(0)
-    x = torch.randn(4, len(weight), generator=generator).to(weight.device, weight.dtype) + 0.5
-    plain = x.double() * x.double().square().mean(-1, keepdim=True).rsqrt()
-    for offset in (0.0, 1.0):
-        gain = weight.double() + offset
-        near = torch.allclose(norm(x).double(), plain * gain, rtol=0.05, atol=0.02 * float(gain.abs().max()))
-        if near and getattr(norm, "bias", None) is None:
-            return gain, 1.0 - offset
-    return None
 
 
 @contextmanager

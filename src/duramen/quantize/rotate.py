@@ -17,10 +17,11 @@ from torch import Tensor, nn
 
 from duramen.calibrate.walker import Records, Walk
 from duramen.families.model import BlockModel, Call, Model, OpenBlock, run_block
+from duramen.families.norms import gain_of, last_norm
 from duramen.families.table import Group
 from duramen.problem import Problem
 from duramen.prune.pattern import lasting_zeros
-from duramen.quantize.folding import cannot, check_outputs, gain_of, is_norm, keep_block, norms_read
+from duramen.quantize.folding import cannot, check_outputs, keep_block, norms_read
 from duramen.registry import Settings as MethodSettings
 from duramen.registry import method
 
@@ -147,7 +148,9 @@ def rotate_outside(model: BlockModel, rotation: Float[Tensor, "D D"]) -> dict[st
     """
     network: Any = model.network
     embedding, head = network.get_input_embeddings(), network.get_output_embeddings()
-    norm_name = _last_norm(model)
+    norm_name = last_norm(model)
+    if norm_name is None:
+        raise _cannot(model, "no norm stands before its head")
     norm = network.get_submodule(norm_name)
     names = {id(module): name for name, module in network.named_modules()}
     width = model.config.hidden_size
@@ -169,25 +172,6 @@ def rotate_outside(model: BlockModel, rotation: Float[Tensor, "D D"]) -> dict[st
     norm.weight.data.fill_(plain)
     model.config.tie_word_embeddings = False
     return new
-
-
-def _last_norm(model: BlockModel) -> str:
-    """Path of the last norm that runs outside the blocks."""
-    ran: list[str] = []
-    inside = model.family.blocks + "."
-    handles = [
-        module.register_forward_hook(lambda *_, name=name: ran.append(name))
-        for name, module in model.network.named_modules()
-        if not name.startswith(inside) and is_norm(module)
-    ]
-    try:
-        model.logits(torch.ones(1, 1, model.config.hidden_size, dtype=model.dtype, device=model.device))
-    finally:
-        for handle in handles:
-            handle.remove()
-    if not ran:
-        raise _cannot(model, "no norm stands before its head")
-    return ran[-1]
 
 
 def _gain(model: BlockModel, norm: nn.Module) -> tuple[Float[Tensor, "D"], float]:

@@ -22,8 +22,9 @@ from duramen.calibrate.activations import Activations, Budget
 from duramen.calibrate.passes import Passes
 from duramen.calibrate.walker import SCRATCH, Records, Walk
 from duramen.families.model import BlockModel, Call, Layer, Model, OpenBlock, run_block
+from duramen.families.norms import from_zero
 from duramen.families.select import filter_layers
-from duramen.quantize.folding import cannot, check_outputs, gain_of, keep_block, norms_read
+from duramen.quantize.folding import cannot, check_outputs, keep_block, norms_read
 from duramen.registry import Settings as MethodSettings
 from duramen.registry import method
 
@@ -189,9 +190,8 @@ def _largest_inputs(passes: Passes, layers: dict[str, Layer]) -> dict[str, Float
 def _divide_norm(model: BlockModel, block: OpenBlock, path: str, scales: Float[Tensor, "D"]) -> None:
     """Makes a norm inside a block write its channels divided."""
     norm = block.module.get_submodule(path)
-    root, known = gain_of(norm), f"{model.family.blocks}.{block.index}.{path}"
-    offset = 0.0 if root is None else 1.0 - root[1]
-    for kind, counted in (("weight", offset), ("bias", 0.0)):
+    known = f"{model.family.blocks}.{block.index}.{path}"
+    for kind, counted in (("weight", from_zero(norm)), ("bias", 0.0)):
         stored = block.tensors.get(f"{known}.{kind}")
         if stored is not None:
             block.tensors[f"{known}.{kind}"] = ((stored.double() + counted) / scales - counted).to(stored.dtype)

@@ -35,7 +35,7 @@ from duramen.train.settings import ScheduleSettings
 from duramen.train.stage import MODEL, TOKENIZER, TOKENS, Stage
 from duramen.train.text import Corpus, Plan, make_plan, read_corpus
 from duramen.train.throughput import flops_per_token
-from duramen.train.width import groups, widen
+from duramen.train.width import groups, shares, widen
 
 METRICS = "metrics.jsonl"
 
@@ -232,11 +232,10 @@ def learn(stage: Stage, settings: Settings, network: Any, only: set[str] | None)
     dtype = forward_dtype(settings.dtype)
     parameters = sum(each.numel() for each in network.parameters())
     network.to(device).train()
+    taken = shares(network, settings.base_width)
     share_out(network, dtype)
     trained = list(
-        groups(
-            network, settings.learning_rate, settings.base_width, only, betas=settings.betas, weight_decay=settings.weight_decay
-        )
+        groups(network, settings.learning_rate, taken, only, betas=settings.betas, weight_decay=settings.weight_decay)
     )
     names = [name for group in trained for name in group.pop("names")]
     if only is not None:
