@@ -35,7 +35,7 @@ MODEL = {
 def recipe(tmp_path_factory):
     folder = tmp_path_factory.mktemp("corpus")
     (folder / "corpus.jsonl").write_text("".join(json.dumps({"text": document(seed)}) + "\n" for seed in range(60)))
-    small = {"data": "exercises", "batch": 8, "at_once": 8, "length": 64, "every": 2, "learning_rate": 1e-3}
+    small = {"data": "exercises", "batch": 8, "at_once": 8, "every": 2, "learning_rate": 1e-3}
     steps = [
         {
             "method": "curate", "sources": [{"text": str(folder / "corpus.jsonl"), "licence": "CC0-1.0"}], "held_out": 0.1, "shards": 1,
@@ -44,8 +44,8 @@ def recipe(tmp_path_factory):
         {"method": "tokenize", "vocabulary": 420},
         {"method": "pretrain", "model": MODEL, "context": 64, "steps": 6, "batch": 4, "at_once": 4, "every": 2, "held_out_rows": 2},
         {"method": "grow", "groups": 2},
-        {"method": "sft", "examples": 64, "epochs": 1, "measure": 3, **small},
-        {"method": "dpo", "examples": 40, **small},
+        {"method": "sft", "examples": 64, "epochs": 1, "length": 64, "measure": 3, **small},
+        {"method": "dpo", "examples": 40, "length": 64, **small},
         {"method": "grpo", "examples": 32, "reward": "near", "steps": 2, "answers": 4, "longest": 8, **small | {"every": 1}},
         {"method": "evaluate", "text": ["boolq"], "windows": 2, "length": 32, "prompts": ["the"], "latency": False},
     ]  # fmt: skip
@@ -74,6 +74,9 @@ def test_text_becomes_a_model_that_opens_anywhere(whole):
         [{"role": "user", "content": "Spell moon."}], add_generation_prompt=True, return_tensors="pt", return_dict=True
     )
     assert model.generate(**asked, max_new_tokens=4, pad_token_id=0).shape[1] > asked["input_ids"].shape[1]
+    kept, locked = (load_recipe(out / name) for name in ("recipe.yaml", "recipe.lock.yaml"))
+    assert kept.resolved() == locked.resolved()
+    assert [step.method for step in kept.resolved()][-1] == "evaluate"
     assert [stage["method"] for stage in results["stages"]] == ["curate", "tokenize", "pretrain", "grow", "sft", "dpo", "grpo"]
     assert results["evaluations"][0]["perplexity"]
     assert results["stages"][4]["found"]["exercises"]["after"]["count"] == 3

@@ -17,6 +17,7 @@ from duramen.problem import Problem
 from duramen.quantize.learned import on_grid
 from duramen.quantize.mixed_linear import InputStep, MixedLinear, widest_exact
 from duramen.quantize.rows import EIGHT, FOUR, integer_product, row_gain
+from duramen.search.team import team
 from duramen.vision.cpu import session
 from duramen.vision.elastic import Architecture, ElasticViTConfig, ElasticViTForImageClassification, materialise
 from duramen.vision.images import seen_by, shapes
@@ -399,6 +400,20 @@ def test_a_table_adds_up_and_times_each_part_once():
     assert sum(each["seconds"] for each in table.describe(parts)["products"]) == table.seconds(parts) - 0.5
 
 
+def test_workers_end_with_the_same_networks(tmp_path):
+    network, settings = (
+        supernet(),
+        SearchSettings(target=1, images=16, population=4, generations=1, mutants=2, children=2, parents=2),
+    )
+    alone, shared = search(network, 1.0, settings), search(network, 1.0, settings)
+    expected = evolve(alone, studio(tmp_path / "alone", network).memo, lambda number, loss: None)
+    with team(lambda: shared.heirs, 2, "", torch.device("cpu")) as shared.team:
+        assert evolve(shared, studio(tmp_path / "shared", network).memo, lambda number, loss: None) == expected
+    assert shared.losses == alone.losses
+    with pytest.raises(Problem, match="nothing to do"):
+        duramen.run(RECIPE | {"steps": RECIPE["steps"][3:4]}, "new", tmp_path / "no", workers=2)
+
+
 def test_what_cannot_be_is_said(tmp_path):
     network, here = supernet(), studio(tmp_path, supernet()).memo
     space = Space.model_validate(network.config.space)
@@ -439,6 +454,18 @@ def test_steps_of_activations_are_near_the_best():
     empty = supernet(rounding=False)
     settle_inputs(empty, IMAGES, 4)
     assert all(module.seen is None for module in empty.modules() if isinstance(module, InputStep))
+
+
+def test_gradients_of_a_step_add_up_however_a_batch_is_divided():
+    step, inputs = InputStep(4), torch.randn(6, 5, 8, generator=torch.Generator().manual_seed(0))
+    found = []
+    for at_once in (6, 2, 1):
+        step.zero_grad()
+        for part in inputs.split(at_once):
+            codes, unit = step(part)
+            (codes * unit).square().sum().backward()
+        found.append(float(step.log_step.grad))
+    assert found[1:] == pytest.approx([found[0]] * 2, rel=1e-5)
 
 
 def test_one_share_changes_one_matrix():

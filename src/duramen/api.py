@@ -57,6 +57,10 @@ __all__ = [
 ]
 
 
+SEARCHES = ("search", "search_masks", "vit_search")
+"""Methods whose candidates workers can measure."""
+
+
 def run(
     recipe: str | Path | dict[str, Any],
     model: str | Path,
@@ -89,13 +93,13 @@ def run(
     model = str(model)
     with ranks.joined():
         loaded = load_recipe(recipe, overrides)
+        _check_workers(loaded, workers, address)
         if loaded.images is not None:
             from duramen.vision.story import run_images
 
-            command = _command("run", recipe, model, out, overrides)
-            run_images(loaded, model, Path(out), command=command, versions=versions(), progress=progress)
+            command, team = _command("run", recipe, model, out, overrides), (workers, address)
+            run_images(loaded, model, Path(out), command=command, versions=versions(), progress=progress, team=team)
             return load_results(Path(out))
-        _check_workers(loaded, workers, address)
         context, steps = prepare(loaded, model, Path(out), allow_generic, progress)
         context.workers, context.address = workers, address
         return carry_out(context, steps, model, _command("run", recipe, model, out, overrides))
@@ -144,7 +148,7 @@ def train(
                 write_live(directory.out / STAGES, {name: points for name, points in curves.items() if points})
 
         trained = run_stages(loaded, stages, directory.out, versions=versions(), tell=tell)
-        context, steps = prepare(after, str(trained.model), directory.out, False, progress)
+        context, steps = prepare(after, str(trained.model), directory.out, False, progress, loaded)
         made = trained.model.relative_to(directory.out).as_posix()
         return carry_out(context, steps, made, _command("train", recipe, "", out, overrides), trained.stages)
 
@@ -153,10 +157,10 @@ def _check_workers(recipe: Recipe, workers: int, address: str) -> None:
     """Stops where workers were asked for and have nothing to do, or an address without them."""
     if address and not workers:
         raise Problem("An address needs workers.", why="it says where they are.", fix="`--workers N --address ADDRESS`.")
-    if workers and not any(get_method(step.method).kind == "search" for step in recipe.resolved()):
+    if workers and not any(step.method in SEARCHES for step in recipe.resolved()):
         raise Problem(
             f"{workers} workers have nothing to do in this recipe.",
-            why="only the steps of a search have candidates to share out.",
+            why=f"only {', '.join(SEARCHES)} have candidates to share out.",
             fix="the line without `--workers`; for several processes in other steps see torchrun in the docs.",
         )
 

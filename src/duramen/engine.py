@@ -106,7 +106,9 @@ def carry_out(
     return load_results(out)
 
 
-def prepare(recipe: Recipe, model: str, out: Path, allow_generic: bool, progress: Progress) -> tuple[Context, list[Step]]:
+def prepare(
+    recipe: Recipe, model: str, out: Path, allow_generic: bool, progress: Progress, whole: Recipe | None = None
+) -> tuple[Context, list[Step]]:
     """Opens what a recipe needs and takes the run directory.
 
     Args:
@@ -115,6 +117,7 @@ def prepare(recipe: Recipe, model: str, out: Path, allow_generic: bool, progress
         out: The run directory.
         allow_generic: Whether to guess the layout of an unknown architecture.
         progress: Called with events.
+        whole: What is written down as the run's recipe, where the steps are not all of it; None for the same.
 
     Returns:
         What the steps share, and the steps.
@@ -134,7 +137,7 @@ def prepare(recipe: Recipe, model: str, out: Path, allow_generic: bool, progress
     dtype = ranks.shared(forward_dtype(wanted) if ranks.leads() else None)
     context = Context(recipe, source, directory, tokens, dtype, allow_generic, progress)
     if ranks.leads():
-        _claim(context, steps)
+        _claim(context, steps, whole or recipe)
     ranks.wait()
     return context, steps
 
@@ -178,20 +181,19 @@ def check_steps(steps: list[Step], calibration: tuple[str, ...]) -> None:
                 raise no_likelihood()
 
 
-def _claim(context: Context, steps: list[Step]) -> None:
+def _claim(context: Context, steps: list[Step], whole: Recipe) -> None:
     """Takes the run directory for this run and writes down what it is."""
     directory, source = context.directory, context.source
-    lock = _lock(context.recipe, steps, context.dtype)
     directory.claim(beside=(STAGES,), fingerprint={
         "model": hash_model(source, ".json", ".safetensors"),
         "calibration tokens": hash_tokens(context.tokens),
-        "recipe": lock,
+        "recipe": _lock(context.recipe, steps, context.dtype),
         "files": hash_named(step.settings for step in steps),
         "versions": versions(),
     })  # fmt: skip
     for left_over in directory.state.glob(f"{SCRATCH}*"):
         shutil.rmtree(left_over)
-    write_recipe(directory.out, context.recipe.model_dump(mode="json"), lock)
+    write_recipe(directory.out, whole.model_dump(mode="json"), _lock(whole, whole.resolved(), context.dtype))
 
 
 def _tokenizer(folder: Path) -> Any:

@@ -18,9 +18,9 @@ from duramen.hardware.energy import joules
 from duramen.hardware.machine import describe
 from duramen.problem import Exit, Problem
 from duramen.reading import read_json, reading
-from duramen.recipe import Recipe, Step, dump_yaml
+from duramen.recipe import Recipe, Step
 from duramen.registry import get_method
-from duramen.rundir import RunDirectory, hash_folder, hash_named, unlike, write_json, write_text
+from duramen.rundir import RunDirectory, hash_folder, hash_named, unlike, write_json
 from duramen.train.forecast import forecast_pretraining
 from duramen.train.pretrain import METRICS
 from duramen.train.stage import DATA, MODEL, TOKENIZER, TOKENS, WORK, Stage
@@ -104,7 +104,6 @@ def run_stages(recipe: Recipe, steps: list[Step], out: Path, *, versions: dict[s
     lock = {"seed": recipe.seed, "stages": [step.lock() for step in steps]}
     if ranks.leads():
         directory.claim({"recipe": lock, "files": hash_named(step.settings for step in steps), "versions": versions})
-        write_text(out / STAGES / "stages.lock.yaml", dump_yaml(lock))
     ranks.wait()
     given: dict[str, Path] = {}
     found = []

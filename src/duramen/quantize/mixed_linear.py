@@ -55,8 +55,8 @@ class InputStep(nn.Module):
         return self.log_step.exp()
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Codes of the same shape, and the step."""
-        step = slowed(self.step(), x.numel(), self.grid.most)
+        """Codes of the same shape, and the step; of a batch [B, ...], whose gradients add up however it is divided."""
+        step = slowed(self.step(), x[0].numel(), self.grid.most)
         return learned_codes(x, step, self.grid.least, self.grid.most), step
 
     def look(self, x: Tensor) -> None:

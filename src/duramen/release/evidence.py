@@ -253,7 +253,7 @@ def _trained(folder: Path, stages: list[dict[str, Any]]) -> dict[str, Evidence]:
     """What the stages of a training prove."""
     kinds = {stage["method"] for stage in stages}
     places = {method: [f"stages/{stage['folder']}" for stage in stages if stage["method"] == method] for method in kinds}
-    lock = ("stages/stages.lock.yaml", "recipe.yaml")
+    lock = ("recipe.lock.yaml", "recipe.yaml")
     found: dict[str, Evidence] = {}
     if "curate" in kinds:
         (place,) = places["curate"][:1]

@@ -1,6 +1,6 @@
 """Candidates measured by Ray workers, on this machine or on several that see the same folders.
 
-Every worker opens the model and the levels for itself. A candidate's figure does not depend on who else is measured beside it, and
+Every worker makes what it measures with for itself. A candidate's figure does not depend on who else is measured beside it, and
 figures are put back in the order of the candidates, so that the outcome is the same for any number of workers.
 """
 
@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -18,14 +19,14 @@ from duramen.calibrate import ranks
 from duramen.calibrate.walker import Walk
 from duramen.families.model import BlockModel
 from duramen.problem import Exit, Problem, need
-from duramen.search.fitness import Choices, put_back, runs_of
+from duramen.search.fitness import put_back, runs_of
 
 
 class Measurer(Protocol):
     """What a worker does."""
 
-    def measure(self, candidates: Sequence[Any], rows: Sequence[int]) -> list[float]:
-        """Fitness of candidates on some sequences of the pool."""
+    def measure(self, candidates: Sequence[Any], *by: Any) -> list[Any]:
+        """A figure for every candidate, the same whoever measures it."""
 
 
 Make = Callable[[BlockModel], Measurer]
@@ -34,12 +35,12 @@ Make = Callable[[BlockModel], Measurer]
 class _Worker:
     """Lives in a process of its own."""
 
-    def __init__(self, folder: Path, dtype: torch.dtype, device: str, threads: int, make: Make) -> None:
+    def __init__(self, threads: int, make: Callable[[], Measurer]) -> None:
         torch.set_num_threads(threads)
-        self.measurer = make(BlockModel.from_folder(folder, dtype=dtype, device=torch.device(device)))
+        self.measurer = make()
 
-    def measure(self, candidates: list[Choices], rows: list[int]) -> list[float]:
-        return self.measurer.measure(candidates, rows)
+    def measure(self, candidates: list[Any], *by: Any) -> list[Any]:
+        return self.measurer.measure(candidates, *by)
 
 
 class Team:
@@ -52,8 +53,8 @@ class Team:
     def __init__(self, actors: list[Any]) -> None:
         self.actors = actors
 
-    def measure(self, candidates: Sequence[Choices], rows: Sequence[int]) -> list[float]:
-        """Every worker takes a run of the sorted candidates, which have the first blocks in common.
+    def measure(self, candidates: Sequence[Any], *by: Any) -> list[Any]:
+        """Every worker takes a run of the sorted candidates; those of language models have the first blocks in common then.
 
         Raises:
             Problem: If a worker died.
@@ -64,7 +65,7 @@ class Team:
             return []
         runs = runs_of(candidates, -(-len(candidates) // len(self.actors)))
         asked = [
-            actor.measure.remote([candidates[number] for number in run], list(rows))
+            actor.measure.remote([candidates[number] for number in run], *by)
             for actor, run in zip(self.actors, runs, strict=False)
         ]
         try:
@@ -79,10 +80,9 @@ class Team:
 
 
 @contextmanager
-def _running(model: BlockModel, make: Callable[[], Make], count: int, address: str) -> Iterator[Team]:
+def _running(make: Callable[[], Callable[[], Measurer]], count: int, address: str, device: torch.device) -> Iterator[Team]:
     import ray
 
-    assert model.checkpoint is not None
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     own = {} if address else {"num_cpus": count, "include_dashboard": False}
     ray.init(address=address or "local", log_to_driver=False, logging_level="ERROR", **own)
@@ -95,17 +95,34 @@ def _running(model: BlockModel, make: Callable[[], Make], count: int, address: s
                 why="every worker takes one.",
                 fix=f"`--workers {there}` or fewer.",
             )
-        device, gpus = model.device.type, ray.cluster_resources().get("GPU", 0)
-        share = {"num_gpus": min(1, gpus / count)} if device == "cuda" else {}
+        gpus = ray.cluster_resources().get("GPU", 0)
+        share = {"num_gpus": min(1, gpus / count)} if device.type == "cuda" else {}
         start, shared = ray.remote(num_cpus=1, **share)(_Worker).remote, ray.put(make())
-        folder = model.checkpoint.folder.resolve()
-        yield Team([start(folder, model.dtype, device, threads, shared) for _ in range(count)])
+        yield Team([start(threads, shared) for _ in range(count)])
     finally:
         ray.shutdown()
 
 
+def team(make: Callable[[], Callable[[], Measurer]], count: int, address: str, device: torch.device) -> Any:
+    """A context with some workers; with None if there are to be none.
+
+    Args:
+        make: Gives what a worker makes its measurer with.
+        count: How many.
+        address: Ray cluster that they belong to; empty for this machine.
+        device: What they compute on.
+
+    Raises:
+        Problem: If Ray is missing.
+    """
+    if not count:
+        return nullcontext()
+    need("Running candidates in workers", "ray", install="ray")
+    return _running(make, count, address, device)
+
+
 def team_of(model: BlockModel, make: Callable[[], Make], walk: Walk) -> Any:
-    """A context with the workers that a walk asks for; with None if it asks for none.
+    """``team`` for a walk through a language model, which every worker opens for itself.
 
     Args:
         model: The dense model.
@@ -117,8 +134,12 @@ def team_of(model: BlockModel, make: Callable[[], Make], walk: Walk) -> Any:
     """
     if not walk.workers:
         return nullcontext()
-    need("Running candidates in workers", "ray", install="ray")
     if model.checkpoint is None or ranks.count() > 1:
         reason = "the model is only in memory" if model.checkpoint is None else "this run has several ranks already"
         raise Problem("No workers can be started.", why=f"{reason}.", fix="`duramen run … --workers N` without torchrun.")
-    return _running(model, make, walk.workers, walk.address)
+    folder, device = model.checkpoint.folder.resolve(), model.device.type
+    return team(lambda: partial(_with_model, make(), folder, model.dtype, device), walk.workers, walk.address, model.device)
+
+
+def _with_model(make: Make, folder: Path, dtype: torch.dtype, device: str) -> Measurer:
+    return make(BlockModel.from_folder(folder, dtype=dtype, device=torch.device(device)))

@@ -31,7 +31,7 @@ SITES = ("qkv", "proj", "fc1", "fc2")
 EPS = 1e-6
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, order=True)
 class Architecture:
     """What a network is made of.
 

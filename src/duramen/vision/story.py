@@ -61,6 +61,7 @@ def run_images(
     command: str,
     versions: dict[str, str],
     progress: Callable[[str, dict[str, Any]], None],
+    team: tuple[int, str] = (0, ""),
 ) -> None:
     """Carries out a recipe of images, or goes on where an earlier run of the same line stopped; what came out is in ``results.json``.
 
@@ -71,6 +72,7 @@ def run_images(
         command: The line that is written down.
         versions: Of the packages that decide a result.
         progress: Called with events.
+        team: How many Ray workers measure the candidates of a search, and the cluster that they belong to.
 
     Raises:
         Problem: On a user's mistake; what was finished is kept.
@@ -104,6 +106,7 @@ def run_images(
     }  # fmt: skip
     dense = _dense(network) if network is not None and getattr(network.config, "reduction", None) else None
     studio = Studio(network, dense, *sets, memo=lambda name, compute: compute(), folder=out, out=out)
+    studio.workers, studio.address = team
     final: Path | None = None
     for number, step in enumerate(steps):
         run.tell("step", method=step.method, number=number, of=len(steps))

@@ -28,6 +28,8 @@ class Studio:
         folder: Where checkpoints are kept.
         out: Where the run's outcome goes.
         told: Called with (steps done, held-out loss).
+        workers: Ray workers that measure the candidates of a search; 0 for this process alone.
+        address: Ray cluster that they belong to; empty for this machine.
     """
 
     network: nn.Module | None
@@ -39,6 +41,8 @@ class Studio:
     folder: Path
     out: Path
     told: Callable[[int, float], None] = field(default=lambda step, loss: None)
+    workers: int = 0
+    address: str = ""
 
     @property
     def model(self) -> Any:

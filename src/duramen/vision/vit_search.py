@@ -28,6 +28,7 @@ from duramen.registry import Settings as MethodSettings
 from duramen.search.constraints import Limit
 from duramen.search.mutate import up_to
 from duramen.search.surrogate import solve
+from duramen.search.team import Team, team
 from duramen.vision.cpu import measured_cpu
 from duramen.vision.elastic import SITES, Architecture, ElasticViTForImageClassification, materialise
 from duramen.vision.images import Images, in_parts
@@ -87,6 +88,37 @@ class Settings(MethodSettings):
         return self
 
 
+@dataclass(frozen=True)
+class Heirs:
+    """Sub-networks with inherited weights.
+
+    Attributes:
+        network: The supernet.
+        train: Images by which steps are chosen.
+        aside: Images on which they are compared.
+        images: How many of these, at most.
+    """
+
+    network: ElasticViTForImageClassification
+    train: Images
+    aside: Images
+    images: int
+
+    @torch.no_grad()
+    def measure(self, candidates: Sequence[Architecture]) -> list[dict[str, float]]:
+        """The mean ``loss`` of each, and the share that it tells ``wrong``."""
+        return [self._measured(prepared(self.network, each, self.train)) for each in candidates]
+
+    def _measured(self, network: ElasticViTForImageClassification) -> dict[str, float]:
+        loss = wrong = 0.0
+        count = min(self.images, len(self.aside.labels))
+        for pixels, labels in in_parts(self.aside, count):
+            logits = logits_of(network, pixels).cpu()
+            loss += float(cross_entropy(logits, labels, reduction="sum"))
+            wrong += int((logits.argmax(-1) != labels).sum())
+        return {"loss": loss / count, "wrong": wrong / count}
+
+
 @dataclass
 class Search:
     """All that a search works with.
@@ -100,6 +132,7 @@ class Search:
         aside: Images on which candidates are compared.
         settings: The method's settings.
         losses: What every matrix of the largest network loses alone at four bits, [layers][sites]; nats.
+        team: Workers that measure, if there are any.
     """
 
     network: ElasticViTForImageClassification
@@ -110,32 +143,28 @@ class Search:
     aside: Images
     settings: Settings
     losses: list[list[float]] = field(default_factory=list)
+    team: Team | None = None
 
     def seconds(self, architecture: Architecture) -> float:
         """Of an image."""
         return self.target.seconds(architecture.parts(self.network.config))
 
-    @torch.no_grad()
-    def measure(self, architecture: Architecture) -> dict[str, float]:
-        """Mean loss of a sub-network with inherited weights, and the share that it tells wrong."""
-        network = prepared(self.network, architecture, self.train)
-        loss = wrong = 0.0
-        count = min(self.settings.images, len(self.aside.labels))
-        for pixels, labels in in_parts(self.aside, count):
-            logits = logits_of(network, pixels).cpu()
-            loss += float(cross_entropy(logits, labels, reduction="sum"))
-            wrong += int((logits.argmax(-1) != labels).sum())
-        return {"loss": loss / count, "wrong": wrong / count}
+    @property
+    def heirs(self) -> partial[Heirs]:
+        """Makes what measures them, here or in a worker."""
+        return partial(Heirs, self.network, self.train, self.aside, self.settings.images)
+
+    def measure(self, architectures: Sequence[Architecture]) -> list[dict[str, float]]:
+        """``loss`` and ``wrong`` of sub-networks."""
+        return (self.team or self.heirs()).measure(architectures)
 
     def alone(self) -> list[list[float]]:
         """What every matrix of the largest network loses at four bits while the others have eight; never less than nothing."""
         whole = dataclasses.replace(self.space.largest, eight=((1.0,) * 4,) * self.space.largest.depth)
-        least = self.measure(whole)["loss"]
-        found = []
-        for layer in range(whole.depth):
-            trials = [with_share(whole, layer, site, 0.0) for site in range(len(SITES))]
-            found.append([max(self.measure(each)["loss"] - least, 0.0) for each in trials])
-        return found
+        trials = [with_share(whole, layer, site, 0.0) for layer in range(whole.depth) for site in range(len(SITES))]
+        least, *losses = (each["loss"] for each in self.measure([whole, *trials]))
+        rises = [max(loss - least, 0.0) for loss in losses]
+        return [rises[start : start + len(SITES)] for start in range(0, len(rises), len(SITES))]
 
     def best_shares(self, architecture: Architecture) -> Architecture | None:
         """The shares of eight bits that lose least by the sum of what matrices lose alone, inside the target; None if none are.
@@ -275,18 +304,19 @@ def evolve(search: Search, memo: Memo, tell: Callable[[int, float], None]) -> li
     best = Architecture.read(min(tried, key=lambda each: each["loss"])["architecture"])
     last = search.best_shares(best)
     if last is not None and last not in {Architecture.read(each["architecture"]) for each in tried}:
-        tried += memo("last", lambda: [_tried(search, last, search.settings.generations + 1)])
+        tried += memo("last", lambda: _tried(search, [last], search.settings.generations + 1))
     return tried
 
 
 def _generation(search: Search, number: int, tried: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    candidates = search.next(number, tried) if number else search.first()
-    return [_tried(search, each, number) for each in candidates]
+    return _tried(search, search.next(number, tried) if number else search.first(), number)
 
 
-def _tried(search: Search, architecture: Architecture, generation: int) -> dict[str, Any]:
-    found = {"architecture": architecture.as_dict(), "seconds": search.seconds(architecture), "generation": generation}
-    return found | search.measure(architecture)
+def _tried(search: Search, candidates: Sequence[Architecture], generation: int) -> list[dict[str, Any]]:
+    return [
+        {"architecture": each.as_dict(), "seconds": search.seconds(each), "generation": generation} | measured
+        for each, measured in zip(candidates, search.measure(candidates), strict=True)
+    ]
 
 
 def prepared(
@@ -402,7 +432,9 @@ def apply(studio: Studio, settings: Settings) -> dict[str, Any]:
             fix=f"a `target` of at most {math.floor(10 / fastest) / 10}, or a supernet with smaller choices.",
             code=Exit.OUT_OF_BUDGET,
         )
-    tried = evolve(search, studio.memo, studio.told)
+    device = next(network.parameters()).device
+    with team(lambda: search.heirs, studio.workers, studio.address, device) as search.team:
+        tried = evolve(search, studio.memo, studio.told)
     best = front(tried)
     architecture = Architecture.read(best[-1]["architecture"])
     studio.network = prepared(network, architecture, studio.train)
