@@ -169,9 +169,35 @@ def ltx() -> tuple[Any, Clip, dict[str, Any], dict[str, Slices]]:
     )
 
 
+def cogvideox() -> tuple[Any, Clip, dict[str, Any], dict[str, Slices]]:
+    """CogVideoX of 5 billion parameters, 49 frames."""
+    from diffusers import CogVideoXTransformer3DModel
+
+    return (
+        _made(lambda: CogVideoXTransformer3DModel(num_attention_heads=48, num_layers=42, use_rotary_positional_embeddings=True)),
+        Clip(480, 720, 49),
+        {"guidance branch by branch": (Clip(480, 720, 49, guided=False), lambda _: None)},
+        {label: SLICED[label] for label in ("streamlined, 64 MiB", "streamlined, 32 MiB", "streamlined, 16 MiB")},
+    )
+
+
+def hunyuan() -> tuple[Any, Clip, dict[str, Any], dict[str, Slices]]:
+    """HunyuanVideo of 13 billion parameters, 129 frames."""
+    from diffusers import HunyuanVideoTransformer3DModel
+
+    return (
+        _made(lambda: HunyuanVideoTransformer3DModel(guidance_embeds=True)),
+        Clip(720, 1280, 129, guided=False),
+        {},
+        {label: SLICED[label] for label in ("streamlined, 64 MiB", "streamlined, 32 MiB", "streamlined, 16 MiB")},
+    )
+
+
 NETWORKS = {
     "Wan-1.3B 81 frames": wan,
     "LTX-2B 161 frames": ltx,
+    "CogVideoX-5B 49 frames": cogvideox,
+    "HunyuanVideo-13B 129 frames": hunyuan,
     "SVD 14 frames": svd,
     "AnimateDiff 16 frames": animatediff,
     "SVD decoder 14 frames": decoder,

@@ -1,17 +1,30 @@
 """Videos from the command line: what is written, what is reused, and what is refused."""
 
 import json
+import math
 
 import imageio.v3 as iio
 import pytest
 import torch
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer, T5Config, T5EncoderModel, UMT5Config, UMT5EncoderModel
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTokenizer,
+    LlamaConfig,
+    LlamaModel,
+    T5Config,
+    T5EncoderModel,
+    UMT5Config,
+    UMT5EncoderModel,
+)  # fmt: skip
 from typer.testing import CliRunner
 
 from duramen.cli import app
 from duramen.problem import Problem
 from duramen.video import render as module
+from duramen.video.plan import Clip, predict
 from duramen.video.render import Wish, open_pipeline, render
+from duramen.video.slices import Slices
 from duramen.video.text import CodedLinear, quantize_text_encoder
 
 diffusers = pytest.importorskip("diffusers")
@@ -38,7 +51,7 @@ def folder(tmp_path_factory):
     blocks = {"down_block_types": ("DownEncoderBlock2D",) * 2, "up_block_types": ("UpDecoderBlock2D",) * 2}
     pipeline = diffusers.AnimateDiffPipeline(
         diffusers.AutoencoderKL(block_out_channels=(8, 8), norm_num_groups=4, **blocks), CLIPTextModel(config).eval(),
-        CLIPTokenizer({piece: number for number, piece in enumerate(LETTERS)}, [], model_max_length=77), unet.eval(), None,
+        letters(), unet.eval(), None,
         diffusers.DDIMScheduler(beta_schedule="linear", clip_sample=False, steps_offset=1),
     )  # fmt: skip
     place = tmp_path_factory.mktemp("pipeline")
@@ -64,6 +77,63 @@ def test_a_video_within_memory_is_the_video_without_a_limit(folder, tmp_path, mo
     assert page.count("<figure>") == 3
     assert "of what they would without slices" in page
     assert {file.name for file in (tmp_path / "whole").iterdir()} == {"video.gif", "video.mp4", "video.json", "report.html"}
+
+
+def letters():
+    return CLIPTokenizer({piece: number for number, piece in enumerate(LETTERS)}, [], model_max_length=77)
+
+
+def cogvideox():
+    text = T5EncoderModel(T5Config(vocab_size=len(LETTERS), d_model=16, d_ff=16, d_kv=8, num_layers=1, num_heads=2)).eval()
+    transformer = diffusers.CogVideoXTransformer3DModel(
+        num_attention_heads=2, attention_head_dim=16, in_channels=4, out_channels=4, text_embed_dim=16, time_embed_dim=8, num_layers=2,
+        sample_width=4, sample_height=4, sample_frames=9, use_rotary_positional_embeddings=True,
+    )  # fmt: skip
+    scheduler = diffusers.CogVideoXDDIMScheduler(
+        prediction_type="v_prediction", rescale_betas_zero_snr=True, timestep_spacing="trailing", snr_shift_scale=1.0, clip_sample=False
+    )  # fmt: skip
+    vae = diffusers.AutoencoderKLCogVideoX(
+        block_out_channels=(8,) * 4, layers_per_block=1, norm_num_groups=2, latent_channels=4
+    )
+    return diffusers.CogVideoXPipeline(letters(), text, vae, transformer.eval(), scheduler)
+
+
+def hunyuan():
+    small = {"vocab_size": len(LETTERS), "hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 2}
+    llama = LlamaModel(LlamaConfig(**small, num_hidden_layers=3)).eval()
+    clip = CLIPTextModel(CLIPTextConfig(**small, num_hidden_layers=1, bos_token_id=52, eos_token_id=53)).eval()
+    transformer = diffusers.HunyuanVideoTransformer3DModel(
+        in_channels=4, out_channels=4, num_attention_heads=2, attention_head_dim=12, num_layers=1, num_single_layers=1, num_refiner_layers=1,
+        text_embed_dim=16, pooled_projection_dim=16, rope_axes_dim=(4, 4, 4),
+    )  # fmt: skip
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler(shift=7.0)
+    vae = diffusers.AutoencoderKLHunyuanVideo(
+        block_out_channels=(8,) * 4, layers_per_block=1, norm_num_groups=2, latent_channels=4
+    )
+    return diffusers.HunyuanVideoPipeline(llama, letters(), transformer.eval(), vae, scheduler, clip, letters())
+
+
+@pytest.mark.parametrize("make", [cogvideox, hunyuan])
+def test_transformers_beside_their_text_make_the_same_video(make, tmp_path, monkeypatch):
+    monkeypatch.setattr("duramen.video.plan.LADDER", (None, 2_000))
+    monkeypatch.setattr("duramen.video.plan.WHOLE", ())  # the decoder is larger by far than a transformer as small as this
+    monkeypatch.setattr(module, "CHOOSE", 2)
+    torch.manual_seed(0)
+    pipeline = make()
+    pipeline.save_pretrained(tmp_path / "pipeline")
+    wish = {"prompt": "a red coat", "steps": 4, "frames": 5, "height": 256, "width": 256}
+    whole = render(tmp_path / "pipeline", tmp_path / "whole", Wish(**wish))
+    assert whole["clip"]["apart"] == 4
+    clip = Clip(**whole["clip"])
+    less = (predict(pipeline.transformer, clip, None).peak + predict(pipeline.transformer, clip, Slices(2_000)).peak) // 2
+    sliced = render(tmp_path / "pipeline", tmp_path / "sliced", Wish(**wish, memory=less))
+    assert [each["piece"] for each in sliced["plans"]] == [2_000]
+    one, other = (iio.imread(tmp_path / name / "video.gif").astype(int) for name in ("whole", "sliced"))
+    assert one.shape[:3] == (5, 256, 256)
+    assert abs(one - other).mean() < 0.5  # of 255; a gif has a palette of its own for every frame
+    fewer = render(tmp_path / "pipeline", tmp_path / "fewer", Wish(**wish, full=3))
+    assert fewer["denoised"] == 3
+    assert all(math.isfinite(error) and error > 0 for errors in fewer["schedule"]["errors"].values() for error in errors)
 
 
 def test_a_schedule_is_chosen_once_for_a_pipeline_and_its_steps(folder, tmp_path, monkeypatch):

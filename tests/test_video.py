@@ -1,6 +1,7 @@
 """Streamlined video diffusion: whole UNets and decoders against themselves, norms against the library's, memory against closed forms."""
 
 import copy
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -97,6 +98,39 @@ def ltx(per_token=False):
     return shaken(network), lambda network, *given: network(*given, 3, 4, 5).sample, given
 
 
+def cogvideox(rotary=True):
+    network = diffusers.CogVideoXTransformer3DModel(
+        num_attention_heads=2, attention_head_dim=16, in_channels=4, out_channels=4, text_embed_dim=16, time_embed_dim=8, num_layers=3,
+        sample_width=10, sample_height=8, sample_frames=9, max_text_seq_length=9, use_rotary_positional_embeddings=rotary,
+    )  # fmt: skip
+    given = [torch.randn(2, 3, 4, 8, 10, dtype=DOUBLE), torch.randn(2, 9, 16, dtype=DOUBLE), torch.tensor([3, 7])]
+    angles = torch.randn(60, 16)
+    turns = (angles.cos(), angles.sin()) if rotary else None
+    return shaken(network), lambda network, *given: network(*given, image_rotary_emb=turns).sample, given
+
+
+def hunyuan(first_frame=False):
+    network = diffusers.HunyuanVideoTransformer3DModel(
+        in_channels=4, out_channels=4, num_attention_heads=2, attention_head_dim=12, num_layers=2, num_single_layers=2, num_refiner_layers=1,
+        text_embed_dim=16, pooled_projection_dim=8, rope_axes_dim=(4, 4, 4), guidance_embeds=False,
+        image_condition_type="token_replace" if first_frame else None,
+    )  # fmt: skip
+    mask = torch.ones(2, 9, dtype=torch.long)
+    mask[1, 5:] = 0
+    given = [
+        torch.randn(2, 4, 3, 8, 10, dtype=DOUBLE),
+        torch.tensor([3, 7]),
+        torch.randn(2, 9, 16, dtype=DOUBLE),
+        mask,
+        torch.randn(2, 8, dtype=DOUBLE),
+    ]
+    return shaken(network), lambda network, *given: network(*given).sample, given
+
+
+TRANSFORMERS = {
+    "wan": wan, "ltx": ltx, "ltx, times of tokens": partial(ltx, per_token=True), "cogvideox": cogvideox,
+    "cogvideox, no rotation": partial(cogvideox, rotary=False), "hunyuan": hunyuan, "hunyuan, a first frame": partial(hunyuan, first_frame=True),
+}  # fmt: skip
 KINDS = {"svd": svd, "animatediff": animatediff, "decoder": decoder}
 
 
@@ -281,6 +315,20 @@ def test_a_prediction_is_what_a_run_takes(kind, slices):
     assert predict(network, clip, slices).peak == measured
 
 
+@pytest.mark.parametrize("slices", [None, Slices(4000)], ids=["whole", "sliced"])
+@pytest.mark.parametrize("kind", ["cogvideox", "cogvideox, no rotation", "hunyuan"])
+@torch.no_grad()
+def test_a_prediction_of_a_transformer_is_what_a_run_takes(kind, slices):
+    network, run, given = TRANSFORMERS[kind]()
+    if kind == "hunyuan":
+        given[2:4] = torch.randn(2, 256, 16, dtype=DOUBLE), torch.ones(2, 256, dtype=torch.long)
+    handle = None if slices is None else Streamlined([network], slices)
+    measured = peak_of(lambda: run(network, *given))
+    if handle:
+        handle.remove()
+    assert predict(network, Clip(64, 80, 9), slices).peak == measured
+
+
 def test_a_video_has_as_many_latents_in_time_as_its_autoencoder_makes():
     network, _, _ = wan()
     usual = predict(network, Clip(64, 80, 17, guided=False), None).peak
@@ -313,13 +361,15 @@ def test_a_plan_takes_the_largest_slices_that_fit(monkeypatch):
         streamline_within(torch.nn.Linear(2, 2), clip, 1000)
 
 
-@pytest.mark.parametrize("per_token", [False, True])
-@pytest.mark.parametrize("kind", ["wan", "ltx"])
+def wan_with_times_of_tokens():
+    network, run, given = wan()
+    return network, run, [given[0], torch.arange(2 * 60).view(2, 60), given[2]]
+
+
+@pytest.mark.parametrize("kind", [*TRANSFORMERS, "wan, times of tokens"])
 @torch.no_grad()
-def test_transformers_give_the_same_in_two_phases(kind, per_token):
-    network, run, given = wan() if kind == "wan" else ltx(per_token)
-    if kind == "wan" and per_token:
-        given[1] = torch.arange(2 * 60).view(2, 60)
+def test_transformers_give_the_same_in_two_phases(kind):
+    network, run, given = (TRANSFORMERS | {"wan, times of tokens": wan_with_times_of_tokens})[kind]()
     narrow = [each.float() if each.is_floating_point() else each for each in given]
     for mine, inputs in ((network, given), (copy.deepcopy(network).float(), narrow)):
         expected, whole = run(mine, *inputs), peak_of(lambda mine=mine, inputs=inputs: run(mine, *inputs))
@@ -331,6 +381,6 @@ def test_transformers_give_the_same_in_two_phases(kind, per_token):
             )
             peak = peak_of(lambda mine=mine, inputs=inputs: run(mine, *inputs))
             handle.remove()
-            if slices >= 8 and not (kind == "ltx" and per_token):  # there the embedding of time is the peak
+            if slices >= 8 and kind != "ltx, times of tokens":  # there the embedding of time is the peak
                 assert peak < 0.7 * whole
         assert torch.equal(run(mine, *inputs), expected)

@@ -12,12 +12,12 @@ from contextlib import contextmanager, suppress
 from functools import partial
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from duramen.video.slices import Slices
 
-DISPATCH = "dispatch_attention_fn"
-"""What processors of diffusers hand queries, keys and values to, in the module of their model."""
+DISPATCH, FUNCTIONAL = "dispatch_attention_fn", "F"
+"""What processors of diffusers hand queries, keys and values to, in the module of their model; and where older ones take it from that hand them to torch."""
 
 
 class _Collected(Exception):
@@ -75,6 +75,100 @@ def ltx_block(
     )
 
 
+def cogvideox_block(
+    before: Callable[..., tuple[Tensor, Tensor]],
+    block: Any,
+    slices: Slices,
+    hidden_states: Tensor,
+    encoder_hidden_states: Tensor,
+    temb: Tensor,
+    image_rotary_emb: tuple[Tensor, Tensor] | None = None,
+    attention_kwargs: dict[str, Any] | None = None,
+) -> tuple[Tensor, Tensor]:
+    """A block of CogVideoX, tokens [B, S, d] in place and text [B, T, d]; each sees the other, the text first.
+
+    Args:
+        before: Its own forward.
+        block: The module.
+        slices: How large, of tokens.
+        hidden_states: Fresh tokens.
+        encoder_hidden_states: The text, which the block changes too.
+        temb: Of the time step, [B, c].
+        image_rotary_emb: Cosines and sines for every token, [S, h].
+        attention_kwargs: What else attention takes, as it is.
+    """
+
+    def run(chosen: slice) -> tuple[Tensor, Tensor]:
+        mine = image_rotary_emb and (image_rotary_emb[0][chosen], image_rotary_emb[1][chosen])
+        return before(hidden_states[:, chosen], encoder_hidden_states, temb, mine, attention_kwargs)
+
+    return _beside_text(run, block.attn1.processor, slices, hidden_states, encoder_hidden_states.shape[1], text_first=True)
+
+
+def hunyuan_block(
+    before: Callable[..., tuple[Tensor, Tensor]],
+    block: Any,
+    slices: Slices,
+    hidden_states: Tensor,
+    encoder_hidden_states: Tensor,
+    temb: Tensor,
+    attention_mask: Tensor | None,
+    turns: tuple[Tensor, Tensor],
+    first_temb: Tensor | None = None,
+    of_first: int | None = None,
+) -> tuple[Tensor, Tensor]:
+    """A block of HunyuanVideo, with weights of their own for text or with the same, tokens [B, S, d] in place and text [B, T, d]; each sees the other, the text last.
+
+    Args:
+        before: Its own forward.
+        block: The module.
+        slices: How large, of tokens.
+        hidden_states: Fresh tokens.
+        encoder_hidden_states: The text, which the block changes too.
+        temb: Of the time step, [B, c].
+        attention_mask: Of all keys, [B, 1, 1, S + T].
+        turns: Cosines and sines for every token, [S, h].
+        first_temb: The same of the first frame, where that is given.
+        of_first: Tokens of the first frame.
+    """
+
+    def run(chosen: slice) -> tuple[Tensor, Tensor]:
+        mine = (turns[0][chosen], turns[1][chosen])
+        first = None if of_first is None else max(0, min(of_first, chosen.stop) - chosen.start)
+        return before(hidden_states[:, chosen], encoder_hidden_states, temb, attention_mask, mine, first_temb, first)
+
+    return _beside_text(run, block.attn.processor, slices, hidden_states, encoder_hidden_states.shape[1], text_first=False)
+
+
+def _beside_text(
+    run: Callable[[slice], tuple[Tensor, Tensor]], processor: Any, slices: Slices, x: Tensor, text: int, *, text_first: bool
+) -> tuple[Tensor, Tensor]:
+    """Tokens that run beside a text, changed in place, and what becomes of the text; it runs beside every slice, and all give it the same.
+
+    Args:
+        run: Some of the tokens and the whole text through the block.
+        processor: What hands queries, keys and values on.
+        slices: How large.
+        x: The tokens, [B, S, d].
+        text: Tokens of the text, T.
+        text_first: Whether its keys come first.
+    """
+    tokens, said = x.shape[1], x.new_empty(0)
+
+    def places(chosen: slice) -> list[tuple[slice, slice]]:
+        mine, count = (text, chosen.stop - chosen.start) if text_first else (0, chosen.stop - chosen.start)
+        from_text = slice(0, text) if text_first else slice(count, count + text)
+        to_text = slice(0, text) if text_first else slice(tokens, tokens + text)
+        return [(slice(mine + chosen.start, mine + chosen.stop), slice(mine, mine + count)), (to_text, from_text)]
+
+    parts = slices.of(tokens, x.nbytes)
+    if len(parts) == 1:
+        return run(parts[0])
+    for chosen in _phases(run, processor, parts, tokens + text, places):
+        x[:, chosen], said = run(chosen)
+    return x, said
+
+
 def _two_phases(
     before: Callable[..., Tensor],
     block: Any,
@@ -86,7 +180,7 @@ def _two_phases(
     *more: Any,
     each: bool,
 ) -> Tensor:
-    """Tokens [B, S, d], changed in place: all say their keys and values, and then some after others run through the block.
+    """Tokens [B, S, d], changed in place, that look at a text which stays.
 
     Args:
         before: The block's own forward.
@@ -107,22 +201,50 @@ def _two_phases(
     parts = slices.of(x.shape[1], x.nbytes)
     if len(parts) == 1:
         return run(parts[0])
-    whole: list[Tensor] = []
-    for chosen in parts:
-        with _attention(block, partial(_collect, whole, x.shape[1], chosen)), suppress(_Collected):
-            run(chosen)
-    for chosen in parts:
-        with _attention(block, _serving(getattr(_module(block), DISPATCH), *whole)):
-            x[:, chosen] = run(chosen)
+    for chosen in _phases(run, block, parts, x.shape[1], lambda chosen: [(chosen, slice(None))]):
+        x[:, chosen] = run(chosen)
     return x
 
 
-def _collect(whole: list[Tensor], tokens: int, chosen: slice, _: Tensor, *found: Tensor, **__: Any) -> Tensor:
+def _phases(
+    run: Callable[[slice], Any],
+    place: Any,
+    parts: list[slice],
+    tokens: int,
+    places: Callable[[slice], list[tuple[slice, slice]]],
+) -> Iterator[slice]:
+    """All slices say their keys and values; then each comes, to be run while its attention sees those of all.
+
+    Args:
+        run: A slice through the block.
+        place: Of whose module the attention is.
+        parts: The slices.
+        tokens: Keys of all together.
+        places: Of a slice, where which of its keys belong.
+    """
+    whole: list[Tensor] = []
+
+    def serve(own: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        return _serving(own, *whole)
+
+    for chosen in parts:
+        collect = partial(_collect, whole, tokens, places(chosen))
+        with _attention(place, lambda own, collect=collect: collect), suppress(_Collected):  # type: ignore[misc]
+            run(chosen)
+    for chosen in parts:
+        with _attention(place, serve):
+            yield chosen
+
+
+def _collect(
+    whole: list[Tensor], tokens: int, places: list[tuple[slice, slice]], _: Tensor, *found: Tensor, **__: Any
+) -> Tensor:
     """Keeps keys and values of some tokens, and leaves the block."""
     if not whole:
         whole += [each.new_empty(len(each), tokens, *each.shape[2:]) for each in found]
     for each, mine in zip(whole, found, strict=True):
-        each[:, chosen] = mine
+        for there, here in places:
+            each[:, there] = mine[:, here]
     raise _Collected
 
 
@@ -136,17 +258,32 @@ def _serving(own: Callable[..., Tensor], key: Tensor, value: Tensor) -> Callable
     return attend
 
 
-def _module(block: Any) -> Any:
-    return sys.modules[type(block).__module__]
+class _Functional:
+    """``torch.nn.functional`` with another attention, of [B, S, heads, h]."""
+
+    def __init__(self, attend: Callable[..., Tensor]) -> None:
+        self.scaled_dot_product_attention = partial(_turned, attend)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(nn.functional, name)
+
+
+def _turned(attend: Callable[..., Tensor], query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Tensor:
+    """An attention between heads and tokens the other way round."""
+    return attend(query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2), **options).transpose(1, 2)
 
 
 @contextmanager
-def _attention(block: Any, function: Callable[..., Tensor]) -> Iterator[None]:
-    """Another attention for the module that a block's class is of, for a while."""
-    module = _module(block)
-    own = getattr(module, DISPATCH)
-    setattr(module, DISPATCH, function)
+def _attention(place: Any, another: Callable[[Callable[..., Tensor]], Callable[..., Tensor]]) -> Iterator[None]:
+    """Another attention for the module that something's class is of, for a while: a function of its own one, of [B, S, heads, h]."""
+    module: Any = sys.modules[type(place).__module__]
+    name = DISPATCH if hasattr(module, DISPATCH) else FUNCTIONAL
+    own = getattr(module, name)
+    if name == DISPATCH:
+        setattr(module, name, another(own))
+    else:
+        setattr(module, name, _Functional(another(partial(_turned, own.scaled_dot_product_attention))))
     try:
         yield
     finally:
-        setattr(module, DISPATCH, own)
+        setattr(module, name, own)

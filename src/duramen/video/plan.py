@@ -23,9 +23,11 @@ from duramen.video.streamline import Streamlined, known_networks
 
 AT_ONCE = 16
 """Images that a pipeline of AnimateDiff decodes together."""
-WHOLE = ("AutoencoderKLWan", "AutoencoderKLLTXVideo")
+WHOLE = ("AutoencoderKLWan", "AutoencoderKLLTXVideo", "AutoencoderKLCogVideoX", "AutoencoderKLHunyuanVideo")
 """Decoders that run as they are."""
-USUALLY_APART = {"Wan": 4, "LTX": 8}
+HUNYUAN_TEXT = 256
+"""Tokens of text that HunyuanVideo's pipelines give its transformer."""
+USUALLY_APART = {"Wan": 4, "LTX": 8, "CogVideoX": 4, "HunyuanVideo": 4}
 """Frames that a latent behind the first stands for, by what a network's class is called."""
 LADDER = (None, *(size * 2**20 for size in (512, 256, 128, 96, 64, 32, 16, 8)))
 """Sizes of slices in bytes, from the largest on; smaller ones start many more operators and save next to nothing, since features themselves are what is left."""
@@ -41,7 +43,7 @@ class Clip:
         frames: Of the video.
         guided: Whether both branches of guidance run at once; pipelines of Wan run one after the other anyway.
         factor: Pixels of a side that a latent stands for.
-        apart: Frames that a latent behind the first stands for; None for as many as usual with the network, 4 of Wan and 8 of LTX-Video.
+        apart: Frames that a latent behind the first stands for; None for as many as usual with the network, 8 of LTX-Video and 4 of other transformers.
         per_token: Whether every token is given a time of its own, as by pipelines of Wan with ``expand_timesteps``.
     """
 
@@ -83,7 +85,7 @@ def predict(network: Any, clip: Clip, slices: Slices | None, change: Callable[[A
     """The account of one pass of a network for a clip, with tensors that hold no data.
 
     Args:
-        network: A UNet of Stable Video Diffusion or AnimateDiff, the transformer of Wan or LTX-Video, or an autoencoder; only its config and type are used.
+        network: A UNet of Stable Video Diffusion or AnimateDiff, the transformer of Wan, LTX-Video, CogVideoX or HunyuanVideo, or an autoencoder; only its config and type are used.
         clip: Its sizes.
         slices: How large they are; None for its own way.
         change: Done to the copy before it runs, such as options of its own.
@@ -146,6 +148,28 @@ def example(network: Any, clip: Clip) -> Callable[[], Any]:
     if name == "AutoencoderKLLTXVideo":
         x = some(1, config.latent_channels, latents, height, width)
         return partial(network.decode, x, some(1)) if config.timestep_conditioning else partial(network.decode, x)
+    if name in ("AutoencoderKLCogVideoX", "AutoencoderKLHunyuanVideo"):
+        return partial(network.decode, some(1, config.latent_channels, latents, height, width))
+    if name == "CogVideoXTransformer3DModel":
+        latents += -latents % (config.patch_size_t or 1)
+        tokens = latents // (config.patch_size_t or 1) * (height // config.patch_size) * (width // config.patch_size)
+        turns = (torch.ones(tokens, config.attention_head_dim, device=like.device),) * 2
+        x, looked = (
+            some(branches, latents, config.in_channels, height, width),
+            some(branches, config.max_text_seq_length, config.text_embed_dim),
+        )
+        time = torch.ones(branches, dtype=torch.long, device=like.device)
+        return partial(network, x, looked, time, image_rotary_emb=turns if config.use_rotary_positional_embeddings else None)
+    if name == "HunyuanVideoTransformer3DModel":
+        x, looked = (
+            some(branches, config.in_channels, latents, height, width),
+            some(branches, HUNYUAN_TEXT, config.text_embed_dim),
+        )
+        mask, time = (
+            torch.ones(size, dtype=torch.long, device=like.device) for size in ((branches, HUNYUAN_TEXT), (branches,))
+        )
+        guidance = some(branches) if config.guidance_embeds else None
+        return partial(network, x, time, looked, mask, some(branches, config.pooled_projection_dim), guidance)
     if name == "WanTransformer3DModel":
         x = some(1, config.in_channels, latents, height, width)
         tokens = x.shape[2] * x.shape[3] * x.shape[4] // math.prod(config.patch_size)

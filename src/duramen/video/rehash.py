@@ -20,8 +20,12 @@ from duramen.problem import Exit, Problem
 from duramen.video.schedules import forecast
 
 Prediction = Literal["epsilon", "v_prediction", "flow"]
-FIRST_ORDER = ("DDIMScheduler", "EulerDiscreteScheduler", "FlowMatchEulerDiscreteScheduler")
+FIRST_ORDER = ("DDIMScheduler", "EulerDiscreteScheduler", "FlowMatchEulerDiscreteScheduler", "CogVideoXDDIMScheduler")
 """Solvers for which a kept prediction is one that was made: others keep a history, or call the denoiser more than once in a step."""
+
+
+LEAST_SIGNAL = 2.0**-12
+"""What diffusers takes for a signal of none where it divides by it."""
 
 
 @dataclass(frozen=True)
@@ -40,8 +44,8 @@ class Course:
 
     @property
     def weights(self) -> Float[Tensor, "K+1"]:
-        """λ = b/a, or σ where a velocity of a straight flow is predicted."""
-        return self.noise if self.kind == "flow" else self.noise / self.signal
+        """λ = b/a, or σ where a velocity of a straight flow is predicted; finite also where the first step sees nothing but noise."""
+        return self.noise if self.kind == "flow" else self.noise / self.signal.clamp_min(LEAST_SIGNAL)
 
     def to_noise(self, found: Tensor, x: Tensor, step: int) -> Tensor:
         """E of what was predicted at x; a velocity of a flow stays."""

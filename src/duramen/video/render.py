@@ -36,8 +36,13 @@ from duramen.video.text import quantize_text_encoder
 LEARN, CHOOSE = 2, 6
 """Seeds that schedules are learned on, and others that choose; none of them is the seed of a video below 1,000,000."""
 FIRST_SEED = 1_000_000
-GUIDED = {"AnimateDiffPipeline": True, "StableVideoDiffusionPipeline": True, "WanPipeline": False, "LTXPipeline": True}
+GUIDED = {
+    "AnimateDiffPipeline": True, "StableVideoDiffusionPipeline": True, "WanPipeline": False, "LTXPipeline": True, "CogVideoXPipeline": True,
+    "HunyuanVideoPipeline": False,
+}  # fmt: skip
 """Pipelines that are known, and whether they run both branches of guidance at once."""
+USUAL = {"WanPipeline": (81, 480, 832), "LTXPipeline": (161, 512, 704), "HunyuanVideoPipeline": (129, 720, 1280)}
+"""Frames, height and width that pipelines make by themselves, where no configuration says it."""
 FACTORS = ("vae_scale_factor", "vae_scale_factor_spatial", "vae_spatial_compression_ratio")
 """Where pipelines keep how many pixels of a side a latent stands for."""
 FRAMES = ("vae_scale_factor_temporal", "vae_temporal_compression_ratio")
@@ -229,7 +234,10 @@ def _usual(pipeline: Any, factor: int) -> tuple[int, int, int]:
         return 16, side, side
     if name == "StableVideoDiffusionPipeline":
         return pipeline.unet.config.num_frames, 576, 1024
-    return (161, 512, 704) if name == "LTXPipeline" else (81, 480, 832)
+    if name == "CogVideoXPipeline":
+        config = pipeline.transformer.config
+        return config.sample_frames, config.sample_height * factor, config.sample_width * factor
+    return USUAL[name]
 
 
 def _watched(pipeline: Any, step: int, timestep: Any, given: dict[str, Tensor], *, tell: Tell, steps: int) -> dict[str, Tensor]:

@@ -29,7 +29,10 @@ PROGRAMS: dict[str, Callable[..., Any]] = {
 }  # fmt: skip
 """By the class of a block."""
 OWN_WAY: dict[str, Callable[..., Any]] = {
-    "WanTransformerBlock": dit.wan_block, "LTXVideoTransformerBlock": dit.ltx_block, "FeedForward": unet.feed_forward,
+    "WanTransformerBlock": dit.wan_block, "LTXVideoTransformerBlock": dit.ltx_block, "CogVideoXBlock": dit.cogvideox_block,
+    "HunyuanVideoTransformerBlock": dit.hunyuan_block, "HunyuanVideoSingleTransformerBlock": dit.hunyuan_block,
+    "HunyuanVideoTokenReplaceTransformerBlock": dit.hunyuan_block, "HunyuanVideoTokenReplaceSingleTransformerBlock": dit.hunyuan_block,
+    "FeedForward": unet.feed_forward,
 }  # fmt: skip
 """Modules whose programs run their own forward, which is given first."""
 BLOCKS = {*PROGRAMS, *OWN_WAY} - {"FeedForward"}
@@ -87,7 +90,7 @@ def streamline(pipeline: Any, *, piece: int = PIECE, donate: bool = True) -> Str
     """Makes a pipeline, or a network of one, run in slices.
 
     Args:
-        pipeline: Of diffusers, with a UNet of Stable Video Diffusion or AnimateDiff or the transformer of Wan or LTX-Video; or such a network, or a temporal decoder's autoencoder.
+        pipeline: Of diffusers, with a UNet of Stable Video Diffusion or AnimateDiff or the transformer of Wan, LTX-Video, CogVideoX or HunyuanVideo; or such a network, or a temporal decoder's autoencoder.
         piece: Bytes of a feature that run together.
         donate: Whether features that nobody reads any more are freed although the pipeline still points to them.
 
@@ -120,7 +123,7 @@ def known_networks(pipeline: Any) -> list[nn.Module]:
         names = ", ".join(type(part).__name__ for part in networks) or type(pipeline).__name__
         raise Problem(
             f"There is nothing to streamline in a {type(pipeline).__name__}.", why=f"of {names} no block is known.",
-            fix="a pipeline with a UNet of Stable Video Diffusion or AnimateDiff, or with the transformer of Wan or LTX-Video.", code=Exit.INCOMPATIBLE,
+            fix="a pipeline with a UNet of Stable Video Diffusion or AnimateDiff, or with the transformer of Wan, LTX-Video, CogVideoX or HunyuanVideo.", code=Exit.INCOMPATIBLE,
         )  # fmt: skip
     return known + [part for part in networks if type(part).__name__ == IMAGES]
 
