@@ -155,11 +155,15 @@ def _beside_text(
     """
     tokens, said = x.shape[1], x.new_empty(0)
 
+    ahead = text if text_first else 0
+
     def places(chosen: slice) -> list[tuple[slice, slice]]:
-        mine, count = (text, chosen.stop - chosen.start) if text_first else (0, chosen.stop - chosen.start)
-        from_text = slice(0, text) if text_first else slice(count, count + text)
-        to_text = slice(0, text) if text_first else slice(tokens, tokens + text)
-        return [(slice(mine + chosen.start, mine + chosen.stop), slice(mine, mine + count)), (to_text, from_text)]
+        count = chosen.stop - chosen.start
+        of_text, there = (0, 0) if text_first else (count, tokens)
+        return [
+            (slice(ahead + chosen.start, ahead + chosen.stop), slice(ahead, ahead + count)),
+            (slice(there, there + text), slice(of_text, of_text + text)),
+        ]
 
     parts = slices.of(tokens, x.nbytes)
     if len(parts) == 1:
