@@ -174,7 +174,9 @@ def cogvideox() -> tuple[Any, Clip, dict[str, Any], dict[str, Slices]]:
     from diffusers import CogVideoXTransformer3DModel
 
     return (
-        _made(lambda: CogVideoXTransformer3DModel(num_attention_heads=48, num_layers=42, use_rotary_positional_embeddings=True)),
+        _made(
+            lambda: CogVideoXTransformer3DModel(num_attention_heads=48, num_layers=42, use_rotary_positional_embeddings=True)
+        ),
         Clip(480, 720, 49),
         {"guidance branch by branch": (Clip(480, 720, 49, guided=False), lambda _: None)},
         {label: SLICED[label] for label in ("streamlined, 64 MiB", "streamlined, 32 MiB", "streamlined, 16 MiB")},
