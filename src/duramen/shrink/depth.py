@@ -63,16 +63,12 @@ def influences(model: BlockModel, tokens: Tensor, parts: Part) -> Influences:
     for index in range(len(model.blocks)):
         with model.opened(index) as block:
             after = run_block(block.module, hidden, calls[index])
-            if index in gone:
-                found.append(None)
-                hidden = after
-                continue
-            if parts == "block":
-                without = hidden
-            else:
+            without = hidden
+            if parts != "block" and index not in gone:
                 with silenced(block.module, model.family, parts):
                     without = run_block(block.module, hidden, calls[index])
-        found.append(1 - float(torch.nn.functional.cosine_similarity(without.float(), after.float(), dim=-1).mean()))
+        turned = 1 - float(torch.nn.functional.cosine_similarity(without.float(), after.float(), dim=-1).mean())
+        found.append(None if index in gone else turned)
         hidden = after
     return found
 

@@ -88,17 +88,22 @@ def solve_keep(costs: Costs, sites: Sequence[int], cut: float, *, tokens: int = 
         return 1.0
     most = saved(least)
     if cut > most or (cut == most and not least):
-        merged = "at most half of the tokens at a site find another to be merged with, and " if least else ""
-        raise Problem(
-            f"{cut:.0%} of the {costs.unit} cannot be cut after the layers {', '.join(map(str, sites)) or 'none'} of {len(costs.layers)}.",
-            why=f"{merged}the layers up to the first site see all tokens; at most {most:.0%} can be cut.",
-            fix="earlier `sites`, or a smaller `cut`.",
-        )
+        raise cannot_cut(costs, sites, cut, most, merged=least > 0)
     low, high = least, 1.0
     for _ in range(60):
         middle = (low + high) / 2
         low, high = (middle, high) if saved(middle) > cut else (low, middle)
     return low
+
+
+def cannot_cut(costs: Costs, sites: Sequence[int], cut: float, most: float, *, merged: bool = False) -> Problem:
+    """What is said where so much of the cost of a prompt cannot be saved at some sites, and how much at most can."""
+    pairs = "at most half of the tokens at a site find another to be merged with, and " if merged else ""
+    return Problem(
+        f"{cut:.0%} of the {costs.unit} cannot be cut after the layers {', '.join(map(str, sites)) or 'none'} of {len(costs.layers)}.",
+        why=f"{pairs}the layers up to the first site see all tokens; at most {most:.0%} can be cut.",
+        fix="earlier `sites`, or a smaller `cut`.",
+    )
 
 
 def published_sites(layers: int) -> list[int]:

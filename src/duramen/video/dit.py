@@ -153,9 +153,7 @@ def _beside_text(
         text: Tokens of the text, T.
         text_first: Whether its keys come first.
     """
-    tokens, said = x.shape[1], x.new_empty(0)
-
-    ahead = text if text_first else 0
+    tokens, ahead, said = x.shape[1], text if text_first else 0, x.new_empty(0)
 
     def places(chosen: slice) -> list[tuple[slice, slice]]:
         count = chosen.stop - chosen.start

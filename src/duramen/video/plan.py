@@ -154,20 +154,15 @@ def example(network: Any, clip: Clip) -> Callable[[], Any]:
         latents += -latents % (config.patch_size_t or 1)
         tokens = latents // (config.patch_size_t or 1) * (height // config.patch_size) * (width // config.patch_size)
         turns = (torch.ones(tokens, config.attention_head_dim, device=like.device),) * 2
-        x, looked = (
-            some(branches, latents, config.in_channels, height, width),
-            some(branches, config.max_text_seq_length, config.text_embed_dim),
-        )
+        x = some(branches, latents, config.in_channels, height, width)
+        looked = some(branches, config.max_text_seq_length, config.text_embed_dim)
         time = torch.ones(branches, dtype=torch.long, device=like.device)
         return partial(network, x, looked, time, image_rotary_emb=turns if config.use_rotary_positional_embeddings else None)
     if name == "HunyuanVideoTransformer3DModel":
-        x, looked = (
-            some(branches, config.in_channels, latents, height, width),
-            some(branches, HUNYUAN_TEXT, config.text_embed_dim),
-        )
-        mask, time = (
-            torch.ones(size, dtype=torch.long, device=like.device) for size in ((branches, HUNYUAN_TEXT), (branches,))
-        )
+        x = some(branches, config.in_channels, latents, height, width)
+        looked = some(branches, HUNYUAN_TEXT, config.text_embed_dim)
+        mask = torch.ones(branches, HUNYUAN_TEXT, dtype=torch.long, device=like.device)
+        time = torch.ones(branches, dtype=torch.long, device=like.device)
         guidance = some(branches) if config.guidance_embeds else None
         return partial(network, x, time, looked, mask, some(branches, config.pooled_projection_dim), guidance)
     if name == "WanTransformer3DModel":

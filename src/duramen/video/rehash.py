@@ -22,8 +22,6 @@ from duramen.video.schedules import forecast
 Prediction = Literal["epsilon", "v_prediction", "flow"]
 FIRST_ORDER = ("DDIMScheduler", "EulerDiscreteScheduler", "FlowMatchEulerDiscreteScheduler", "CogVideoXDDIMScheduler")
 """Solvers for which a kept prediction is one that was made: others keep a history, or call the denoiser more than once in a step."""
-
-
 LEAST_SIGNAL = 2.0**-12
 """What diffusers takes for a signal of none where it divides by it."""
 

@@ -174,7 +174,7 @@ class _Studio:
         frames, height, width = (
             mine or usual for mine, usual in zip((wish.frames, wish.height, wish.width), _usual(pipeline, factor), strict=True)
         )
-        side, apart = factor * _patch(pipeline), _kept(pipeline, FRAMES)
+        side, apart = factor * _patch(pipeline), _kept(pipeline, FRAMES, 1)
         if height % side or width % side or frames < 1 or (frames - 1) % apart:
             near = (frames - 1) // apart * apart + 1
             raise Problem(
@@ -215,9 +215,9 @@ class _Studio:
         return self.pipeline(**self.asked, generator=generator, output_type=kind, callback_on_step_end=watch).frames[0]
 
 
-def _kept(pipeline: Any, names: tuple[str, ...]) -> int:
-    """What a pipeline keeps under one of some names; 1 if under none."""
-    return int(next((getattr(pipeline, each) for each in names if hasattr(pipeline, each)), 1))
+def _kept(pipeline: Any, names: tuple[str, ...], *otherwise: int) -> int:
+    """What a pipeline keeps under one of some names."""
+    return int(next((getattr(pipeline, each) for each in names if hasattr(pipeline, each)), *otherwise))
 
 
 def _patch(pipeline: Any) -> int:

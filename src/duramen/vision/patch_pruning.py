@@ -14,9 +14,8 @@ import torch
 from pydantic import Field, model_validator
 from torch.nn.functional import cross_entropy
 
-from duramen.problem import Problem
 from duramen.registry import method
-from duramen.tokens.schedule import HALF, Costs, solve_keep, vision_sites
+from duramen.tokens.schedule import HALF, Costs, cannot_cut, solve_keep, vision_sites
 from duramen.vision.cost import patch_costs, sequence_length
 from duramen.vision.images import Images, in_parts, seen_by
 from duramen.vision.opening import set_reduction
@@ -100,11 +99,7 @@ def _adaptive(studio: Studio, reduction: PatchReduction, costs: Costs, settings:
 
     most = saved(low)
     if most < settings.cut:
-        raise Problem(
-            f"{settings.cut:.0%} of the multiply-adds cannot be cut after the layers {', '.join(map(str, reduction.sites))}.",
-            why=f"the layers up to the first site see all patches; at most {most:.0%} can be cut.",
-            fix="earlier `sites`, or a smaller `cut`.",
-        )
+        raise cannot_cut(costs, reduction.sites, settings.cut, most)
     for _ in range(8):
         middle = (low + high) / 2
         low, high = (middle, high) if saved(middle) > settings.cut else (low, middle)
