@@ -12,6 +12,7 @@ from duramen.calibrate.statistics import Statistics
 from duramen.calibrate.walker import Walk, split_batches
 from duramen.calibrate.walker import walk_blocks as walk_stages
 from duramen.families.model import BlockModel
+from duramen.finite import all_finite
 from duramen.problem import Problem
 from duramen.prune import wanda
 from duramen.ssm.mixer import ExactScans, find_mixers
@@ -200,6 +201,18 @@ def test_activations_that_overflow_are_named():
     nn.init.constant_(network.model.layers[1].mlp.down_proj.weight, 1e38)
     with pytest.raises(Problem, match=r"model\.layers\.1"):
         wanda.apply(network, tiny.ids(), sparsity=0.0, skip=("*.1.mlp.down_proj",))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_only_what_is_not_finite_is_refused(dtype):
+    most = torch.full((3, 70000), torch.finfo(dtype).max, dtype=dtype)
+    assert all_finite(most)  # its sum is not
+    assert all_finite(most[:0])
+    for bad in (torch.nan, torch.inf, -torch.inf):
+        one = torch.zeros(5, dtype=dtype)
+        one[2] = bad
+        assert not all_finite(one)
+    assert not all_finite(torch.tensor([torch.inf, -torch.inf], dtype=dtype))
 
 
 def test_a_gradient_of_sparsity_over_depth(llama):

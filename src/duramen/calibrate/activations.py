@@ -11,6 +11,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from duramen.finite import all_finite
 from duramen.problem import Exit, Problem
 from duramen.rundir import cannot_write
 
@@ -81,6 +82,6 @@ def check_activations(hidden: Tensor, name: str) -> None:
 
 def check_numbers(tensor: Tensor, what: str, *, why: str) -> None:
     """Stops on a computed tensor that is not finite, saying what it is."""
-    if not torch.isfinite(tensor).all():
+    if not all_finite(tensor):
         fix = "run in float32 (`dtype: float32`); finished blocks are kept."
         raise Problem(what, why=why, fix=fix, code=Exit.CHECK_FAILED)

@@ -14,6 +14,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from duramen.families import register_own
+from duramen.finite import all_finite
 from duramen.problem import Exit, Problem
 from duramen.reading import read_json, reading
 
@@ -149,7 +150,7 @@ def _truncated(file: Path, size: int, detail: str) -> Problem:
 
 def check_finite(name: str, tensor: Tensor) -> None:
     """Stops on NaN or infinite weights, naming the tensor."""
-    if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+    if tensor.is_floating_point() and not all_finite(tensor):
         bad = int((~torch.isfinite(tensor)).sum())
         raise Problem(
             f"{name} holds {bad:,} NaN or infinite values.",

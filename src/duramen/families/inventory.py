@@ -8,10 +8,10 @@ from dataclasses import asdict
 from math import prod
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from duramen.families.model import BlockModel
+from duramen.finite import all_finite
 
 PATTERNS = ((1, 4), (2, 4), (4, 8))
 """N:M patterns that are looked for, the sparsest first."""
@@ -36,7 +36,7 @@ def inventory(model: BlockModel) -> dict[str, Any]:
     damaged = []
     for name in described:
         tensor = model.checkpoint.read(name)
-        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+        if tensor.is_floating_point() and not all_finite(tensor):
             damaged.append(name)
         if name in names:
             layer, role = names[name]

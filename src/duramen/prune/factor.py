@@ -14,6 +14,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from duramen.finite import all_finite
 from duramen.problem import Exit, Problem
 
 BLOCK = 512
@@ -109,7 +110,7 @@ def _check(gram: Tensor, damping: float) -> None:
             why="it is x xᵀ summed over tokens, one row and column per input.",
             fix="`gram = x @ x.T` for x of shape [I, tokens].",
         )
-    if not torch.isfinite(gram).all():
+    if not all_finite(gram):
         raise Problem(
             "`gram` holds NaN or infinite values.",
             why="an activation overflowed, or the model's weights are not finite.",

@@ -17,6 +17,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from duramen.finite import all_finite
 from duramen.hardware.machine import rough_product
 from duramen.problem import Problem
 from duramen.prune.factor import Factor, factorise
@@ -123,7 +124,7 @@ def check_shapes(weight: Tensor, gram: Tensor) -> None:
             why="weights are [outputs, inputs]; GPT-2's Conv1D stores them transposed.",
             fix="pass `weight.T` for a transposed layer.",
         )
-    if not torch.isfinite(weight).all():
+    if not all_finite(weight):
         raise Problem(
             "The weight holds NaN or infinite values.",
             why="the checkpoint is damaged or training diverged.",

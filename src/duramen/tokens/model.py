@@ -19,6 +19,7 @@ from jaxtyping import Bool, Float, Int
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
+from duramen.finite import all_finite
 from duramen.override import override
 from duramen.problem import Exit, Problem
 from duramen.registry import Settings as MethodSettings
@@ -221,7 +222,7 @@ class Reduced:
         prompt = self.prompt
         assert passage.seen is not None
         scores, passage.seen = importance(self.reduction.score, **passage.seen._asdict()), None
-        if not bool(scores[prompt.valid].isfinite().all()):
+        if not all_finite(scores[prompt.valid]):
             raise Problem(
                 f"A token's importance after layer {layer} is not finite.",
                 why="the scan of that layer overflowed, or the model's weights are damaged.",

@@ -21,6 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from duramen.finite import all_finite
 from duramen.hardware.machine import describe, fastest_device
 from duramen.intervals import paired_interval
 from duramen.problem import Exit, Problem
@@ -242,7 +243,7 @@ def _usual(pipeline: Any, factor: int) -> tuple[int, int, int]:
 
 def _watched(pipeline: Any, step: int, timestep: Any, given: dict[str, Tensor], *, tell: Tell, steps: int) -> dict[str, Tensor]:
     """Stops at the first step after which latents are not finite."""
-    if not torch.isfinite(given["latents"]).all():
+    if not all_finite(given["latents"]):
         raise Problem(
             f"Latents are not finite after step {step + 1} of {steps}.", why="half precision overflowed, or the weights are damaged.",
             fix="other weights, or a processor, which computes in single precision.", code=Exit.CHECK_FAILED,

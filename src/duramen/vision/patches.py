@@ -15,6 +15,7 @@ from jaxtyping import Bool, Float, Int
 from pydantic import Field, field_validator, model_validator
 from torch import Tensor
 
+from duramen.finite import all_finite
 from duramen.problem import Exit, Problem
 from duramen.registry import Settings as MethodSettings
 from duramen.ssm.fold import GapStep
@@ -256,7 +257,7 @@ def patches_across(image: int, patch: int) -> int:
 
 def check_scores(scores: Tensor, layer: int) -> None:
     """Stops on importance that is not finite."""
-    if not bool(scores.isfinite().all()):
+    if not all_finite(scores):
         raise Problem(
             f"A patch's importance after layer {layer} is not finite.",
             why="that layer overflowed, or the model's weights are damaged.",
