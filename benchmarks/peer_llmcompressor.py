@@ -1,8 +1,10 @@
-"""Prunes one model by llm-compressor, in an environment of its own (its pins exclude Duramen's transformers).
+"""Prunes or rounds one model by llm-compressor, in an environment of its own (its pins exclude Duramen's transformers).
 
     python peer_llmcompressor.py MODEL_FOLDER TOKENS.safetensors {sparsegpt,wanda} {0.5,2:4} DAMPING OUT.safetensors
+    python peer_llmcompressor.py MODEL_FOLDER TOKENS.safetensors gptq {"W4 row","W3 g64"} DAMPING OUT.safetensors
 
-Writes the weights of all linear layers of the blocks, and prints one JSON line: seconds of pruning alone, and versions.
+Writes the weights of all linear layers of the blocks, and prints one JSON line: seconds of its work alone, and versions. GPTQ rounds to symmetric grids and
+takes columns in the order of its default.
 """
 
 from __future__ import annotations
@@ -12,11 +14,32 @@ import json
 import sys
 import time
 
+from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
 from datasets import Dataset
 from llmcompressor import oneshot
+from llmcompressor.modifiers import Modifier
+from llmcompressor.modifiers.gptq import GPTQModifier
 from llmcompressor.modifiers.pruning import SparseGPTModifier, WandaPruningModifier
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
+
+ALL = {"ignore": ["re:.*lm_head"]}
+
+
+def pruning(method: str, target: str, damping: float) -> Modifier:
+    """SparseGPT or Wanda."""
+    how = {"sparsity": 0.5, "mask_structure": target} if ":" in target else {"sparsity": float(target)}
+    how |= ALL | {"targets": ["Linear"]}
+    return SparseGPTModifier(dampening_frac=damping, **how) if method == "sparsegpt" else WandaPruningModifier(**how)
+
+
+def rounding(target: str, damping: float) -> Modifier:
+    """GPTQ of weights alone."""
+    bits, share = target.split()
+    group = {"strategy": "channel"} if share == "row" else {"strategy": "group", "group_size": int(share.removeprefix("g"))}
+    weights = QuantizationArgs(num_bits=int(bits.removeprefix("W")), type="int", symmetric=True, **group)
+    groups = {"weights": QuantizationScheme(targets=["Linear"], weights=weights)}
+    return GPTQModifier(config_groups=groups, dampening_frac=damping, **ALL)
 
 
 def main() -> None:
@@ -25,23 +48,21 @@ def main() -> None:
     network = AutoModelForCausalLM.from_pretrained(folder, dtype="float32")
     tokens = load_file(tokens_file)["tokens"]
     rows = {"input_ids": tokens.tolist(), "attention_mask": [[1] * tokens.shape[1]] * len(tokens)}
-    how = {"sparsity": 0.5, "mask_structure": target} if ":" in target else {"sparsity": float(target)}
-    how |= {"targets": ["Linear"], "ignore": ["re:.*lm_head"]}
-    modifier = SparseGPTModifier(dampening_frac=float(damping), **how) if method == "sparsegpt" else WandaPruningModifier(**how)
-    start = time.perf_counter()
+    modifier = rounding(target, float(damping)) if method == "gptq" else pruning(method, target, float(damping))
+    start, processor = time.perf_counter(), time.process_time()
     oneshot(
         model=network, dataset=Dataset.from_dict(rows), recipe=modifier, num_calibration_samples=len(tokens),
         max_seq_length=tokens.shape[1], shuffle_calibration_samples=False, batch_size=8,
     )  # fmt: skip
-    seconds = time.perf_counter() - start
+    seconds, processor = time.perf_counter() - start, time.process_time() - processor
     weights = {
         name: parameter.detach().float().contiguous()
         for name, parameter in network.named_parameters()
-        if "layers." in name and parameter.ndim == 2
+        if "layers." in name and name.endswith(".weight") and parameter.ndim == 2
     }
     save_file(weights, out)
     versions = {name: importlib.metadata.version(name) for name in ("llmcompressor", "torch", "transformers")}
-    print(json.dumps({"seconds": seconds, "versions": versions}))
+    print(json.dumps({"seconds": seconds, "processor_seconds": processor, "versions": versions}))
 
 
 if __name__ == "__main__":

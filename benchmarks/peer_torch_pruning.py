@@ -27,7 +27,7 @@ CLASSES = {
 def main(folder: str, tokens_file: str, width: str, importance: str, out: str) -> None:
     """Prunes and writes the state dict."""
     model = AutoModelForCausalLM.from_pretrained(folder, dtype="float32").eval()
-    sequences = load_file(tokens_file)["sequences"]
+    sequences = load_file(tokens_file)["tokens"]
     start = time.process_time()
     mlps = [layer.mlp for layer in model.model.layers]
     share = 1 - int(width) / mlps[0].gate_proj.out_features

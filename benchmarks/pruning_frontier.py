@@ -12,11 +12,12 @@ model on 2 cores.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import rows
 from duramen.evaluate.perplexity import perplexity
+from duramen.intervals import Measured
 from duramen.problem import Problem
 from pruning_quality import Bench, arguments
 
@@ -32,6 +33,9 @@ SUBJECTS = {
     **{f"multiweight {effort}": ("multiweight", {"effort": effort}) for effort in ("fast", "good", "best")},
 }
 
+Outside = Callable[[Bench, str, str], tuple[dict[str, Measured], str]]
+"""Measures a peer by another Python at one target: the figures, and the versions used."""
+
 
 def main() -> None:
     """Runs the table."""
@@ -44,9 +48,16 @@ def fill(
     subjects: Mapping[str, tuple[str, Mapping[str, object]]],
     *,
     peer: str,
+    outside: Mapping[str, Outside] | None = None,
 ) -> None:
-    """Measures every subject at every target, leaving out what stands in the results file; the peer comes before those compared with it."""
-    options = arguments(targets, subjects).parse_args()
+    """Measures every subject at every target, leaving out what stands in the results file; the peer comes before those compared with it.
+
+    Subjects from ``outside`` run by ``--peer-python``, and are left out without it.
+    """
+    parser, outside = arguments(targets, subjects), outside or {}
+    if outside:
+        parser.add_argument("--peer-python", default="", help="python of an environment that has the peers")
+    options = parser.parse_args()
     table = rows.read(name)
     bench = Bench.open(options)
     case = f"{options.model}, {bench.tokens.numel()} tokens, {Path(options.text).name} {options.windows}x{options.window}"
@@ -54,22 +65,26 @@ def fill(
         table.append(bench.row(f"{case}, dense", "perplexity", "dense", perplexity(bench.reference.loss)))
     for label in options.targets:
         here = f"{case}, {label}"
-        for subject in options.subjects:
+        for subject in [*options.subjects, *(outside if outside and options.peer_python else ())]:
             if any((row["case"], row["subject"]) == (here, subject) for row in table):
                 continue
-            method, settings = subjects[subject]
             peers = {
                 row["metric"]: (peer, float(row["value"]))
                 for row in table
                 if (row["case"], row["subject"]) == (here, peer) and subject != peer
             }
+            used = ""
             try:
-                figures = bench.measure(method, {**targets[label], **settings})
+                if subject in outside:
+                    figures, used = outside[subject](bench, options.peer_python, label)
+                else:
+                    method, settings = subjects[subject]
+                    figures = bench.measure(method, {**targets[label], **settings})
             except Problem as problem:  # such as an allocation of N:M
                 print(label, subject, problem, flush=True)
                 continue
             for metric, figure in figures.items():
-                table.append(bench.row(here, metric, subject, figure, peers.get(metric)))
+                table.append(bench.row(here, metric, subject, figure, peers.get(metric), used))
             rows.write(name, table)
 
 

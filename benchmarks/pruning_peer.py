@@ -11,9 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
-import subprocess
 import sys
-import tempfile
 import time
 from pathlib import Path
 
@@ -30,10 +28,12 @@ from duramen.families.model import BlockModel
 from duramen.hardware.machine import forward_dtype
 from duramen.intervals import Measured, mean_interval
 from duramen.registry import get_method
+from peers import ask
 from wikitext import literature
 
 CORPORA = ("squad", "coqa", "drop", "sciriff")
 DAMPING = 0.01
+WORKER = "--worker"
 RUNS = (
     ("llmcompressor", "wanda", "float32"),
     ("duramen", "wanda", "float32"),
@@ -88,12 +88,11 @@ def main() -> None:
     parser.add_argument("--peers", nargs="*", default=["wanda", "sparsegpt"])
     options = parser.parse_args()
 
-    folder, place = str(open_model("smollm2-135m")), Path(tempfile.mkdtemp())
+    folder = open_model("smollm2-135m")
     tokenizer = AutoTokenizer.from_pretrained(folder)
     tokens = calibration_tokens(tokenizer, CORPORA, sequences=options.sequences, length=options.length, seed=0)
-    save_file({"tokens": tokens}, place / "tokens.safetensors")
     windows = evaluation_tokens(tokenizer, literature(options.text), length=options.window, windows=options.windows)
-    dense = BlockModel.from_folder(Path(folder))
+    dense = BlockModel.from_folder(folder)
     hidden = final_hidden(dense, windows)
     table = rows.read("pruning_peer")
     for target in options.targets:
@@ -104,16 +103,11 @@ def main() -> None:
             if PEER[method] not in options.peers:
                 continue
             subject = f"{tool} {method}" + (", default forward type" if dtype == "auto" else "")
-            words = [folder, str(place / "tokens.safetensors"), method, target]
-            out = place / f"{tool}-{method}-{dtype}.safetensors"
-            line = (
-                [options.peer_python, str(Path(__file__).with_name("peer_llmcompressor.py")), *words, str(DAMPING), str(out)]
-                if tool == "llmcompressor"
-                else [sys.executable, __file__, "--worker", *words, dtype, str(out)]
-            )
-            done = subprocess.run(line, stdout=subprocess.PIPE, text=True, check=True)
-            found = json.loads(done.stdout.strip().splitlines()[-1])
-            measured = measure(folder, out, dense, hidden, windows)
+            if tool == "llmcompressor":
+                found, tensors = ask(options.peer_python, "peer_llmcompressor.py", folder, tokens, method, target, str(DAMPING))
+            else:
+                found, tensors = ask(sys.executable, "pruning_peer.py", folder, tokens, WORKER, method, target, dtype)
+            measured = measure(folder, tensors, dense, hidden, windows)
             measured["seconds of pruning"] = Measured(found["seconds"], found["seconds"], found["seconds"], 1)
             if tool == "llmcompressor":
                 peers[method] = measured
@@ -132,9 +126,11 @@ PEER = {"wanda": "wanda", "sparsegpt": "sparsegpt", "multiweight fast": "sparseg
 UNITS = {"perplexity": "1", "KL from dense": "nats", "share of zeros": "1", "seconds of pruning": "s"}
 
 
-def measure(folder: str, weights: Path, dense: BlockModel, hidden: list, windows: torch.Tensor) -> dict[str, Measured]:
+def measure(
+    folder: Path, tensors: dict[str, torch.Tensor], dense: BlockModel, hidden: list, windows: torch.Tensor
+) -> dict[str, Measured]:
     """Perplexity, KL and the share of zeros of a model with these weights."""
-    network, tensors = AutoModelForCausalLM.from_pretrained(folder, dtype="float32"), load_file(weights)
+    network = AutoModelForCausalLM.from_pretrained(folder, dtype="float32")
     network.load_state_dict(tensors, strict=False)
     edited = BlockModel.from_module(network)
     found = divergence(dense, hidden, edited, final_hidden(edited, windows), windows)
@@ -147,7 +143,7 @@ def measure(folder: str, weights: Path, dense: BlockModel, hidden: list, windows
 
 
 if __name__ == "__main__":
-    if "--worker" in sys.argv:
-        prune_here(*sys.argv[2:])
+    if WORKER in sys.argv:
+        prune_here(*(word for word in sys.argv[1:] if word != WORKER))
     else:
         main()

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import rows
@@ -117,24 +118,26 @@ class Bench:
         start = time.process_time()
         records = get_method(method).apply(network, self.tokens, **settings)
         seconds = time.process_time() - start
-        edited = BlockModel.from_module(network)
-        found = divergence(self.dense, self.hidden, edited, final_hidden(edited, self.windows), self.windows)
-        error = sum(record["relative_error"] for record in records)
-        figures = {
-            "perplexity": perplexity(found.loss),
-            "KL from dense": mean_interval(found.kl),
-            "summed relative layer error": exactly(error),
-            "processor seconds": exactly(seconds),
+        more = {
+            "summed relative layer error": sum(record["relative_error"] for record in records),
+            "processor seconds": seconds,
         }
+        figures = self.judge(network) | {name: exactly(value) for name, value in more.items()}
         print(method, settings, {name: round(figure.value, 4) for name, figure in figures.items()}, flush=True)
         return figures
 
+    def judge(self, network: nn.Module) -> dict[str, Measured]:
+        """How far an edited network is from the dense one."""
+        edited = BlockModel.from_module(network)
+        found = divergence(self.dense, self.hidden, edited, final_hidden(edited, self.windows), self.windows)
+        return {"perplexity": perplexity(found.loss), "KL from dense": mean_interval(found.kl)}
+
     def row(
-        self, case: str, metric: str, subject: str, figure: Measured, peer: tuple[str, float] | None = None
+        self, case: str, metric: str, subject: str, figure: Measured, peer: tuple[str, float] | None = None, used: str = ""
     ) -> dict[str, object]:
-        """One row of a results file."""
+        """One row of a results file; ``used`` are versions of a peer."""
         more = {"low": figure.low, "high": figure.high} if figure.low < figure.high else {}
-        more |= rows.beside(peer)
+        more |= rows.beside(peer) | ({"versions": rows.versions(used)} if used else {})
         return rows.row(case, metric, UNITS[metric], subject, figure.value, samples=figure.samples, **more)
 
 

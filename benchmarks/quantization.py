@@ -1,6 +1,7 @@
 """Claim: refined rounding is nearer to the dense model than GPTQ, on every grid.
 
     python benchmarks/quantization.py --text wiki.test.raw
+    python benchmarks/quantization.py --text wiki.test.raw --peer-python PEER/bin/python     # with llm-compressor's GPTQ
 
 Rounds a model's weights by every method to every grid from the same calibration tokens. GPTQ as published takes the steps of the largest weights; the other subjects take weighted ones. SmolLM2-135M's own weights lie
 on a grid of four bits in groups of 32, so that no such grid says anything. Measures and writes as pruning_frontier.py, to benchmarks/results/quantization.csv; about two hours on 2 cores.
@@ -8,9 +9,22 @@ on a grid of four bits in groups of 32, so that no such grid says anything. Meas
 
 from __future__ import annotations
 
-from pruning_frontier import fill
+from dataclasses import replace
 
-TARGETS = {grid: {"format": grid} for grid in ("W4 row", "W4 g64", "W3 g64", "W2 g64")}
+from transformers import AutoModelForCausalLM
+
+from duramen.grids import Format, parse_format
+from duramen.hardware.machine import fastest_device
+from duramen.intervals import Measured
+from duramen.registry import get_method
+from peers import ask
+from pruning_frontier import fill
+from pruning_quality import Bench, exactly
+
+TARGETS = {
+    grid: {"format": grid}
+    for grid in ("W4 row", "W4 g64", "W3 g64", "W2 g64", "W8A8 row", "W4A8 g64", "W4A4 g64", "W4A8KV8 g64", "W4A4KV4 g64")
+}
 SUBJECTS = {
     "rtn, absmax": ("rtn", {"step": "absmax"}),
     "rtn": ("rtn", {}),
@@ -22,9 +36,23 @@ SUBJECTS = {
 }
 
 
+def by_llmcompressor(bench: Bench, python: str, label: str) -> tuple[dict[str, Measured], str]:
+    """Its GPTQ of the weights; inputs, keys and values are rounded by ours, as for all subjects."""
+    form = parse_format(label)
+    weights = Format(weights=form.weights).text
+    found, tensors = ask(python, "peer_llmcompressor.py", bench.folder, bench.tokens, "gptq", weights, "0.01")
+    network = AutoModelForCausalLM.from_pretrained(bench.folder, dtype="float32")
+    assert not network.load_state_dict(tensors, strict=False).unexpected_keys
+    rest = replace(form, weights=None)
+    if rest.runs:
+        get_method("rtn").apply(network, bench.tokens, format=rest.text)
+    used = " ".join(f"peer:{name}={version}" for name, version in found["versions"].items())
+    return bench.judge(network.to(fastest_device())) | {"processor seconds": exactly(found["processor_seconds"])}, used
+
+
 def main() -> None:
     """Runs the table."""
-    fill("quantization", TARGETS, SUBJECTS, peer="gptq as published")
+    fill("quantization", TARGETS, SUBJECTS, peer="gptq as published", outside={"llmcompressor gptq": by_llmcompressor})
 
 
 if __name__ == "__main__":

@@ -13,9 +13,6 @@ every run, and the KL of every window to structured_quality.json; runs that stan
 from __future__ import annotations
 
 import argparse
-import json
-import subprocess
-import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -24,7 +21,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -42,6 +38,7 @@ from duramen.shrink.importance import Taylor
 from duramen.shrink.model import ShrinkSettings, budget, carry_out, choose, kept_units
 from duramen.shrink.plan import Plan
 from duramen.shrink.surgery import Surgery, masked
+from peers import ask
 from pruning_quality import Bench, arguments, exactly
 
 RATIOS = ("10%", "20%", "30%", "50%")
@@ -228,13 +225,7 @@ def cut_by_peer(
 ) -> tuple[BlockModel, float, str]:
     """The same widths by torch-pruning: the model, its processor seconds, and the versions used."""
     (widths,) = {len(stay) for stay in plan.kept["ffn_channel"]}
-    with tempfile.TemporaryDirectory() as place:
-        tokens, out = f"{place}/tokens.safetensors", f"{place}/out.safetensors"
-        save_file({"sequences": sequences.contiguous()}, tokens)
-        worker = str(Path(__file__).with_name("peer_torch_pruning.py"))
-        line = [python, worker, str(bench.folder), tokens, str(widths), subject.rpartition(" ")[2], out]
-        done = subprocess.run(line, stdout=subprocess.PIPE, text=True, check=True)
-        found, tensors = json.loads(done.stdout.strip().splitlines()[-1]), load_file(out)
+    found, tensors = ask(python, "peer_torch_pruning.py", bench.folder, sequences, str(widths), subject.rpartition(" ")[2])
     network = AutoModelForCausalLM.from_config(AutoConfig.for_model(**Surgery(model, plan).config), dtype=torch.float32).eval()
     missing = network.load_state_dict(tensors, strict=False)
     assert set(missing.missing_keys) <= {"lm_head.weight"}, missing

@@ -54,7 +54,7 @@ def plain_grams(network, names, tokens):
     return grams
 
 
-@pytest.mark.parametrize("name", ["llama", "gpt2", "gpt_neox", "bloom", "phi3", "gemma3_text", "opt", *tiny.MAMBA])
+@pytest.mark.parametrize("name", tiny.CONFIGS)
 @torch.no_grad()
 def test_statistics_are_those_of_a_plain_forward_pass(name, tmp_path):
     tokens, seen = tiny.ids(6, 20), {}
@@ -64,13 +64,14 @@ def test_statistics_are_those_of_a_plain_forward_pass(name, tmp_path):
         return {}
 
     model = BlockModel.from_folder(tiny.save(name, tmp_path))
-    walk_blocks(model, tokens, edit, list(model.layer_names()), walk=Walk(batch_size=4))
+    walk_blocks(model, tokens, edit, list(model.layer_names()), walk=Walk(batch_size=4), dense_target=True)
     network = tiny.model(name)
     with ExactScans(network):
         expected = plain_grams(network, model.layer_names(), tokens)
     assert seen.keys() == expected.keys()
     for layer, statistics in seen.items():
-        torch.testing.assert_close(statistics.total.second, expected[layer], rtol=1e-4, atol=1e-4)
+        for found in (statistics.total, statistics.dense):
+            torch.testing.assert_close(found.second, expected[layer], rtol=1e-4, atol=1e-4)
         assert statistics.tokens == 120
 
 
@@ -234,6 +235,15 @@ def test_what_no_longer_changes_is_not_run_again(llama):
         handle.remove()
     assert len(calls) == 2 * len(model.blocks), "once for o's input, once for the rest; never again for down or the boundary"
     assert not any("forward" in vars(child) for block in model.blocks for child in block.children())
+
+
+@torch.no_grad()
+def test_what_a_block_writes_over_is_run_again(llama):
+    model, network, tokens, walk = BlockModel.from_folder(llama), tiny.model("llama"), tiny.ids(4, 20), Walk(batch_size=2)
+    for block in model.blocks:
+        block.mlp.act_fn = nn.SiLU(inplace=True)
+    walk_blocks(model, tokens, lambda layer, s: {}, list(model.layer_names()), walk=walk)
+    torch.testing.assert_close(model.logits(walk.final_hidden), network(tokens[:2]).logits, rtol=1e-4, atol=1e-4)
 
 
 def test_the_next_block_is_read_ahead(tmp_path, monkeypatch):

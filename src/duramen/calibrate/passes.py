@@ -17,9 +17,9 @@ from duramen.override import override
 class Passes:
     """The passes of one block over all batches.
 
-    A stage's statistics need a pass up to that stage, and the next boundary one more. A *settled* child of the block, one in
+    A stage's statistics need a pass up to that stage, and the next boundary one more. A *settled* module, one in
     which nothing is left to edit, runs in one of them and its output stands in all later ones, as far as the budget for
-    activations allows.
+    activations allows. Where a module stands, what stood inside it is let go; what the block writes over does not stand.
 
     Args:
         module: The open block.
@@ -31,26 +31,29 @@ class Passes:
         self.module, self.calls, self.hidden = module, calls, hidden
         self._budget = hidden.budget
         self._settled: dict[str, Callable[[], None]] = {}
-        self._outputs: dict[tuple[str, int, int], Any] = {}
+        self._outputs: list[dict[tuple[str, int], _Output]] = [{} for _ in calls]
         self._counts: Counter[str] = Counter()
         self._batch = 0
 
-    def settle(self, children: Iterable[str]) -> None:
-        """Says that nothing will be edited any more in these children of the block."""
-        for name in set(children) - self._settled.keys():
-            child = self.module.get_submodule(name)
-            self._settled[name] = override(child, self._standing(name, child.forward))
+    def settle(self, paths: Iterable[str]) -> None:
+        """Says that nothing will be edited any more in these modules of the block."""
+        for path in set(paths) - self._settled.keys():
+            module = self.module.get_submodule(path)
+            self._settled[path] = override(module, self._standing(path, module.forward))
 
-    def _standing(self, name: str, forward: Callable[..., Any]) -> Callable[..., Any]:
+    def _standing(self, path: str, forward: Callable[..., Any]) -> Callable[..., Any]:
         def run(*args: Any, **kwargs: Any) -> Any:
-            key = (name, self._batch, self._counts[name])
-            self._counts[name] += 1
-            if key in self._outputs:
-                return self._outputs[key]
-            output = forward(*args, **kwargs)
-            if self._budget.take(_bytes(output)):
-                self._outputs[key] = output
-            return output
+            outputs, key = self._outputs[self._batch], (path, self._counts[path])
+            self._counts[path] += 1
+            if key in outputs and outputs[key].is_whole:
+                return outputs[key].value
+            output = _Output(forward(*args, **kwargs))
+            before = [each for each in outputs if each == key or each[0].startswith(f"{path}.")]
+            if self._budget.take(output.size - sum(outputs[each].size for each in before)):
+                for each in before:
+                    del outputs[each]
+                outputs[key] = output
+            return output.value
 
         return run
 
@@ -97,13 +100,23 @@ class Passes:
             self.hidden[batch] = after
         for undo in self._settled.values():
             undo()
-        self._budget.left += sum(map(_bytes, self._outputs.values()))
-        self._settled, self._outputs = {}, {}
+        self._budget.left += sum(output.size for outputs in self._outputs for output in outputs.values())
+        self._settled, self._outputs = {}, [{} for _ in self.calls]
 
 
-def _bytes(output: Any) -> int:
-    parts = output if isinstance(output, tuple) else (output,)
-    return sum(part.nbytes for part in parts if isinstance(part, Tensor))
+class _Output:
+    """What a module gave: a tensor, or several."""
+
+    def __init__(self, value: Any) -> None:
+        self.value = value
+        self._parts = [part for part in (value if isinstance(value, tuple) else (value,)) if isinstance(part, Tensor)]
+        self._versions = [part._version for part in self._parts]
+        self.size = sum(part.nbytes for part in self._parts)
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether nothing was written into it since."""
+        return [part._version for part in self._parts] == self._versions
 
 
 class _Reached(Exception):

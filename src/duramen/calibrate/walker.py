@@ -286,10 +286,10 @@ def _edit_block(
         rounded = _rounded_from_here(model, block, formats)
         passes = boundary.passes(block.module, index)
         stages = _stages_to_edit(model, block, names)
+        if dense:
+            dense.settle(_settled(block.layers.values(), []))
         for number, layers in enumerate(stages):
-            settled = _children(block.layers.values()) - _children(chain(*stages[number:]))
-            for each in filter(None, (passes, dense)):
-                each.settle(settled)
+            passes.settle(_settled(block.layers.values(), list(chain(*stages[number:]))))
             statistics = _observe(layers[0], passes, dense, boundary.held_out, held_out=held_out)
             for record in _edit_stage(layers, statistics, edit):
                 records.append(record)
@@ -341,9 +341,10 @@ def _stages_to_edit(model: BlockModel, block: OpenBlock, names: set[str]) -> lis
     return [layers for layers in chosen if layers]
 
 
-def _children(layers: Iterable[Layer]) -> set[str]:
-    """The children of the block that hold these layers."""
-    return {layer.projection.path.split(".")[0] for layer in layers}
+def _settled(layers: Iterable[Layer], left: list[Layer]) -> set[str]:
+    """The children of the block and the layers in which nothing is ``left`` to edit, by their paths."""
+    paths, pending = ({layer.projection.path for layer in each} for each in (layers, left))
+    return (paths - pending) | ({path.split(".")[0] for path in paths} - {path.split(".")[0] for path in pending})
 
 
 def _rounded_from_here(model: BlockModel, block: OpenBlock, formats: Mapping[str, Format]) -> dict[str, Format]:
