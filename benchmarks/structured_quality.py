@@ -5,8 +5,8 @@
     python benchmarks/structured_quality.py --text wiki.test.raw --peer-python PEER/bin/python     # with torch-pruning
 
 Cuts a share of the block parameters, the same in every block, so that all subjects have the same shape at a ratio, bytes and
-multiply-adds; ``fusion global`` is the default of the method, which spreads the same share over the model. The scores come from the same calibration tokens, once for all ratios; the repair is the default one, or none. Measures perplexity and KL from
-dense, and the paired difference of the KL from that of the default. Adds to benchmarks/results/structured_quality.csv after
+multiply-adds; ``fusion global`` is the default of the method, which spreads the same share over the model, and ``fusion global 0`` and ``1`` are one granularity alone spread so. The scores come from the same calibration tokens, once for all ratios; the repair is the default one, or none. Measures perplexity and KL from
+dense, the paired difference of the KL from that of the default, and that of fusion from the better of the two granularities that it blends. Adds to benchmarks/results/structured_quality.csv after
 every run, and the KL of every window to structured_quality.json; runs that stand there are left out. About four hours a model on 2 cores.
 """
 
@@ -44,10 +44,13 @@ from pruning_quality import Bench, arguments, exactly
 RATIOS = ("10%", "20%", "30%", "50%")
 REPAIRS = {"": "affine", ", no repair": "none"}
 DEFAULT = "fusion global"
+BLENDS = {"fusion global": "fusion global", "fusion attention": "fusion fixed"}
+"""And what names the two granularities that each blends, before 0 and 1."""
 UNITS = {
     "perplexity": "1",
     "KL from dense": "nats",
     "KL above the default": "nats",
+    "KL above the better granularity": "nats",
     "parameters": "1",
     "MACs per token": "1",
     "seconds": "s",
@@ -104,14 +107,16 @@ class Scorer:
         if name == "taylor":
             return {(each.units.block, each.units.kind): each.fused(float(mode == "vector")) for each in self.batch}
         found = [replace(each) for each in self.fused]
-        kind, _, weight = mode.replace("global", "attention").partition(" ")
+        kind, _, weight = mode.partition(" ")
+        if kind == "global":
+            kind = "fixed" if weight else "attention"
         chosen = fusion.Settings(**settings.model_dump(), fusion=kind, weight=float(weight or 0.5))
         fusion.set_shares(chosen, self.model, found, self.others, self.walk)
         return fusion.fused_scores(found)
 
 
 SUBJECTS = (
-    "fusion global", "fusion attention", "random", "magnitude", "wanda-sp", "flap", "taylor element", "taylor vector",
+    "fusion global", "fusion global 0", "fusion global 1", "fusion attention", "random", "magnitude", "wanda-sp", "flap", "taylor element", "taylor vector",
     "fusion fixed 0", "fusion fixed 1", "fusion fixed 0.5", "fusion per_group", "fusion search", "fusion ablation",
 )  # fmt: skip
 PEERS = ("torch-pruning magnitude", "torch-pruning taylor")
@@ -173,7 +178,7 @@ def measure(
         return
     share = float(case.rpartition(", ")[2].removesuffix("%")) / 100
     shared = {"ratio": share, "ratio_of": "block_parameters", "families": options.families, "round_to": options.round_to}
-    spread = {"allocation": "global" if subject == DEFAULT else "local"}
+    spread = {"allocation": "global" if subject.startswith(DEFAULT) else "local"}
     settings = ShrinkSettings.model_validate(shared | {"repair": repair} | spread | more)
     start = time.process_time()
     scores = {} if subject in PEERS else scorer.scores(subject, settings)
@@ -209,8 +214,22 @@ def measure(
         bounds = {"low": figure.low, "high": figure.high} if figure.low < figure.high else {}
         versions = {"versions": rows.versions(used)} if used else {}
         table.append(rows.row(case, metric, UNITS[metric], label, figure.value, samples=figure.samples, **bounds, **versions))
+    table += beside_granularities(case, windows, subject, label.removeprefix(subject))
     rows.write(options.name, table)
     print(case.rpartition(", ")[2], label, {name: round(figure.value, 4) for name, figure in figures.items()}, flush=True)
+
+
+def beside_granularities(case: str, windows: dict[str, list[float]], subject: str, words: str) -> list[dict[str, object]]:
+    """How far the blend that a subject belongs to is above the better of its two granularities, once all three were measured."""
+    found, metric = [], "KL above the better granularity"
+    for blend, pure in BLENDS.items():
+        three = (blend, f"{pure} 0", f"{pure} 1")
+        if subject in three and all(each + words in windows for each in three):
+            mine, *others = (np.array(windows[each + words]) for each in three)
+            figure = mean_interval(mine - min(others, key=np.mean))
+            more = {"low": figure.low, "high": figure.high, "samples": figure.samples}
+            found.append(rows.row(case, metric, UNITS[metric], blend + words, figure.value, **more))
+    return found
 
 
 def planned(model: BlockModel, units: list[Units], scores: dict[tuple[int, str], Tensor], settings: ShrinkSettings) -> Plan:

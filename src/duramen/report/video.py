@@ -47,7 +47,7 @@ def video_verdict(results: dict[str, Any]) -> str:
     """What happened, in a few sentences."""
     clip, wish, schedule = results["clip"], results["wish"], results["schedule"]
     parts = [
-        f"{clip['frames']} frames of {clip['width']}x{clip['height']} pixels in {results['seconds']:.3g} seconds, {results['denoised']} of {wish['steps']} denoising steps in full."
+        f"{results['frames']} frames of {clip['width']}x{clip['height']} pixels in {results['seconds']:.3g} seconds, {results['denoised']} of {wish['steps']} denoising steps in full."
     ]
     if results["plans"]:
         most, plain = (max(plan[key] for plan in results["plans"]) for key in ("peak", "plain"))

@@ -123,7 +123,7 @@ def render(folder: Path, out: Path, wish: Wish, tell: Tell = lambda said: None) 
     files = write_video(images, out)
     results = {
         "schema": "duramen-video/1", "pipeline": str(folder), "class": type(pipeline).__name__, "wish": asdict(wish), "clip": asdict(studio.clip), "files": files,
-        "seconds": seconds, "denoised": wish.steps if choice is None else len(choice.full), "machine": describe(),
+        "frames": len(images), "seconds": seconds, "denoised": wish.steps if choice is None else len(choice.full), "machine": describe(),
         "plans": [_planned(network, plan) for network, plan in zip(handle.networks if handle else [], plans, strict=True)],
         "schedule": None if choice is None else _chosen(choice), "text_encoder": text,
     }  # fmt: skip
