@@ -77,7 +77,7 @@ def families() -> str:
 
 
 def table(file: str, *words: str) -> str:
-    """One metric of a benchmark: a row per subject, a column per case (its words after the last comma).
+    """One metric of a benchmark: a row per subject, a column per case (its words after the last comma), shares in ascending order.
 
     A colon and the start of a case may follow, to take only those cases.
     """
@@ -89,6 +89,8 @@ def table(file: str, *words: str) -> str:
     if not rows:
         return f"*Not measured yet; `benchmarks/{file}.py` does it.*"
     cases = list(dict.fromkeys(row["case"].rpartition(", ")[2] for row in rows))
+    if all(case.endswith("%") for case in cases):
+        cases.sort(key=lambda case: float(case.removesuffix("%")))
     cells = {(row["subject"], row["case"].rpartition(", ")[2]): _cell(row) for row in rows}
     subjects = list(dict.fromkeys(row["subject"] for row in rows))
     body = [(subject, *(cells.get((subject, case), "") for case in cases)) for subject in subjects]
