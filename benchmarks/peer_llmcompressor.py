@@ -3,8 +3,8 @@
     python peer_llmcompressor.py MODEL_FOLDER TOKENS.safetensors {sparsegpt,wanda} {0.5,2:4} DAMPING OUT.safetensors
     python peer_llmcompressor.py MODEL_FOLDER TOKENS.safetensors gptq {"W4 row","W3 g64"} DAMPING OUT.safetensors
 
-Writes the weights of all linear layers of the blocks, and prints one JSON line: seconds of its work alone, and versions. GPTQ rounds to symmetric grids and
-takes columns in the order of its default.
+Writes the weights of all linear layers of the blocks, and prints one JSON line: seconds of its work alone, and versions. GPTQ takes columns in
+the order of its default.
 """
 
 from __future__ import annotations
@@ -35,9 +35,9 @@ def pruning(method: str, target: str, damping: float) -> Modifier:
 
 def rounding(target: str, damping: float) -> Modifier:
     """GPTQ of weights alone."""
-    bits, share = target.split()
+    bits, share, *affine = target.split()
     group = {"strategy": "channel"} if share == "row" else {"strategy": "group", "group_size": int(share.removeprefix("g"))}
-    weights = QuantizationArgs(num_bits=int(bits.removeprefix("W")), type="int", symmetric=True, **group)
+    weights = QuantizationArgs(num_bits=int(bits.removeprefix("W")), type="int", symmetric=not affine, **group)
     groups = {"weights": QuantizationScheme(targets=["Linear"], weights=weights)}
     return GPTQModifier(config_groups=groups, dampening_frac=damping, **ALL)
 

@@ -1,7 +1,8 @@
 """Claim: refined rounding is nearer to the dense model than GPTQ, on every grid.
 
     python benchmarks/quantization.py --text wiki.test.raw
-    python benchmarks/quantization.py --text wiki.test.raw --peer-python PEER/bin/python     # with llm-compressor's GPTQ
+    python -m venv PEER && PEER/bin/pip install torch==2.13.0 llmcompressor==0.14.0.1 torchao==0.18.0
+    python benchmarks/quantization.py --text wiki.test.raw --peer-python PEER/bin/python     # with llm-compressor's GPTQ and torchao's HQQ
 
 Rounds a model's weights by every method to every grid from the same calibration tokens. GPTQ as published takes the steps of the largest weights; the other subjects take weighted ones. SmolLM2-135M's own weights lie
 on a grid of four bits in groups of 32, so that no such grid says anything. Measures and writes as pruning_frontier.py, to benchmarks/results/quantization.csv; about two hours on 2 cores.
@@ -9,6 +10,7 @@ on a grid of four bits in groups of 32, so that no such grid says anything. Meas
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 
 from transformers import AutoModelForCausalLM
@@ -16,6 +18,7 @@ from transformers import AutoModelForCausalLM
 from duramen.grids import Format, parse_format
 from duramen.hardware.machine import fastest_device
 from duramen.intervals import Measured
+from duramen.problem import Problem
 from duramen.registry import get_method
 from peers import ask
 from pruning_frontier import fill
@@ -23,7 +26,19 @@ from pruning_quality import Bench, exactly
 
 TARGETS = {
     grid: {"format": grid}
-    for grid in ("W4 row", "W4 g64", "W3 g64", "W2 g64", "W8A8 row", "W4A8 g64", "W4A4 g64", "W4A8KV8 g64", "W4A4KV4 g64")
+    for grid in (
+        "W4 row",
+        "W4 g64",
+        "W3 g64",
+        "W2 g64",
+        "W3 g64 affine",
+        "W2 g64 affine",
+        "W8A8 row",
+        "W4A8 g64",
+        "W4A4 g64",
+        "W4A8KV8 g64",
+        "W4A4KV4 g64",
+    )
 }
 SUBJECTS = {
     "rtn, absmax": ("rtn", {"step": "absmax"}),
@@ -37,10 +52,24 @@ SUBJECTS = {
 
 
 def by_llmcompressor(bench: Bench, python: str, label: str) -> tuple[dict[str, Measured], str]:
-    """Its GPTQ of the weights; inputs, keys and values are rounded by ours, as for all subjects."""
+    """Its GPTQ."""
+    return elsewhere(bench, python, label, "peer_llmcompressor.py", lambda weights: ("gptq", weights, "0.01"))
+
+
+def by_torchao(bench: Bench, python: str, label: str) -> tuple[dict[str, Measured], str]:
+    """Its half-quadratic quantization, which needs no calibration."""
+    grid = parse_format(label).weights
+    if not (grid and grid.affine and isinstance(grid.share, int)):
+        raise Problem(f"torchao's HQQ does not round to {label}.", why="its grids are affine, by groups.", fix="an affine one.")
+    return elsewhere(bench, python, label, "peer_torchao.py", lambda weights: (weights,))
+
+
+def elsewhere(
+    bench: Bench, python: str, label: str, worker: str, words: Callable[[str], tuple[str, ...]]
+) -> tuple[dict[str, Measured], str]:
+    """A worker rounds the weights; inputs, keys and values are rounded by ours, as for all subjects."""
     form = parse_format(label)
-    weights = Format(weights=form.weights).text
-    found, tensors = ask(python, "peer_llmcompressor.py", bench.folder, bench.tokens, "gptq", weights, "0.01")
+    found, tensors = ask(python, worker, bench.folder, bench.tokens, *words(Format(weights=form.weights).text))
     network = AutoModelForCausalLM.from_pretrained(bench.folder, dtype="float32")
     assert not network.load_state_dict(tensors, strict=False).unexpected_keys
     rest = replace(form, weights=None)
@@ -50,9 +79,12 @@ def by_llmcompressor(bench: Bench, python: str, label: str) -> tuple[dict[str, M
     return bench.judge(network.to(fastest_device())) | {"processor seconds": exactly(found["processor_seconds"])}, used
 
 
+OUTSIDE = {"llmcompressor gptq": by_llmcompressor, "torchao hqq": by_torchao}
+
+
 def main() -> None:
     """Runs the table."""
-    fill("quantization", TARGETS, SUBJECTS, peer="gptq as published", outside={"llmcompressor gptq": by_llmcompressor})
+    fill("quantization", TARGETS, SUBJECTS, peer="gptq as published", outside=OUTSIDE)
 
 
 if __name__ == "__main__":
