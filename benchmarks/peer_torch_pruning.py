@@ -30,7 +30,7 @@ def main(folder: str, tokens_file: str, width: str, importance: str, out: str) -
     sequences = load_file(tokens_file)["tokens"]
     start = time.process_time()
     mlps = [layer.mlp for layer in model.model.layers]
-    share = 1 - int(width) / mlps[0].gate_proj.out_features
+    share = 1 - (int(width) + 0.5) / mlps[0].gate_proj.out_features  # it rounds what stays down
     pruner = torch_pruning.pruner.BasePruner(
         model, {"input_ids": sequences[:1], "use_cache": False}, importance=CLASSES[importance](),
         pruning_ratio=0.0, pruning_ratio_dict={layer: share for mlp in mlps for layer in (mlp.gate_proj, mlp.up_proj)},
