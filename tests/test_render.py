@@ -184,6 +184,8 @@ def test_what_goes_wrong_is_named_and_leaves_nothing_half(folder, tmp_path, monk
         (Wish(**SMALL, memory=1000), "too few for the activations"),
         (Wish(**SMALL, height=33), "cannot be"),
         (Wish(**SMALL, full=1), "1 full steps of 4 cannot be"),
+        (Wish(**SMALL, quality=-1), "are no quality"),
+        (Wish(**SMALL, quality=float("nan")), "are no quality"),
         (Wish(**SMALL, full=2, quality=20), "do not go together"),
         (Wish(**SMALL | {"steps": 1001}), "1001 denoising steps cannot be"),
     ):

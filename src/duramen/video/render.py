@@ -182,8 +182,12 @@ class _Studio:
                 f"{frames} frames of {width}x{height} pixels cannot be.", why=f"a token stands for {side} by {side} pixels, and {apart} frames behind the first for one.",
                 fix=f"sides that {side} divides, and {near} or {near + apart} frames.",
             )  # fmt: skip
-        if wish.quality is not None and not math.isfinite(wish.quality):
-            raise Problem(f"A quality of {wish.quality} dB cannot be reached.", why="it is no number.", fix="`--quality 25`")
+        if wish.quality is not None and not 0 < wish.quality < math.inf:
+            raise Problem(
+                f"{wish.quality:g} dB are no quality.",
+                why="at 0 the error is as large as the video itself.",
+                fix="`--quality 25`",
+            )
         most = pipeline.scheduler.config.num_train_timesteps
         if wish.steps > most:
             raise Problem(
