@@ -1,18 +1,14 @@
 """Prunes or rounds one model by llm-compressor, in an environment of its own (its pins exclude Duramen's transformers).
 
-    python peer_llmcompressor.py MODEL_FOLDER TOKENS.safetensors {sparsegpt,wanda} {0.5,2:4} DAMPING OUT.safetensors
-    python peer_llmcompressor.py MODEL_FOLDER TOKENS.safetensors gptq {"W4 row","W3 g64"} DAMPING OUT.safetensors
+    python peer_llmcompressor.py MODEL_FOLDER TOKENS.safetensors {sparsegpt,wanda} DAMPING {0.5,2:4} OUT.safetensors
+    python peer_llmcompressor.py MODEL_FOLDER TOKENS.safetensors gptq DAMPING {"W4 row","W3 g64"} OUT.safetensors
 
-Writes the weights of all linear layers of the blocks, and prints one JSON line: seconds of its work alone, and versions. GPTQ takes columns in
-the order of its default.
+Writes the weights of all linear layers of the blocks. GPTQ takes columns in the order of its default.
 """
 
 from __future__ import annotations
 
-import importlib.metadata
-import json
 import sys
-import time
 
 from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
 from datasets import Dataset
@@ -20,8 +16,10 @@ from llmcompressor import oneshot
 from llmcompressor.modifiers import Modifier
 from llmcompressor.modifiers.gptq import GPTQModifier
 from llmcompressor.modifiers.pruning import SparseGPTModifier, WandaPruningModifier
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
+
+from worker import Work, block_weights
 
 ALL = {"ignore": ["re:.*lm_head"]}
 
@@ -42,28 +40,19 @@ def rounding(target: str, damping: float) -> Modifier:
     return GPTQModifier(config_groups=groups, dampening_frac=damping, **ALL)
 
 
-def main() -> None:
+def main(folder: str, tokens_file: str, method: str, damping: str, target: str, out: str) -> None:
     """Runs it."""
-    folder, tokens_file, method, target, damping, out = sys.argv[1:]
     network = AutoModelForCausalLM.from_pretrained(folder, dtype="float32")
     tokens = load_file(tokens_file)["tokens"]
     rows = {"input_ids": tokens.tolist(), "attention_mask": [[1] * tokens.shape[1]] * len(tokens)}
     modifier = rounding(target, float(damping)) if method == "gptq" else pruning(method, target, float(damping))
-    start, processor = time.perf_counter(), time.process_time()
-    oneshot(
-        model=network, dataset=Dataset.from_dict(rows), recipe=modifier, num_calibration_samples=len(tokens),
-        max_seq_length=tokens.shape[1], shuffle_calibration_samples=False, batch_size=8,
-    )  # fmt: skip
-    seconds, processor = time.perf_counter() - start, time.process_time() - processor
-    weights = {
-        name: parameter.detach().float().contiguous()
-        for name, parameter in network.named_parameters()
-        if "layers." in name and name.endswith(".weight") and parameter.ndim == 2
-    }
-    save_file(weights, out)
-    versions = {name: importlib.metadata.version(name) for name in ("llmcompressor", "torch", "transformers")}
-    print(json.dumps({"seconds": seconds, "processor_seconds": processor, "versions": versions}))
+    with Work() as work:
+        oneshot(
+            model=network, dataset=Dataset.from_dict(rows), recipe=modifier, num_calibration_samples=len(tokens),
+            max_seq_length=tokens.shape[1], shuffle_calibration_samples=False, batch_size=8,
+        )  # fmt: skip
+    work.hand_over({name: weight.float() for name, weight in block_weights(network).items()}, out, "llmcompressor")
 
 
 if __name__ == "__main__":
-    main()
+    main(*sys.argv[1:])

@@ -17,7 +17,7 @@ def ask(python: str, worker: str, model: Path, tokens: Tensor, *words: str) -> t
 
     Args:
         python: The Python of the environment.
-        worker: Name of a script beside this one. It writes tensors to OUT and prints one line of JSON at last, with ``seconds`` and ``versions``.
+        worker: Name of a script beside this one. It writes tensors to OUT and prints one line of JSON at last, with ``seconds`` and ``versions``; see ``worker``.
         model: Folder of the model.
         tokens: What it sees, [S, T].
         words: More of its line.

@@ -10,13 +10,11 @@ seconds are of pruning alone. Writes benchmarks/results/pruning_peer.csv. About 
 from __future__ import annotations
 
 import argparse
-import json
 import sys
-import time
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import rows
@@ -30,6 +28,7 @@ from duramen.intervals import Measured, mean_interval
 from duramen.registry import get_method
 from peers import ask
 from wikitext import literature
+from worker import Work
 
 CORPORA = ("squad", "coqa", "drop", "sciriff")
 DAMPING = 0.01
@@ -68,11 +67,9 @@ def prune_here(folder: str, tokens_file: str, method: str, target: str, dtype: s
     method, _, effort = method.partition(" ")
     settings |= ({} if method == "wanda" else {"damping": DAMPING}) | ({"effort": effort} if effort else {})
     store = Memory()
-    start = time.perf_counter()
-    get_method(method).apply(model, load_file(tokens_file)["tokens"], walk=Walk(store=store), **settings)
-    seconds = time.perf_counter() - start
-    save_file(store.tensors, out)
-    print(json.dumps({"seconds": seconds, "versions": {"torch": torch.__version__, "forward": str(model.dtype)}}))
+    with Work() as work:
+        get_method(method).apply(model, load_file(tokens_file)["tokens"], walk=Walk(store=store), **settings)
+    work.hand_over(store.tensors, out, forward=str(model.dtype))
 
 
 def main() -> None:
@@ -104,7 +101,7 @@ def main() -> None:
                 continue
             subject = f"{tool} {method}" + (", default forward type" if dtype == "auto" else "")
             if tool == "llmcompressor":
-                found, tensors = ask(options.peer_python, "peer_llmcompressor.py", folder, tokens, method, target, str(DAMPING))
+                found, tensors = ask(options.peer_python, "peer_llmcompressor.py", folder, tokens, method, str(DAMPING), target)
             else:
                 found, tensors = ask(sys.executable, "pruning_peer.py", folder, tokens, WORKER, method, target, dtype)
             measured = measure(folder, tensors, dense, hidden, windows)

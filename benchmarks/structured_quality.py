@@ -250,7 +250,7 @@ def cut_by_peer(
     assert set(missing.missing_keys) <= {"lm_head.weight"}, missing
     network.tie_weights()
     used = " ".join(f"{name}={version}" for name, version in found["versions"].items())
-    return BlockModel.from_module(network.to(fastest_device())), found["seconds"], f"peer:{used}"
+    return BlockModel.from_module(network.to(fastest_device())), found["processor_seconds"], f"peer:{used}"
 
 
 if __name__ == "__main__":
