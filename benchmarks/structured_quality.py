@@ -14,9 +14,10 @@ from __future__ import annotations
 
 import argparse
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
-from functools import cached_property, partial
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -28,7 +29,7 @@ import rows
 from duramen.calibrate.backward import walk_back
 from duramen.calibrate.walker import Walk
 from duramen.evaluate.perplexity import divergence, final_hidden, perplexity
-from duramen.families.model import BlockModel
+from duramen.families.model import BlockModel, OpenBlock
 from duramen.hardware.machine import fastest_device, forward_dtype
 from duramen.intervals import mean_interval
 from duramen.rundir import Finished
@@ -137,6 +138,25 @@ class Kept:
         self.tensors |= {name: tensor.clone() for name, tensor in finished.tensors.items()}
 
 
+class Edited(BlockModel):
+    """A folder's model whose blocks hold what a store kept."""
+
+    store: Kept
+
+    @classmethod
+    def beside(cls, folder: Path, store: Kept) -> Edited:
+        """Opens the folder, with the blocks of the store."""
+        edited = cls.from_folder(folder, device=fastest_device())
+        edited.store = store
+        return edited
+
+    @contextmanager
+    def opened(self, index: int, *, edited: dict[str, Tensor] | None = None) -> Iterator[OpenBlock]:
+        """Opens a block as it was kept."""
+        with super().opened(index, edited=self.store.tensors | (edited or {})) as block:
+            yield block
+
+
 def main() -> None:
     """Runs the table."""
     parser = arguments(RATIOS, SUBJECTS)
@@ -195,8 +215,7 @@ def measure(
         store = Kept()
         carry_out(plan, model, bench.tokens, settings, Walk(store=store))
         seconds = time.process_time() - start
-        edited = BlockModel.from_folder(bench.folder, device=fastest_device())
-        edited.opened = partial(edited.opened, edited=store.tensors)  # type: ignore[method-assign]
+        edited = Edited.beside(bench.folder, store)
         hidden = final_hidden(edited, bench.windows)
     found = divergence(bench.dense, bench.hidden, edited, hidden, bench.windows)
     summary = Surgery(model, plan).summary

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -32,7 +31,7 @@ from duramen.registry import get_method
 from duramen.shrink.plan import Plan
 from duramen.shrink.surgery import masked
 from pruning_quality import Bench, arguments, exactly
-from structured_quality import Kept
+from structured_quality import Edited, Kept
 
 TARGETS = ("90%", "80%", "70%", "60%", "50%")
 DEFAULT = "search"
@@ -85,8 +84,7 @@ def measure(bench: Bench, case: str, subject: str, place: Path, memory: dict[str
     walk, start = Walk(store=store, memo=memo, folder=place / "levels"), time.process_time()
     get_method(name).apply(model, bench.tokens, walk=walk, **settings, **wanted)
     seconds, plan = time.process_time() - start, walk.reshape.plan
-    edited = BlockModel.from_folder(bench.folder, device=fastest_device())
-    edited.opened = partial(edited.opened, edited=store.tensors)  # type: ignore[method-assign]
+    edited = Edited.beside(bench.folder, store)
     with masked(edited, Plan(plan.base, plan.blocks, skipped=plan.skipped, dropped=plan.dropped)):
         hidden = final_hidden(edited, bench.windows)
         found = divergence(bench.dense, bench.hidden, edited, hidden, bench.windows)

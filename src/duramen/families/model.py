@@ -13,7 +13,7 @@ from functools import cached_property
 from importlib.util import find_spec
 from itertools import chain
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, Self, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -134,7 +134,7 @@ class BlockModel:
         dtype: torch.dtype = torch.float32,
         device: torch.device = CPU,
         allow_generic: bool = False,
-    ) -> BlockModel:
+    ) -> Self:
         """Opens a Hugging Face folder without reading its blocks.
 
         Its modules round what the folder's formats say; state-space layers run on our scans where there are no kernels for the device.
