@@ -12,7 +12,7 @@ from duramen.problem import Problem
 from duramen.tokens.compact import Kept, reduce, staying
 from duramen.tokens.match import match
 from duramen.tokens.model import Reduction
-from duramen.tokens.schedule import counted_tokens, kept_count, published_sites, solve_keep, token_fraction
+from duramen.tokens.schedule import Costs, counted_tokens, kept_count, published_sites, solve_keep, token_fraction
 from duramen.tokens.score import importance
 
 
@@ -155,6 +155,20 @@ def test_the_published_schedules():
         solve_keep(counted_tokens(48), [40], 0.5)
     with pytest.raises(Problem, match="after the layers none"):
         solve_keep(counted_tokens(48), [], 0.1)
+
+
+def test_one_patch_stays_and_no_more_is_promised():
+    costs = Costs([float] * 4, stays=1, whole=True)
+    assert [kept_count(*each) for each in ((5, 1e-12), (1, 0.2), (0, 0.5), (10, 0.1))] == [1, 1, 0, 1]
+    most = 1 - (17 + 2 * 3) / (17 * 4)
+    for cut in (most, most - 1e-9, 0.5):
+        keep = solve_keep(costs, [0], cut, tokens=17)
+        assert 0 < keep < 1
+        assert costs.total(17, {0: keep}) <= (1 - cut) * costs.total(17, {}) + 1e-9
+        assert costs.total(17, {0: keep + 1 / 16}) > (1 - cut) * costs.total(17, {})
+    with pytest.raises(Problem, match="67% of the tokens cannot be cut") as caught:
+        solve_keep(costs, [0], 0.67, tokens=17)
+    assert "at most 66.1% can be cut" in caught.value.why
 
 
 def test_no_more_is_promised_than_pairs_can_merge():

@@ -58,6 +58,7 @@ class Method:
         settings: The frozen settings model; its fields are the schema of the step.
         apply: The function that carries it out.
         summary: First line of the module's docstring.
+        rehearse: Of a method of images: takes what ``apply`` takes, leaves a model of the same shapes that learned nothing, and raises what can be known so early; None if there is nothing.
     """
 
     name: str
@@ -67,16 +68,23 @@ class Method:
     settings: type[Settings]
     apply: Callable[..., Any]
     summary: str
+    rehearse: Callable[..., None] | None = None
 
 
 def method(
-    name: str, *, title: str, paper: str, kind: str, settings: type[Settings]
+    name: str,
+    *,
+    title: str,
+    paper: str,
+    kind: str,
+    settings: type[Settings],
+    rehearse: Callable[..., None] | None = None,
 ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Registers the decorated function as the entry of a method."""
 
     def register(function: Callable[..., Any]) -> Callable[..., Any]:
         doc = importlib.import_module(function.__module__).__doc__ or ""
-        entry = Method(name, title, paper, kind, settings, function, doc.strip().split("\n")[0])
+        entry = Method(name, title, paper, kind, settings, function, doc.strip().split("\n")[0], rehearse)
         function.__dict__["method"] = entry
         return function
 

@@ -17,8 +17,8 @@ HAIR = 1e-9
 
 
 def kept_count(tokens: float, keep: float) -> int:
-    """⌈keep·tokens⌉, where 0.55 of 100 is 55."""
-    return math.ceil(keep * tokens - HAIR)
+    """⌈keep·tokens⌉, where 0.55 of 100 is 55; of any tokens, at least one stays."""
+    return max(math.ceil(keep * tokens - HAIR), int(tokens > 0))
 
 
 @dataclass(frozen=True)
@@ -87,12 +87,14 @@ def solve_keep(costs: Costs, sites: Sequence[int], cut: float, *, tokens: int = 
     if cut == 0:
         return 1.0
     most = saved(least)
-    if cut > most or (cut == most and not least):
+    if cut > most or (cut == most and not least and not costs.whole):
         raise cannot_cut(costs, sites, cut, most, merged=least > 0)
+    if cut == most and least:
+        return least
     low, high = least, 1.0
     for _ in range(60):
         middle = (low + high) / 2
-        low, high = (middle, high) if saved(middle) > cut else (low, middle)
+        low, high = (middle, high) if saved(middle) >= cut else (low, middle)
     return low
 
 
@@ -100,8 +102,8 @@ def cannot_cut(costs: Costs, sites: Sequence[int], cut: float, most: float, *, m
     """What is said where so much of the cost of a prompt cannot be saved at some sites, and how much at most can."""
     pairs = "at most half of the tokens at a site find another to be merged with, and " if merged else ""
     return Problem(
-        f"{cut:.0%} of the {costs.unit} cannot be cut after the layers {', '.join(map(str, sites)) or 'none'} of {len(costs.layers)}.",
-        why=f"{pairs}the layers up to the first site see all tokens; at most {most:.0%} can be cut.",
+        f"{100 * cut:.4g}% of the {costs.unit} cannot be cut after the layers {', '.join(map(str, sites)) or 'none'} of {len(costs.layers)}.",
+        why=f"{pairs}the layers up to the first site see all tokens; at most {math.floor(1000 * most) / 10:g}% can be cut.",
         fix="earlier `sites`, or a smaller `cut`.",
     )
 

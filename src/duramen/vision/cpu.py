@@ -31,7 +31,7 @@ def measured_cpu(config: ElasticViTConfig) -> Measured:
     Raises:
         Problem: If ONNX Runtime is missing.
     """
-    need("`device: cpu`", "onnxruntime", "onnx", install="onnx onnxruntime")
+    need_runtime()
     empty = Graph("onnx")
     empty.op("Identity", INPUT, named=OUTPUT)
     (rest,) = fastest([_running(empty, [1, 1])])
@@ -41,6 +41,15 @@ def measured_cpu(config: ElasticViTConfig) -> Measured:
         return [max(seconds - rest, 0.0) / (1 if len(part) == 1 else STACK) for part, seconds in zip(parts, found, strict=True)]
 
     return Measured(str(describe()["processor"]), time, rest)
+
+
+def need_runtime() -> None:
+    """Stops where ONNX Runtime is missing.
+
+    Raises:
+        Problem: Then.
+    """
+    need("`device: cpu`", "onnxruntime", "onnx", install="onnx onnxruntime")
 
 
 def fastest(functions: Sequence[Callable[[], Any]]) -> list[float]:

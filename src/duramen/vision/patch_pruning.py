@@ -46,6 +46,11 @@ class Settings(PatchReduction):
         """Whether anything is chosen."""
         return self.choose and self.kind == "top"
 
+    @property
+    def reads_aside(self) -> bool:
+        """Whether held-out images decide anything."""
+        return self.chooses or self.adaptive
+
     @model_validator(mode="after")
     def _mass_is_found_or_given(self) -> Settings:
         if self.adaptive and (self.mass is not None or self.keep or self.kind != "top"):
@@ -55,7 +60,22 @@ class Settings(PatchReduction):
         return self
 
 
-@method("patch_pruning", title="Patch pruning", paper="arXiv 2409.18962", kind="images", settings=Settings)
+def rehearse(studio: Studio, settings: Settings) -> None:
+    """Stops where so much cannot be saved, or the model cannot do what is asked for."""
+    network = studio.model
+    for reduction in candidates(network, patch_costs(network), sequence_length(network), settings):
+        reduction.by_layer(network.config.num_hidden_layers)
+    set_reduction(network, reduction.model_dump(mode="json"))
+
+
+@method(
+    "patch_pruning",
+    title="Patch pruning",
+    paper="arXiv 2409.18962",
+    kind="images",
+    settings=Settings,
+    rehearse=rehearse,
+)
 @torch.no_grad()
 def apply(studio: Studio, settings: Settings) -> dict[str, Any]:
     """Settles which patches leave and where; the weights stay as they are.

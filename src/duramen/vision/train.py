@@ -36,6 +36,11 @@ class TrainingSettings(ScheduleSettings):
     temperature: Annotated[float, Field(gt=0)] = 2.0
     """By which both models' logits are divided in that divergence, which then counts its square."""
 
+    @property
+    def reads_aside(self) -> bool:
+        """Whether held-out images decide anything: which checkpoint is best."""
+        return True
+
 
 @dataclass
 class Classification:

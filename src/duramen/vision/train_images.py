@@ -45,26 +45,47 @@ class Settings(TrainingSettings):
     """Folder of a classifier of the same classes to imitate, which may be of another kind and size; empty for the dense model once patches leave, and for none before."""
 
 
-@method("train_images", title="Training on images", paper="arXiv 2401.09417, 2403.17695", kind="images", settings=Settings)
+def rehearse(studio: Studio, settings: Settings) -> None:
+    """Makes a new classifier, and stops where there is none to imitate."""
+    begin(studio, settings)
+    if settings.parent:
+        _parent(settings.parent, len(studio.train.classes))
+
+
+@method(
+    "train_images",
+    title="Training on images",
+    paper="arXiv 2401.09417, 2403.17695",
+    kind="images",
+    settings=Settings,
+    rehearse=rehearse,
+)
 def apply(studio: Studio, settings: Settings) -> dict[str, Any]:
     """Makes or trains a classifier; see ``duramen.vision.train``."""
-    if studio.network is None:
-        config, model = ARCHITECTURES[settings.architecture]
-        torch.manual_seed(settings.seed)
-        _, channels, size, _ = studio.train.pixels([0]).shape
-        own = {"stem": None, "kernel_size": 3} if settings.architecture == "plainmamba" else {}
-        studio.network = model(
-            config(
-                hidden_size=settings.width, num_hidden_layers=settings.layers, image_size=size, patch_size=settings.patch,
-                num_channels=channels, state_size=settings.state_size, id2label=dict(enumerate(studio.train.classes)), **own,
-            )
-        ).to(fastest_device())  # fmt: skip
+    network = begin(studio, settings)
     teacher = _parent(settings.parent, len(studio.train.classes)) if settings.parent else studio.dense
     task = Classification(
-        studio.network, studio.train, studio.aside, teacher, settings.distill_weight, settings.temperature, settings.mirror
+        network, studio.train, studio.aside, teacher, settings.distill_weight, settings.temperature, settings.mirror
     )
     history = train_classifier(task, settings.schedule, settings.learning_rate, folder=studio.folder, tell=studio.told)
-    return {"trainings": [record_of(history, studio.network, settings.learning_rate, distilled=teacher is not None)]}
+    return {"trainings": [record_of(history, network, settings.learning_rate, distilled=teacher is not None)]}
+
+
+def begin(studio: Studio, settings: Settings) -> Any:
+    """The classifier that is trained, a new one where there is none yet."""
+    if studio.network is not None:
+        return studio.network
+    config, model = ARCHITECTURES[settings.architecture]
+    torch.manual_seed(settings.seed)
+    _, channels, size, _ = studio.train.pixels([0]).shape
+    own = {"stem": None, "kernel_size": 3} if settings.architecture == "plainmamba" else {}
+    studio.network = model(
+        config(
+            hidden_size=settings.width, num_hidden_layers=settings.layers, image_size=size, patch_size=settings.patch,
+            num_channels=channels, state_size=settings.state_size, id2label=dict(enumerate(studio.train.classes)), **own,
+        )
+    ).to(fastest_device())  # fmt: skip
+    return studio.network
 
 
 def _parent(name: str, classes: int) -> nn.Module:

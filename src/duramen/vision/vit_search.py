@@ -29,7 +29,7 @@ from duramen.search.constraints import Limit
 from duramen.search.mutate import up_to
 from duramen.search.surrogate import solve
 from duramen.search.team import Team, team
-from duramen.vision.cpu import measured_cpu
+from duramen.vision.cpu import measured_cpu, need_runtime
 from duramen.vision.elastic import SITES, Architecture, ElasticViTForImageClassification, materialise
 from duramen.vision.images import Images, in_parts
 from duramen.vision.studio import Studio
@@ -80,6 +80,11 @@ class Settings(MethodSettings):
     """Held-out images on which candidates are compared, the same for all; never those of the test."""
     seed: int = 0
     """Of all that is drawn."""
+
+    @property
+    def reads_aside(self) -> bool:
+        """Whether held-out images decide anything: which candidate is best."""
+        return True
 
     @model_validator(mode="after")
     def _a_whole_engine_or_none(self) -> Settings:
@@ -405,15 +410,17 @@ def _bound(target: Target, parts: Sequence[Part]) -> str:
     return f"; {share:.0%} of its time goes by in products that wait for weights from outside, the rest in those that the multipliers hold up"
 
 
-@method(
-    "vit_search",
-    title="Search for a vision transformer on a target",
-    paper="arXiv 2407.18175",
-    kind="images",
-    settings=Settings,
-)
-def apply(studio: Studio, settings: Settings) -> dict[str, Any]:
-    """Searches a supernet, and goes on with the sub-network that loses least at the frame rate.
+def rehearse(studio: Studio, settings: Settings) -> None:
+    """Stops where nothing is fast enough; this machine is not timed."""
+    if settings.device == CPU:
+        space_of(studio.model)
+        need_runtime()
+    else:
+        begin(studio, settings)
+
+
+def begin(studio: Studio, settings: Settings) -> Search:
+    """All that a search works with.
 
     Raises:
         Problem: If the model is no supernet, or none of its sub-networks is fast enough.
@@ -432,6 +439,25 @@ def apply(studio: Studio, settings: Settings) -> dict[str, Any]:
             fix=f"a `target` of at most {math.floor(10 / fastest) / 10}, or a supernet with smaller choices.",
             code=Exit.OUT_OF_BUDGET,
         )
+    return search
+
+
+@method(
+    "vit_search",
+    title="Search for a vision transformer on a target",
+    paper="arXiv 2407.18175",
+    kind="images",
+    settings=Settings,
+    rehearse=rehearse,
+)
+def apply(studio: Studio, settings: Settings) -> dict[str, Any]:
+    """Searches a supernet, and goes on with the sub-network that loses least at the frame rate.
+
+    Raises:
+        Problem: If the model is no supernet, or none of its sub-networks is fast enough.
+    """
+    search = begin(studio, settings)
+    network, space, target = search.network, search.space, search.target
     device = next(network.parameters()).device
     with team(lambda: search.heirs, studio.workers, studio.address, device) as search.team:
         tried = evolve(search, studio.memo, studio.told)
