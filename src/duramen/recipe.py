@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from duramen.problem import Problem
 from duramen.registry import Settings, get_method, suggestion
@@ -32,8 +32,8 @@ class Calibration(BaseModel):
     """GiB of activations to hold in memory; what exceeds them is kept on disk. Changes no result."""
 
 
-NEW, DRAWN = "new", "shapes"
-"""A model of images that the recipe itself begins, and images that Duramen draws."""
+NEW, DRAWN, FASHION = "new", "shapes", "fashion-mnist"
+"""A model of images that the recipe itself begins, images that Duramen draws, and grey ones that are embedded."""
 
 
 class ImageData(BaseModel):
@@ -41,12 +41,12 @@ class ImageData(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
-    data: str = "fashion-mnist"
+    data: str = FASHION
     """`fashion-mnist`, `shapes` (drawn), or a folder with `train` and `test`, in each of which every class has a subfolder."""
     size: int = Field(default=28, ge=2)
     """Height and width in pixels where the model is new; otherwise the model says it."""
     channels: Literal[1, 3] = 1
-    """3 for colour, 1 for grey, where the model is new."""
+    """3 for colour, 1 for grey, where the model is new; if not given, 1 for `fashion-mnist` and 3 for others."""
     train: int | None = Field(default=None, ge=2)
     """The first so many training images of an embedded set; null for all."""
     test: int | None = Field(default=None, ge=2)
@@ -54,7 +54,14 @@ class ImageData(BaseModel):
     held_out: float = Field(default=0.03, gt=0, le=0.5)
     """Share of the training images that are not trained on, by which the best checkpoint is chosen."""
     corrupt: Literal["refuse", "skip"] = "refuse"
-    """What becomes of image files that cannot be read."""
+    """What becomes of image files that cannot be read: the first one is named and the run stops, or all are named and left out."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _colours_of(cls, value: Any) -> Any:
+        """Only the embedded set is grey."""
+        grey = not isinstance(value, dict) or value.get("data", FASHION) == FASHION
+        return value if grey else {"channels": 3} | value
 
 
 class Recipe(BaseModel):

@@ -95,7 +95,6 @@ class Engine:
         tokens: At once, T_t.
         factor: Products of one multiplier.
         dsp_share: Share of the products on multipliers; the others are built of lookup tables.
-        heads: Of attention at once.
         activation_bits: Of inputs.
         output_bits: Of outputs that go to the memory outside; 0 for as many as inputs have, more where sums leave before they are rounded.
         clock: Hertz.
@@ -109,7 +108,6 @@ class Engine:
     tokens: int = 2
     factor: Factor = 4
     dsp_share: float = 1.0
-    heads: int = 1
     activation_bits: int = 6
     output_bits: int = 0
     clock: float = 150e6
@@ -233,15 +231,14 @@ def simulated_cycles(cut: Tiles, *, prefetch: bool = True) -> int:
 
 
 def network_cycles(shapes: Sequence[Shape], engine: Engine, bits_per_cycle: int) -> int:
-    """Of one image through all products, one after another; heads of attention in rounds."""
+    """Of one image through all products, one after another, as heads of attention are."""
     return sum(shape_cycles(shape, engine, bits_per_cycle) for shape in shapes)
 
 
 @cache
 def shape_cycles(shape: Shape, engine: Engine, bits_per_cycle: int) -> int:
     """Of one product, as often as it runs."""
-    rounds = ceil(shape.times / engine.heads) if shape.kind == "attention" else shape.times
-    return rounds * closed_cycles(tiles(shape, engine, bits_per_cycle), prefetch=engine.prefetch)
+    return shape.times * closed_cycles(tiles(shape, engine, bits_per_cycle), prefetch=engine.prefetch)
 
 
 def frames_per_second(shapes: Sequence[Shape], engine: Engine, device: Device) -> float:

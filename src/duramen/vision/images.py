@@ -17,7 +17,7 @@ from torch.nn.functional import interpolate
 
 from duramen.assets import DEBIAN
 from duramen.problem import Problem
-from duramen.recipe import DRAWN
+from duramen.recipe import DRAWN, FASHION
 
 AT_ONCE = 64
 """Images that run together where nothing is learned."""
@@ -73,6 +73,7 @@ class Folder:
         classes: Their names.
         size: Pixels.
         channels: 3 for colour, 1 for grey; what a file has otherwise is converted.
+        skipped: Files that cannot be read, and why.
     """
 
     files: tuple[Path, ...]
@@ -80,6 +81,7 @@ class Folder:
     classes: tuple[str, ...]
     size: int
     channels: int
+    skipped: tuple[tuple[Path, str], ...] = ()
 
     def pixels(self, indices: Sequence[int]) -> UInt8[Tensor, "B c H W"]:
         """Some of them."""
@@ -100,13 +102,13 @@ def open_images(
         split: Which part.
         size: Height and width, pixels.
         channels: 3 or 1.
-        corrupt: What becomes of files that cannot be read: they are looked at beforehand, and named.
+        corrupt: What becomes of files that cannot be read, for which all are looked at beforehand: the first is named, or all of them are left out, and stand in ``skipped``.
         count: The first so many only, of an embedded set or of shapes.
 
     Raises:
         Problem: If there is no such set, a file is damaged, or all images are of one class.
     """
-    if source == "fashion-mnist":
+    if source == FASHION:
         return _fashion(split, size, channels, count)
     if source == DRAWN:
         return shapes(count or (4000 if split == "train" else 1000), size, channels=channels, seed=int(split == "test"))
@@ -215,14 +217,15 @@ def _drawn(down: Tensor, right: Tensor) -> Tensor:
 
 
 def decode(file: Path, size: int, channels: int = 3) -> UInt8[Tensor, "c size size"]:
-    """Reads an image file, its short side scaled to ``size`` and its middle cut out; colours of any kind become those of ``channels``.
+    """Reads an image file, turned as its camera says, its short side scaled to ``size`` and its middle cut out; colours of any kind become those of ``channels``.
 
     Raises:
         Problem: If it cannot be read.
     """
-    image_module = _pillow()
+    image_module, upright = _pillow()
     try:
         with image_module.open(file) as image:
+            upright(image, in_place=True)
             if image.mode in ("I", "F"):
                 raise ValueError("its pixels are numbers of 32 bits, of which nobody says which is white")
             if image.mode.startswith("I;16"):
@@ -239,14 +242,15 @@ def decode(file: Path, size: int, channels: int = 3) -> UInt8[Tensor, "c size si
     return torch.from_numpy(values.copy()).permute(2, 0, 1)
 
 
-def _pillow() -> Any:
+def _pillow() -> tuple[Any, Any]:
+    """Pillow's images, and what turns one as its camera says."""
     try:
-        from PIL import Image
+        from PIL import Image, ImageOps
     except ImportError as error:
         raise Problem(
             "Image files need Pillow, which is not installed.", why="it is an extra.", fix="`python -m pip install pillow`"
         ) from error
-    return Image
+    return Image, ImageOps.exif_transpose
 
 
 def _folder(place: Path, split: Split, size: int, channels: int, corrupt: Corrupt) -> Folder:
@@ -258,7 +262,8 @@ def _folder(place: Path, split: Split, size: int, channels: int, corrupt: Corrup
             why=f"it has {' and '.join(f'`{name}`' for name in others)}, which would be taken for classes.",
             fix=f"call the folder of those images `{split}`.",
         )
-    classes = tuple(sorted(each.name for each in root.iterdir() if each.is_dir())) if root.is_dir() else ()
+    folders = (each.name for each in root.iterdir() if each.is_dir() and not each.name.startswith(".")) if root.is_dir() else ()
+    classes = tuple(sorted(folders))
     if len(classes) < 2:
         raise Problem(
             f"{root} has {'one class' if classes else 'no classes'} of images.",
@@ -282,10 +287,12 @@ def _folder(place: Path, split: Split, size: int, channels: int, corrupt: Corrup
     damaged = {file for file, _ in bad}
     kept = [(file, number) for file, number in found if file not in damaged]
     kept = [kept[place] for place in np.random.default_rng(0).permutation(len(kept))]  # the first so many are of all classes
-    if len({number for _, number in kept}) < 2:
+    without = sorted({*range(len(classes))} - {number for _, number in kept})
+    if without:
         raise Problem(
-            f"{root} has readable images of fewer than two classes.",
-            why=f"{len(bad)} of {len(found)} cannot be read.",
-            fix="other files.",
+            f"{root} has no readable image of {', '.join(f'`{classes[number]}`' for number in without)}.",
+            why=f"{len(bad)} of {len(found)} files cannot be read." if bad else "every subfolder is a class.",
+            fix=f"files that end in {', '.join(SUFFIXES)}, or no such folder.",
         )
-    return Folder(tuple(file for file, _ in kept), torch.tensor([number for _, number in kept]), classes, size, channels)
+    labels = torch.tensor([number for _, number in kept])
+    return Folder(tuple(file for file, _ in kept), labels, classes, size, channels, tuple(bad))

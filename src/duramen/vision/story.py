@@ -102,9 +102,12 @@ def run_images(
         run.tell("done", out=str(out), again=True)
         return
     write_recipe(out, whole, lock)
+    skipped = {str(file): why for each in sets for file, why in getattr(each, "skipped", ())}
+    if skipped:
+        run.tell("skipped", files=skipped)
     results: dict[str, Any] = {
         "schema": "duramen-results/1", "command": command, "recipe": recipe.name, "model": model, "machine": describe(),
-        "versions": versions, "images": recipe.images.model_dump(mode="json"), "steps": [], "evaluations": [], "exports": [],
+        "versions": versions, "images": recipe.images.model_dump(mode="json"), "skipped": skipped, "steps": [], "evaluations": [], "exports": [],
     }  # fmt: skip
     final: Path | None = None
     for number, step in enumerate(steps):
