@@ -228,8 +228,12 @@ def test_the_command_line_says_what_happens(folder, tmp_path):
         "--prompt",
         "a blue bag",
         "--memory",
-        "1",
+        "1GiB",
     ]
+    for wrong in ("1", "0GB", "nanGB", "-1MB", "1e3MB"):
+        refused = CliRunner().invoke(app, [*words[:-1], wrong])
+        assert isinstance(refused.exception, Problem)
+        assert f"--memory {wrong}` is no size" in str(refused.exception)
     ran = CliRunner().invoke(app, words)
     assert ran.exit_code == 0, ran.output
     assert "step 2/2" in ran.output

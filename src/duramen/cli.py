@@ -260,7 +260,7 @@ def video(
     quality: Annotated[
         float | None, typer.Option(help="Decibels; the fewest full steps whose distance from a full run is so far below it.")
     ] = None,
-    memory: Annotated[float | None, typer.Option(help="GiB for activations; it runs in slices that fit.")] = None,
+    memory: Annotated[str | None, typer.Option(help="For activations, as 2.5GiB; it runs in slices that fit.")] = None,
     seed: Annotated[int, typer.Option(min=0, max=999_999, help="Of the noise.")] = 0,
     quantize_text: Annotated[
         bool,
@@ -270,12 +270,11 @@ def video(
     ] = False,
 ) -> None:
     """Makes a video in little memory, or with fewer denoising steps, and reports both."""
+    from duramen.sizes import read_size
     from duramen.video.render import Wish, render
 
     _quiet()
-    if memory is not None and not 0 < memory < float("inf"):
-        raise Problem(f"`--memory {memory}` is no size.", why="it is in GiB.", fix="`--memory 4`")
-    budget = None if memory is None else int(memory * 2**30)
+    budget = None if memory is None else read_size(memory, "--memory")
     wish = Wish(prompt, image, frames, height, width, steps, full, budget, seed, quantize_text, quality)
     render(pipeline, out, wish, partial(typer.echo, err=True))
 

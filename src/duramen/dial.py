@@ -18,6 +18,7 @@ from typing import Any, Literal, get_args
 from duramen.export.gguf import gguf_shapes
 from duramen.families.model import BlockModel
 from duramen.problem import Exit, Problem
+from duramen.sizes import is_size, read_size
 
 Place = Literal["cpu", "gpu", "llama.cpp", "vllm", "edge"]
 NEAR = 1.05
@@ -26,7 +27,6 @@ LEAST = 0.5
 """Share of the parameters inside the blocks that stays at least; below it too little of a model is left."""
 MARGIN = 0.995
 """Of what is cut to: channels and heads leave in whole numbers."""
-SIZES = {"B": 1, "KB": 1e3, "MB": 1e6, "GB": 1e9, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
 HEADER = 100
 """Bytes of its name and shape beside a tensor in a file."""
 CALIBRATION = {"sequences": 32, "length": 512}
@@ -59,13 +59,12 @@ class Target:
         """
         faster = re.fullmatch(r"(\d+(?:\.\d+)?)x-faster", text)
         share = re.fullmatch(r"(0?\.\d+)x", text)
-        size = re.fullmatch(rf"(\d+(?:\.\d+)?)({'|'.join(SIZES)})", text)
         if faster and float(faster[1]) > 1:
             return cls("speed", float(faster[1]), text)
         if share and float(share[1]) > 0:
             return cls("size", float(share[1]), text)
-        if size and float(size[1]) > 0:
-            return cls("size", float(size[1]) * SIZES[size[2]], text)
+        if is_size(text):
+            return cls("size", read_size(text, "--target"), text)
         raise Problem(
             f"`{text}` is no target.", why="it is a share of the model's size below one, a size, or a factor of speed above one.",
             fix="`0.5x`, `200MB`, `4GB` or `2x-faster`.",
