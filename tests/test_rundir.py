@@ -23,19 +23,58 @@ from duramen.rundir import (
     write_text,
 )
 
-FINGERPRINT = {"model": {"model.safetensors": "a1"}, "calibration tokens": "b2", "recipe": {"steps": [{"sparsity": 0.5}]}}
+FINGERPRINT = {"model": {"model.safetensors": "a1"}, "calibration tokens": "b2", "recipe": {"layers": [{"sparsity": 0.5}]}}
 
 
 def test_the_same_run_goes_on_and_others_are_refused(tmp_path):
     directory = RunDirectory(tmp_path / "out")
     directory.claim(FINGERPRINT)
     RunDirectory(tmp_path / "out").claim(FINGERPRINT)
-    changed = {"model": {"model.safetensors": "a2"}, "calibration tokens": "b3", "recipe": {"steps": [{"sparsity": 0.6}]}}
+    changed = {"model": {"model.safetensors": "a2"}, "calibration tokens": "b3", "recipe": {"layers": [{"sparsity": 0.6}]}}
     with pytest.raises(Problem, match="holds another run") as caught:
         RunDirectory(tmp_path / "out").claim(changed)
-    for line in ('model.model.safetensors: "a1" -> "a2"', 'tokens: "b2" -> "b3"', "recipe.steps[0].sparsity: 0.5 -> 0.6"):
+    for line in ('model.model.safetensors: "a1" -> "a2"', 'tokens: "b2" -> "b3"', "recipe.layers[0].sparsity: 0.5 -> 0.6"):
         assert line in caught.value.what
     assert caught.value.code == Exit.INCOMPATIBLE
+
+
+def test_other_steps_follow_those_that_are_the_same(tmp_path):
+    steps = [("a", {"x": 1}), ("b", {"x": 2}), ("c", {"x": 3})]
+
+    def claim(*steps, **options):
+        return RunDirectory(tmp_path).claim(FINGERPRINT, steps, **options)
+
+    assert claim(*steps) == []
+    for name in "abc":
+        (tmp_path / name).mkdir()
+    assert claim(*steps) == []
+    assert claim(steps[0], ("b", {"x": 5}), steps[2]) == ["steps[1].x: 2 -> 5"]
+    assert sorted(item.name for item in tmp_path.iterdir()) == [".duramen", "a"]
+    aside = tmp_path / ".duramen" / "aside"
+    assert sorted(item.name for item in aside.iterdir()) == ["b-0", "c-0"]
+    (tmp_path / "b").mkdir()
+    assert claim(steps[0]) == [
+        'steps[1].folder: "b" -> null',
+        "steps[1].x: 5 -> null",
+        'steps[2].folder: "c" -> null',
+        "steps[2].x: 3 -> null",
+    ]
+    assert (aside / "b-1").is_dir()
+    assert claim(*steps[:2]) == ['steps[1].folder: null -> "b"', "steps[1].x: null -> 2"]
+    with pytest.raises(Problem, match=r"differs in:\n    steps\[0\]\.x: 1 -> 2"):
+        claim(("a", {"x": 2}), steps[1])
+    with pytest.raises(Problem, match=r"steps\[1\]\.x: 2 -> 3"):
+        claim(steps[0], ("b", {"x": 3}), until=tmp_path / ".duramen" / "fingerprint.json")
+    with pytest.raises(Problem, match="holds another run"):
+        claim(("a", {"x": 2}), beside=["stages"])
+    (tmp_path / "stages").mkdir()
+    assert claim(("a", {"x": 2}), beside=["stages"])
+    file = tmp_path / ".duramen" / "fingerprint.json"
+    for name in ("../a", "/a"):
+        file.write_text(file.read_text().replace('"folder": "a"', f'"folder": "{name}"'))
+        with pytest.raises(Problem, match="cannot be understood: ValueError: the folder"):
+            claim(*steps)
+        file.write_text(file.read_text().replace(f'"folder": "{name}"', '"folder": "a"'))
 
 
 def test_what_settings_name_is_hashed_and_nothing_else(tmp_path, monkeypatch):

@@ -410,7 +410,7 @@ def test_a_saved_plan_is_carried_out(tmp_path):
         assert file.read_bytes() == (tmp_path / "second" / file.name).read_bytes()
     plan = tmp_path / "first" / "pruning_plan.json"
     plan.write_text(plan.read_text() + " ")
-    with pytest.raises(Problem, match=r"holds another run; it differs in:\n    files.*pruning_plan.json"):
+    with pytest.raises(Problem, match=r"holds another run; it differs in:\n    steps\[0\]\.files.*pruning_plan\.json"):
         duramen.run(write_recipe(tmp_path, [again]), str(source), tmp_path / "second")
     sibling = tiny.save("qwen2", tmp_path / "sibling")
     with pytest.raises(Problem, match="is of another model: it is for tensors"):

@@ -157,8 +157,20 @@ def test_a_stage_that_was_changed_is_not_used(recipe, whole, tmp_path):
 
 
 def test_another_recipe_in_the_same_folder_is_refused(recipe, whole):
-    with pytest.raises(Problem, match=r"stages\[2\]\.steps: 6 -> 7"):
+    with pytest.raises(Problem, match=r"differs in:\n    steps\[2\]\.steps: 6 -> 7"):
         api.train(recipe, whole[0], overrides=["pretrain.steps=7"])
+
+
+def test_a_later_stage_may_change_until_a_step_works_on_the_model(recipe, whole, tmp_path):
+    out = tmp_path / "out"
+    shutil.copytree(whole[0] / "stages", out / "stages")
+    said = {}
+    api.train(recipe, out, overrides=["grpo.steps=1"], progress=lambda event, fields: said.update({event: fields}))
+    assert said["changed"]["steps"] == ["steps[6].steps: 2 -> 1"]
+    assert (out / "stages" / ".duramen" / "aside" / "06-grpo-0" / "manifest.json").is_file()
+    assert json.loads((out / "stages" / "06-grpo" / "manifest.json").read_text())["settings"]["steps"] == 1
+    assert outputs(out) | {"06-grpo": 0} == outputs(whole[0]) | {"06-grpo": 0}
+    assert api.load_results(out)["stages"][6]["settings"]["steps"] == 1
 
 
 @pytest.mark.parametrize(

@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 import duramen
 import tiny
 from duramen.cli import main
+from duramen.problem import Problem
 from duramen.rundir import unpack_mask
 
 STEP = {"method": "multiweight", "sparsity": 0.5, "damping": "held-out"}
@@ -129,7 +130,7 @@ def test_a_changed_run_is_refused_with_what_differs(finished, command, llama, te
     code, _, err = command("run", recipe, model, out, *words)
     assert code == 3
     expected = {
-        "recipe": "recipe.steps[0].sparsity: 0.5 -> 0.6",
+        "recipe": "steps[0].sparsity: 0.5 -> 0.6",
         "model": "model.model.safetensors: ",
         "calibration": "calibration tokens: ",
     }
@@ -223,6 +224,44 @@ def test_steps_follow_one_another(llama, texts, tmp_path):
     results = duramen.run(recipe, str(llama), tmp_path / "out")
     assert [len(step["layers"]) for step in results["steps"]] == [12, 9]
     assert len(load_file(tmp_path / "out" / "masks.safetensors")) == 21
+
+
+def test_a_mistake_in_a_later_step_costs_nothing(llama, texts, tmp_path):
+    """The corrected recipe goes on in the same folder behind what is finished, and ends as if it had been right at once."""
+    good, early, late = ({"method": "rtn", "format": f"W4 g{size}"} for size in (8, 16, 7))
+    export = {"method": "export", "id": "first", "form": "compressed"}
+    out, seen = tmp_path / "out", []
+
+    def run(*steps, where=out):
+        seen.clear()
+        recipe = write_recipe(tmp_path / "r.yaml", texts, steps=steps, evaluate=False)
+        return duramen.run(recipe, str(llama), where, progress=lambda event, fields: seen.append((event, fields)))
+
+    for _ in range(2):
+        with pytest.raises(Problem, match="7"):
+            run(STEP, late, export)
+
+    def blocks():
+        return {file: file.stat().st_mtime_ns for file in (out / ".duramen" / "step-00-multiweight").glob("block-*")}
+
+    assert (before := blocks())
+    with pytest.raises(Problem, match=r"holds another run; it differs in:\n    steps\[0\]\.sparsity: 0\.5 -> 0\.6"):
+        run(STEP | {"sparsity": 0.6}, good)
+    with pytest.raises(Problem, match="There is no method"):
+        run(STEP, {"method": "rtm"})
+    (out / ".duramen" / "step-01-rtn" / "begun").mkdir(parents=True)
+    (out / "exports").mkdir()
+    (out / "exports" / "first").mkdir()
+    run(STEP, good, export | {"id": "second"})
+    changes = next(fields["steps"] for event, fields in seen if event == "changed")
+    assert 'steps[1].format: "W4 g7" -> "W4 g8"' in changes
+    assert blocks() == before, "the first step was kept"
+    assert (out / ".duramen" / "aside" / "step-01-rtn-0" / "begun").is_dir()
+    assert [file.name for file in (out / "exports").iterdir()] == ["second"]
+    with pytest.raises(Problem, match=r"holds another run; it differs in:\n    steps\[1\]\.format"):
+        run(STEP, early, export | {"id": "second"})
+    run(STEP, good, export | {"id": "second"}, where=tmp_path / "at once")
+    assert files_of(out) == files_of(tmp_path / "at once")
 
 
 @pytest.mark.parametrize("name", ["gpt2", "gpt_neox", "bloom", "phi3", "opt", "qwen3", "gemma2", *tiny.MAMBA])

@@ -33,12 +33,12 @@ from duramen.reading import read_json
 from duramen.recipe import Recipe, Step, write_recipe
 from duramen.registry import get_method
 from duramen.report.page import write_report
-from duramen.rundir import BlockStore, RunDirectory, hash_model, hash_named, hash_tokens, read_formats, write_json
+from duramen.rundir import EXPORTS, STATE, BlockStore, RunDirectory, hash_model, hash_tokens, read_formats, write_json
 from duramen.stages import STAGES
 from duramen.tokens.folder import no_likelihood
 
 Progress = Callable[[str, dict[str, Any]], None]
-"""(event, fields); events are step, layer, trained, part, evaluating, saved and done."""
+"""(event, fields); events are changed, step, layer, trained, part, evaluating, saved and done."""
 
 
 def silent(event: str, fields: dict[str, Any]) -> None:
@@ -88,7 +88,7 @@ def carry_out(
         return load_results(out)
     folder, results = context.source, _new_results(context, model, command) | {"stages": stages or []}
     for number, step in enumerate(steps):
-        place = f"step-{number:02d}-{step.id}"
+        place = step.place(number)
         context.tell("step", method=step.method, number=number, of=len(steps))
         kind = get_method(step.method).kind
         if kind == "export":
@@ -184,16 +184,20 @@ def check_steps(steps: list[Step], calibration: tuple[str, ...]) -> None:
 def _claim(context: Context, steps: list[Step], whole: Recipe) -> None:
     """Takes the run directory for this run and writes down what it is."""
     directory, source = context.directory, context.source
-    directory.claim(beside=(STAGES,), fingerprint={
+    fingerprint = {
         "model": hash_model(source, ".json", ".safetensors"),
         "calibration tokens": hash_tokens(context.tokens),
-        "recipe": _lock(context.recipe, steps, context.dtype),
-        "files": hash_named(step.settings for step in steps),
+        "recipe": _lock(context.recipe, [], context.dtype),
         "versions": versions(),
-    })  # fmt: skip
+    }
+    places = [(f"{STATE}/{step.place(number)}", step.fingerprint()) for number, step in enumerate(steps)]
+    changes = directory.claim(fingerprint, places, beside=(STAGES,))
+    if changes:
+        context.tell("changed", steps=changes)
     for left_over in directory.state.glob(f"{SCRATCH}*"):
         shutil.rmtree(left_over)
-    write_recipe(directory.out, whole.model_dump(mode="json"), _lock(whole, whole.resolved(), context.dtype))
+    lock = _lock(whole, whole.resolved(), context.dtype)
+    write_recipe(directory.out, whole.model_dump(mode="json"), lock, anew=bool(changes))
 
 
 def _tokenizer(folder: Path) -> Any:
@@ -330,13 +334,13 @@ def _export(context: Context, folder: Path, step: Step, place: str) -> dict[str,
     """Writes what there is so far for another program, into ``exports``; once finished it is not written again."""
     assert isinstance(step.settings, ExportSettings)
     name = _export_name(step)
-    target = context.directory.out / "exports" / name
+    target = context.directory.out / EXPORTS / name
 
     def write() -> dict[str, Any]:
         shutil.rmtree(target, ignore_errors=True)
         target.parent.mkdir(parents=True, exist_ok=True)
         found: dict[str, Any] = export_to(folder, target, **step.settings.model_dump())
-        return {"file": f"exports/{name}"} | found
+        return {"file": f"{EXPORTS}/{name}"} | found
 
     found: dict[str, Any] = dict(_told(context, place)("export", write)) if ranks.leads() else {}
     ranks.wait()
@@ -376,6 +380,8 @@ def _finish(context: Context, folder: Path, model: str, results: dict[str, Any])
         copy_other_files(folder, directory.out)
     else:
         publish(folder, directory.out)
+    exported = {Path(each["file"]).name for each in results["exports"]}
+    directory.keep_exports(exported)
     results["peak_memory_bytes"] = peak_memory()
     write_json(directory.out / "results.json", results)
     write_card(directory.out, results)

@@ -42,6 +42,8 @@ def describe(event: str, fields: dict[str, Any]) -> str:
         return f"evaluating: {fields['part']}"
     if event == "trained":
         return f"{fields['steps']} steps: held-out loss {fields['loss']:.4f}"
+    if event == "changed":
+        return "goes on with other steps than before:\n    " + "\n    ".join(fields["steps"])
     if event == "skipped":
         named = "\n".join(f"    {file}: {why}" for file, why in fields["files"].items())
         return f"{len(fields['files'])} files cannot be read and are left out:\n{named}"

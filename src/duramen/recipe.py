@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from duramen.problem import Problem
 from duramen.registry import Settings, get_method, suggestion
-from duramen.rundir import write_text
+from duramen.rundir import hash_named, write_text
 
 
 class Calibration(BaseModel):
@@ -104,6 +104,14 @@ class Step(BaseModel):
         """As written to ``recipe.lock.yaml``, every default spelled out."""
         settings: dict[str, Any] = self.settings.model_dump(mode="json")
         return {"id": self.id, "method": self.method} | settings
+
+    def fingerprint(self) -> dict[str, Any]:
+        """All that decides what comes out of it, beside what it is given: its settings, and the files that they name."""
+        return self.lock() | {"files": hash_named([self.settings])}
+
+    def place(self, number: int) -> str:
+        """Name of the folder in which it keeps its state, as a recipe's step of that number."""
+        return f"step-{number:02d}-{self.id}"
 
 
 class _Loader(yaml.SafeLoader):
@@ -327,8 +335,8 @@ def dump_yaml(value: dict[str, Any]) -> str:
     return str(yaml.safe_dump(value, sort_keys=False, allow_unicode=True, width=110))
 
 
-def write_recipe(folder: Path, whole: dict[str, Any], lock: dict[str, Any]) -> None:
-    """Puts the recipe of a run down, and its lock, unless they are there."""
+def write_recipe(folder: Path, whole: dict[str, Any], lock: dict[str, Any], *, anew: bool = False) -> None:
+    """Puts the recipe of a run down, and its lock, unless they are there or it is another one."""
     for name, content in (("recipe.yaml", whole), ("recipe.lock.yaml", lock)):
-        if not (folder / name).is_file():
+        if anew or not (folder / name).is_file():
             write_text(folder / name, dump_yaml(content))

@@ -10,9 +10,11 @@ import errno
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import shutil
+from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import count, zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +34,7 @@ MEASURED = (
     "log.jsonl", "results.json", "report.html", "README.md", "record.json", "metrics.jsonl", "progress.html", "manifest.json",
 )  # fmt: skip
 """Names of files with times or measurements of a machine in them, which differ from run to run."""
-CODES, FORMATS = "codes.safetensors", "formats.json"
+CODES, FORMATS, EXPORTS = "codes.safetensors", "formats.json", "exports"
 
 
 @contextmanager
@@ -122,30 +124,75 @@ class RunDirectory:
         self.out = Path(out)
         self.state = self.out / STATE
 
-    def claim(self, fingerprint: dict[str, Any], *, beside: Sequence[str] = ()) -> None:
-        """Takes the folder for a run with this fingerprint, or goes on with an earlier one.
+    @property
+    def fingerprint(self) -> Path:
+        """The file that says which run the folder belongs to."""
+        return self.state / "fingerprint.json"
+
+    def claim(
+        self,
+        fingerprint: dict[str, Any],
+        steps: Sequence[tuple[str, dict[str, Any]]] = (),
+        *,
+        beside: Sequence[str] = (),
+        until: Path | None = None,
+    ) -> list[str]:
+        """Takes the folder for a run, or goes on with an earlier one.
+
+        An earlier run that did not come to its end may go on with other steps behind those that are the same: the folders of the others are set aside in its state, and nothing is lost.
 
         Args:
-            fingerprint: All that decides the result.
-            beside: Names in the folder that may be there already.
+            fingerprint: All that decides the result, but for the steps.
+            steps: Of every step in order, its folder under OUT, and all that decides it beside what comes before.
+            beside: Names in the folder that may be there already; the first step may change if they are.
+            until: The file with which the run has come so far that nothing may change any more; None for its manifest.
+
+        Returns:
+            What is other in the steps, one line each.
 
         Raises:
             Problem: If the folder holds something else, or a run that differs; the differences are listed.
         """
-        file = self.state / "fingerprint.json"
-        if not file.is_file():
+        new = fingerprint | {"steps": [{"folder": folder} | lock for folder, lock in steps]}
+        if not self.fingerprint.is_file():
             self.check_free(*beside)
-            write_json(file, fingerprint)
-            return
-        old = read_json(file)
-        differences = list(_differences(old, fingerprint))
-        if differences:
+            write_json(self.fingerprint, new)
+            return []
+        old = read_json(self.fingerprint)
+        with reading(self.fingerprint):
+            folders = [self._own(each["folder"]) for each in old.get("steps", [])]
+        pairs: list[tuple[Any, Any]] = list(zip_longest(old.get("steps", []), new["steps"], fillvalue={}))
+        same = next((number for number, pair in enumerate(pairs) if pair[0] != pair[1]), len(pairs))
+        differences = list(_differences(old | {"steps": []}, new | {"steps": []}))
+        in_steps = [line for number, pair in enumerate(pairs) for line in _differences(*pair, f"steps[{number}]")]
+        ended = (until or self.out / "manifest.json").is_file()
+        follows = bool(same) or any((self.out / name).is_dir() for name in beside)
+        if differences or (in_steps and (ended or not follows)):
             raise Problem(
-                f"{self.out} holds another run; it differs in:\n    " + "\n    ".join(differences),
+                f"{self.out} holds another run; it differs in:\n    " + "\n    ".join(differences + in_steps),
                 why="continuing would mix two runs in one model.",
                 fix="another OUT folder, or the settings and files of the first run.",
                 code=Exit.INCOMPATIBLE,
             )
+        if in_steps:
+            for folder in folders[same:]:
+                self._set_aside(folder)
+            write_json(self.fingerprint, new)
+        return in_steps
+
+    def _set_aside(self, folder: Path) -> None:
+        """Moves the state of a step, if it has any, to where nothing reads it."""
+        if folder.is_dir():
+            places = (self.state / "aside" / f"{folder.name}-{number}" for number in count())
+            place = next(each for each in places if not each.exists())
+            place.parent.mkdir(exist_ok=True)
+            folder.rename(place)
+
+    def _own(self, name: str) -> Path:
+        """A folder inside OUT."""
+        if ".." in Path(name).parts or Path(name).is_absolute():
+            raise ValueError(f"the folder {name} is outside")
+        return self.out / name
 
     def check_free(self, *beside: str) -> None:
         """Stops if a folder that no run has taken holds something other than ``beside``.
@@ -153,7 +200,7 @@ class RunDirectory:
         Raises:
             Problem: Then.
         """
-        if (self.state / "fingerprint.json").is_file() or not self.out.is_dir():
+        if self.fingerprint.is_file() or not self.out.is_dir():
             return
         if any(item.name not in (STATE, *beside) for item in self.out.iterdir()):
             raise Problem(
@@ -162,10 +209,15 @@ class RunDirectory:
                 fix="another OUT folder.",
             )
 
+    def keep_exports(self, names: Container[str]) -> None:
+        """Removes from ``exports`` what a step has left that the recipe no longer has."""
+        for each in (self.out / EXPORTS).glob("*"):
+            if each.name not in names:
+                shutil.rmtree(each) if each.is_dir() else each.unlink()
+
     def recorded(self, *keys: str) -> str:
         """What an earlier run measured and this one must keep to, from its fingerprint; ``auto`` if there is none."""
-        file = self.state / "fingerprint.json"
-        found: Any = read_json(file) if file.is_file() else "auto"
+        found: Any = read_json(self.fingerprint) if self.fingerprint.is_file() else "auto"
         for key in keys:
             found = found.get(key, "auto") if isinstance(found, dict) else "auto"
         return str(found)

@@ -20,7 +20,7 @@ from duramen.problem import Exit, Problem
 from duramen.reading import read_json, reading
 from duramen.recipe import Recipe, Step
 from duramen.registry import get_method
-from duramen.rundir import RunDirectory, hash_folder, hash_named, unlike, write_json
+from duramen.rundir import RunDirectory, hash_folder, unlike, write_json
 from duramen.train.forecast import forecast_pretraining
 from duramen.train.pretrain import METRICS
 from duramen.train.stage import DATA, MODEL, TOKENIZER, TOKENS, WORK, Stage
@@ -101,15 +101,18 @@ def run_stages(recipe: Recipe, steps: list[Step], out: Path, *, versions: dict[s
         Problem: On a user's mistake, a stage that was changed since, or an earlier run that differs.
     """
     directory = RunDirectory(out / STAGES)
-    lock = {"seed": recipe.seed, "stages": [step.lock() for step in steps]}
+    places = [(f"{number:02d}-{step.id}", step.fingerprint()) for number, step in enumerate(steps)]
     if ranks.leads():
-        directory.claim({"recipe": lock, "files": hash_named(step.settings for step in steps), "versions": versions})
+        begun = RunDirectory(out).fingerprint  # of the steps that work on what the stages left
+        changes = directory.claim({"seed": recipe.seed, "versions": versions}, places, until=begun)
+        if changes:
+            tell("changed", steps=changes)
     ranks.wait()
     given: dict[str, Path] = {}
     found = []
     for number, step in enumerate(steps):
         tell("step", method=step.method, number=number, of=len(steps))
-        folder = out / STAGES / f"{number:02d}-{step.id}"
+        folder = directory.out / places[number][0]
         stage = Stage(
             folder,
             dict(given),

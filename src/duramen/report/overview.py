@@ -16,10 +16,10 @@ from duramen.problem import Problem
 from duramen.reading import read_json, reading
 from duramen.report.charts import scatter_chart
 from duramen.report.page import render
-from duramen.rundir import STATE, write_text
+from duramen.rundir import EXPORTS, STATE, write_text
 
 RESULTS = "results.json"
-SKIPPED = (STATE, "stages", "exports", "release", ".git", ".venv")
+SKIPPED = (STATE, "stages", EXPORTS, "release", ".git", ".venv")
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,7 @@ from duramen.quantize.mixed_linear import MixedLinear
 from duramen.quantize.rows import integer_product
 from duramen.registry import Place, method
 from duramen.registry import Settings as MethodSettings
-from duramen.rundir import CODES, write_json, write_tensors
+from duramen.rundir import CODES, EXPORTS, write_json, write_tensors
 from duramen.vision.cpu import session
 from duramen.vision.elastic import ElasticViTForImageClassification
 from duramen.vision.images import seen_by
@@ -119,7 +119,7 @@ def apply(studio: Studio, settings: Settings) -> list[dict[str, Any]]:
     """
     network = deepcopy(checked(studio)).cpu()  # whole numbers are multiplied there alone
     chosen = chosen_of(network, settings)
-    folder = studio.out / "exports"
+    folder = studio.out / EXPORTS
     folder.mkdir(parents=True, exist_ok=True)
     pixels = seen_by(network, studio.test.pixels(range(min(CHECKED, len(studio.test.labels)))))
     _write_codes(network, folder)
@@ -159,7 +159,7 @@ def _onnx(network: ElasticViTForImageClassification, pixels: Tensor, folder: Pat
     model.graph.output.extend(type(model.graph.output[0])(name=name) for name in names)
     inside = dict(zip(names, session(model).run(names, {INPUT: pixels.numpy()}), strict=True))
     equal = _equal_matrices(network, taps, inside, "ONNX Runtime")
-    said = {"format": "onnx", "file": f"exports/{file.name}", "bytes": file.stat().st_size, "equal_matrices": equal}
+    said = {"format": "onnx", "file": f"{EXPORTS}/{file.name}", "bytes": file.stat().st_size, "equal_matrices": equal}
     return said | _compared(network(pixel_values=pixels).logits, given, file)
 
 
@@ -207,7 +207,7 @@ def qonnx_proof(network: ElasticViTForImageClassification, pixels: Tensor, folde
         ModelWrapper(model).transform(InferShapes()), {INPUT: pixels.cpu().numpy()}, return_full_exec_context=True
     )
     equal = _equal_matrices(network, taps, inside, "QONNX")
-    said = {"format": "qonnx", "file": f"exports/{file.name}", "bytes": file.stat().st_size, "equal_matrices": equal}
+    said = {"format": "qonnx", "file": f"{EXPORTS}/{file.name}", "bytes": file.stat().st_size, "equal_matrices": equal}
     return said | _compared(network(pixel_values=pixels).logits, inside[OUTPUT], file)
 
 

@@ -20,7 +20,7 @@ from duramen.problem import Exit, Problem
 from duramen.recipe import NEW, ImageData, Recipe, Step, write_recipe
 from duramen.registry import get_method
 from duramen.report.images import write_image_card, write_image_report
-from duramen.rundir import RunDirectory, hash_model, hash_named, write_json
+from duramen.rundir import STATE, RunDirectory, hash_model, write_json
 from duramen.vision.focus import read_focus
 from duramen.vision.images import Images, hash_images, open_images
 from duramen.vision.official import read_official
@@ -89,22 +89,23 @@ def run_images(
     _rehearse(studio, steps)
     whole = recipe.model_dump(mode="json", exclude={"calibration"})
     lock = whole | {"steps": [step.lock() for step in steps]}
-    run.directory.claim(
-        {
-            "model": _hashes(model),
-            "images": [hash_images(each) for each in sets],
-            "recipe": lock,
-            "files": hash_named(step.settings for step in steps),
-            "versions": versions,
-        }
-    )
+    fingerprint = {
+        "model": _hashes(model),
+        "images": [hash_images(each) for each in sets],
+        "recipe": lock | {"steps": []},
+        "versions": versions,
+    }
+    places = [(f"{STATE}/{step.place(number)}", step.fingerprint()) for number, step in enumerate(steps)]
+    changes = run.directory.claim(fingerprint, places)
     if (out / "manifest.json").is_file():
         run.tell("done", out=str(out), again=True)
         return
-    write_recipe(out, whole, lock)
+    write_recipe(out, whole, lock, anew=bool(changes))
     skipped = {str(file): why for each in sets for file, why in getattr(each, "skipped", ())}
     if skipped:
         run.tell("skipped", files=skipped)
+    if changes:
+        run.tell("changed", steps=changes)
     results: dict[str, Any] = {
         "schema": "duramen-results/1", "command": command, "recipe": recipe.name, "model": model, "machine": describe(),
         "versions": versions, "images": recipe.images.model_dump(mode="json"), "skipped": skipped, "steps": [], "evaluations": [], "exports": [],
@@ -112,7 +113,7 @@ def run_images(
     final: Path | None = None
     for number, step in enumerate(steps):
         run.tell("step", method=step.method, number=number, of=len(steps))
-        final = _carry_out(run, studio, step, f"step-{number:02d}-{step.id}", results) or final
+        final = _carry_out(run, studio, step, step.place(number), results) or final
     _finish(run, final or _saved(studio.model, run.directory.state / "final"), model, results)
 
 
@@ -305,6 +306,8 @@ def _finish(run: _Run, folder: Path, model: str, results: dict[str, Any]) -> Non
     """Puts the model, its card, the report and the manifest into OUT."""
     directory = run.directory
     publish(folder, directory.out)
+    if not results["exports"]:
+        directory.keep_exports(())
     results["peak_memory_bytes"] = peak_memory()
     write_json(directory.out / "results.json", results)
     write_image_card(directory.out, results)
