@@ -1,5 +1,6 @@
 """The command line end to end on a tiny model: run, resume, read, compare, and every mistake that a user makes."""
 
+import importlib.metadata
 import json
 import os
 import random
@@ -17,6 +18,7 @@ from safetensors.torch import load_file, save_file
 
 import duramen
 import tiny
+from duramen import registry
 from duramen.cli import main
 from duramen.problem import Problem
 from duramen.rundir import unpack_mask
@@ -226,9 +228,9 @@ def test_steps_follow_one_another(llama, texts, tmp_path):
     assert len(load_file(tmp_path / "out" / "masks.safetensors")) == 21
 
 
-def test_a_mistake_in_a_later_step_costs_nothing(llama, texts, tmp_path):
+def test_a_mistake_in_a_later_step_costs_nothing(llama, texts, tmp_path, monkeypatch):
     """The corrected recipe goes on in the same folder behind what is finished, and ends as if it had been right at once."""
-    good, early, late = ({"method": "rtn", "format": f"W4 g{size}"} for size in (8, 16, 7))
+    good, other = ({"method": "rtn", "format": f"W4 g{size}"} for size in (8, 16))
     export = {"method": "export", "id": "first", "form": "compressed"}
     out, seen = tmp_path / "out", []
 
@@ -237,9 +239,10 @@ def test_a_mistake_in_a_later_step_costs_nothing(llama, texts, tmp_path):
         recipe = write_recipe(tmp_path / "r.yaml", texts, steps=steps, evaluate=False)
         return duramen.run(recipe, str(llama), where, progress=lambda event, fields: seen.append((event, fields)))
 
-    for _ in range(2):
-        with pytest.raises(Problem, match="7"):
-            run(STEP, late, export)
+    with monkeypatch.context() as stopped:
+        stopped.setattr("duramen.quantize.rtn.quantize_model", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            run(STEP, other, export)
 
     def blocks():
         return {file: file.stat().st_mtime_ns for file in (out / ".duramen" / "step-00-multiweight").glob("block-*")}
@@ -254,14 +257,39 @@ def test_a_mistake_in_a_later_step_costs_nothing(llama, texts, tmp_path):
     (out / "exports" / "first").mkdir()
     run(STEP, good, export | {"id": "second"})
     changes = next(fields["steps"] for event, fields in seen if event == "changed")
-    assert 'steps[1].format: "W4 g7" -> "W4 g8"' in changes
+    assert 'steps[1].format: "W4 g16" -> "W4 g8"' in changes
     assert blocks() == before, "the first step was kept"
     assert (out / ".duramen" / "aside" / "step-01-rtn-0" / "begun").is_dir()
     assert [file.name for file in (out / "exports").iterdir()] == ["second"]
     with pytest.raises(Problem, match=r"holds another run; it differs in:\n    steps\[1\]\.format"):
-        run(STEP, early, export | {"id": "second"})
+        run(STEP, other, export | {"id": "second"})
     run(STEP, good, export | {"id": "second"}, where=tmp_path / "at once")
     assert files_of(out) == files_of(tmp_path / "at once")
+
+
+def test_a_method_of_another_package(llama, texts, tmp_path, monkeypatch, command):
+    entries = [importlib.metadata.EntryPoint("thin", "foreign", "duramen.methods")]
+    monkeypatch.setattr(importlib.metadata, "entry_points", lambda group: entries if group == "duramen.methods" else [])
+    registry.method_modules.cache_clear()
+    recipe = write_recipe(tmp_path / "r.yaml", texts, steps=({"method": "thin", "share": 0.25},))
+    assert "which is not foretold" in command("plan", recipe, llama)[1]
+    assert "That goes" in command("methods", "thin")[1]
+    found = duramen.run(recipe, str(llama), tmp_path / "out")["steps"][0]
+    assert {layer["removed"] / layer["size"] for layer in found["layers"]} == {0.25}
+    monkeypatch.undo()
+    registry.method_modules.cache_clear()
+
+
+def test_what_a_later_step_refuses_is_said_before_an_earlier_one_computes(llama, texts, tmp_path):
+    for step, words in (
+        ({"method": "rtn", "format": "W4 g7"}, "Groups of 7 do not divide"),
+        ({"method": "rora", "rank": 1000}, "the rank is 1000"),
+        ({"method": "wanda", "sparsity": 0.5, "only": ["blocks:7-9"]}, "blocks:7-9"),
+    ):
+        recipe = write_recipe(tmp_path / "r.yaml", texts, steps=(STEP, step))
+        with pytest.raises(Problem, match=words):
+            duramen.run(recipe, str(llama), tmp_path / "out")
+        assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("name", ["gpt2", "gpt_neox", "bloom", "phi3", "opt", "qwen3", "gemma2", *tiny.MAMBA])

@@ -46,7 +46,7 @@ def forecast(model: BlockModel, recipe: Recipe, steps: list[Step], *, gigaflops:
         gigaflops: Speed of a float32 matrix product on this machine.
 
     Raises:
-        Problem: If a filter matches nothing.
+        Problem: If a filter matches nothing, or a step cannot be carried out on the shapes that it will meet.
     """
     shapes = _shapes(model)
     tokens = recipe.calibration.sequences * recipe.calibration.length
@@ -55,7 +55,9 @@ def forecast(model: BlockModel, recipe: Recipe, steps: list[Step], *, gigaflops:
     opens, entries, edited = ORDINARY, [], False
     for step in steps:
         entry: dict[str, Any]
-        if isinstance(step.settings, EvaluateSettings):
+        if not type(step.settings).__module__.startswith("duramen."):
+            entry = {"flops": 0.0, "memory_bytes": BASE_MEMORY, "note": "a method of another package, which is not foretold"}
+        elif isinstance(step.settings, EvaluateSettings):
             entry = {"flops": _evaluation_flops(step.settings, model, shapes, 2 if edited else 1), "memory_bytes": 0}
         elif isinstance(step.settings, ExportSettings):
             entry = _exported(model, shapes, step.settings)
@@ -214,6 +216,8 @@ def _trained(
         trained = sum(prod(shapes[name]) for name in names)
         note = f"{trained:,} weights in {len(names)} layers and their steps, learning rate {settings.learning_rate:.2g}"
     else:
+        for name in names:
+            rora.check_rank(name, shapes[name], settings.rank)
         trained = sum(settings.rank * sum(shapes[name]) for name in names)
         note = f"{trained:,} parameters in {len(names)} layers, γ {settings.gamma:.3g}, learning rate {settings.rate:.2g}"
     logits = 12 * settings.at_once * length * model.config.vocab_size

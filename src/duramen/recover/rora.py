@@ -132,6 +132,20 @@ def _removed(model: BlockModel, index: int, names: set[str], masks: Masks) -> di
         return {each.name: masks.removed(each.name, each.read()) for each in block.layers.values() if each.name in names}
 
 
+def check_rank(name: str, shape: tuple[int, ...], rank: int) -> None:
+    """Stops at a rank that a layer's shape, (outputs, inputs), does not have.
+
+    Raises:
+        Problem: Then.
+    """
+    if rank > min(shape):
+        raise Problem(
+            f"{name} has {shape[0]} outputs and {shape[1]} inputs, and the rank is {rank}.",
+            why="more directions than the smaller of the two add nothing.",
+            fix=f"`rank: {min(shape)}` or less, or `skip` for this layer.",
+        )
+
+
 def _adapter(
     name: str,
     base: nn.Module,
@@ -157,12 +171,7 @@ def _adapter(
             why="in the mode `side` every weight changes.",
             fix="`mode: auto`, `masked` or `spp`, whose merge keeps every zero.",
         )
-    if settings.rank > min(zeros.shape):
-        raise Problem(
-            f"{name} has {zeros.shape[0]} outputs and {zeros.shape[1]} inputs, and the rank is {settings.rank}.",
-            why="more directions than the smaller of the two add nothing.",
-            fix=f"`rank: {min(zeros.shape)}` or less, or `skip` for this layer.",
-        )
+    check_rank(name, tuple(zeros.shape), settings.rank)
     return Adapter(
         base, rank=settings.rank, gamma=settings.gamma, mode=mode, lengths=settings.dora, transposed=transposed,
         start=settings.init, seed=settings.seed,
