@@ -34,5 +34,5 @@ def read_size(text: str, what: str) -> int:
 
 
 def _bytes(text: str) -> float:
-    found = re.fullmatch(rf"(\d+(?:\.\d+)?) ?({'|'.join(SIZES)})", text)
+    found = re.fullmatch(rf"(\d+(?:\.\d+)?)({'|'.join(SIZES)})", text)
     return float(found[1]) * SIZES[found[2]] if found else 0.0
