@@ -108,6 +108,10 @@ def test_one_command_serves_both(tmp_path):
     assert positions_left(opened, images()).shape[1] < 17
     plain = AutoModelForImageClassification.from_pretrained(tmp_path / "out")
     torch.testing.assert_close(plain(images()).logits, network(images()).logits)
+    steps = [{"method": "train_images", "steps": 1, "batch": 4}, {"method": "patch_pruning", "cut": 0.5, "choose": False}]
+    again = duramen.run(recipe | {"steps": steps}, str(tmp_path / "out"), tmp_path / "more")["steps"]
+    assert again[0]["trainings"][0]["distilled"], "patches left it while it was trained"
+    assert positions_left(load_classifier(tmp_path / "more"), images()).shape[1] < positions_left(opened, images()).shape[1]
 
 
 def test_what_a_transformer_cannot_is_said(tmp_path):

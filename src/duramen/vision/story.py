@@ -142,7 +142,7 @@ def _rehearse(studio: Studio, steps: list[Step]) -> None:
     Raises:
         Problem: Whatever a step finds.
     """
-    scratch = replace(studio, network=copy.deepcopy(studio.network))
+    scratch = replace(studio, network=None if studio.network is None else _dense(studio.network))
     with torch.random.fork_rng():
         for step in steps:
             if (rehearse := get_method(step.method).rehearse) is not None:
@@ -178,9 +178,11 @@ def _carry_out(run: _Run, studio: Studio, step: Step, place: str, results: dict[
 def _dense(network: Any) -> nn.Module:
     """A copy of which no patch leaves."""
     reduction = getattr(network.config, "reduction", None)
-    set_reduction(network, None)
+    if reduction is not None:
+        set_reduction(network, None)  # what makes patches leave a transformer holds on to that one
     found: nn.Module = copy.deepcopy(network)
-    set_reduction(network, reduction)
+    if reduction is not None:
+        set_reduction(network, reduction)
     return found
 
 
