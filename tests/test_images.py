@@ -89,6 +89,7 @@ def test_damaged_files_are_named(tmp_path):
     assert "broken.jpg: cannot identify" in describe("skipped", events["skipped"])
     results = json.loads((tmp_path / "out" / "results.json").read_text())
     assert list(results["skipped"]) == [str(bad)]
+    assert "1 image files could not be read" in (tmp_path / "out" / "report.html").read_text()
     assert AutoModelForImageClassification.from_pretrained(tmp_path / "out").config.num_channels == 3
     (tmp_path / "train" / "emu").mkdir()
     with pytest.raises(Problem, match="no readable image of `emu`"):

@@ -79,6 +79,8 @@ def image_verdict(results: dict[str, Any]) -> str:
                 if apart
                 else f"{after['batch']} at once are no faster that could be measured."
             )
+    if results.get("skipped"):
+        parts.append(f"{len(results['skipped'])} image files could not be read and were left out; `results.json` names them.")
     return " ".join(parts) or "Nothing was measured."
 
 
