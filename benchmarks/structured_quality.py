@@ -5,7 +5,7 @@
     python benchmarks/structured_quality.py --text wiki.test.raw --peer-python PEER/bin/python     # with torch-pruning
 
 Cuts a share of the block parameters, the same in every block, so that all subjects have the same shape at a ratio, bytes and
-multiply-adds; ``fusion global`` is the default of the method, which spreads the same share over the model, and ``fusion global 0`` and ``1`` are one granularity alone spread so. The scores come from the same calibration tokens, once for all ratios; the repair is the default one, or none. Measures perplexity and KL from
+multiply-adds; ``fusion global`` is the default of the method, which spreads the same share over the model, and ``fusion global 0`` and ``1`` are one granularity alone spread so. The scores come from the same calibration tokens, once for all ratios (``seconds`` of later ones are without them); the repair is the default one, or none. Measures perplexity and KL from
 dense, the paired difference of the KL from that of the default, and that of fusion from the better of the two granularities that it blends. Adds to benchmarks/results/structured_quality.csv after
 every run, and the KL of every window to structured_quality.json; runs that stand there are left out. About four hours a model on 2 cores.
 """
@@ -64,6 +64,7 @@ class Scorer:
     def __init__(self, model: BlockModel, units: list[Units], tokens: Tensor, sequences: int, length: int) -> None:
         self.model, self.units, self.tokens, self.walk = model, units, tokens, Walk()
         self.sequences, self.others = fusion.pieces(tokens, sequences, length)
+        self.kept: dict[str, dict[tuple[int, str], Tensor]] = {}
 
     def taylor(self, **settings: str) -> list[fusion.Found]:
         """Estimates of all units, from gradients."""
@@ -96,7 +97,12 @@ class Scorer:
         return found
 
     def scores(self, subject: str, settings: ShrinkSettings) -> dict[tuple[int, str], Tensor]:
-        """Importance of all units by one subject."""
+        """Importance of all units by one subject; only that of ``search`` follows from the ratio."""
+        if subject not in self.kept or subject == "fusion search":
+            self.kept[subject] = self._scores(subject, settings)
+        return self.kept[subject]
+
+    def _scores(self, subject: str, settings: ShrinkSettings) -> dict[tuple[int, str], Tensor]:
         name, _, mode = subject.partition(" ")
         if name == "random":
             generator = torch.Generator().manual_seed(0)
