@@ -100,8 +100,6 @@ def run(
             command, team = _command("run", recipe, model, out, overrides), (workers, address)
             run_images(loaded, model, Path(out), command=command, versions=versions(), progress=progress, team=team)
             return load_results(Path(out))
-        if ranks.leads() and len(loaded.steps) > 1 and not (Path(out) / "manifest.json").is_file():
-            _forecast(loaded, model, allow_generic, 1.0)  # what a later step refuses is said before an earlier one computes
         context, steps = prepare(loaded, model, Path(out), allow_generic, progress)
         context.workers, context.address = workers, address
         return carry_out(context, steps, model, _command("run", recipe, model, out, overrides))
@@ -195,18 +193,13 @@ def plan(
             why="their steps train and measure, whose time is the settings' own.",
             fix="`duramen run`; the same line again goes on where it stopped.",
         )
-    return {"machine": describe()} | _forecast(loaded, model, allow_generic, gigaflops(torch.float32))
-
-
-def _forecast(recipe: Recipe, model: str, allow_generic: bool, speed: float) -> dict[str, Any]:
-    """What a recipe of texts will do, on a machine of so many gigaflops."""
-    steps = recipe.resolved()
-    check_steps(steps, recipe.calibration.text)
+    steps = loaded.resolved()
+    check_steps(steps, loaded.calibration.text)
     folder = open_model(model)
     check_order(steps, marks_of(folder))
     opened = BlockModel.from_folder(folder, allow_generic=allow_generic)
-    head = {"recipe": recipe.name, "model": model, "family": opened.family.name, "blocks": len(opened.blocks)}
-    return head | forecast(opened, recipe, steps, gigaflops=speed)
+    head = {"recipe": loaded.name, "model": model, "family": opened.family.name, "blocks": len(opened.blocks)}
+    return head | {"machine": describe()} | forecast(opened, loaded, steps, gigaflops=gigaflops(torch.float32))
 
 
 def inspect(model: str, *, allow_generic: bool = False) -> dict[str, Any]:

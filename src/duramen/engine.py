@@ -26,6 +26,7 @@ from duramen.export.step import Settings as ExportSettings
 from duramen.export.step import apply as export_to
 from duramen.families.checkpoint import Checkpoint
 from duramen.families.model import BlockModel
+from duramen.forecast import forecast
 from duramen.hardware.machine import describe, fastest_device, forward_dtype, free_memory, peak_memory
 from duramen.order import check_order, marks_of
 from duramen.problem import Exit, Problem
@@ -38,7 +39,7 @@ from duramen.stages import STAGES
 from duramen.tokens.folder import no_likelihood
 
 Progress = Callable[[str, dict[str, Any]], None]
-"""(event, fields); events are changed, step, layer, trained, part, evaluating, saved and done."""
+"""(event, fields); events are skipped, changed, step, layer, trained, part, evaluating, saved and done."""
 
 
 def silent(event: str, fields: dict[str, Any]) -> None:
@@ -130,6 +131,9 @@ def prepare(
     source = ranks.shared(open_model(model) if ranks.leads() else None)
     check_order(steps, marks_of(source))
     Checkpoint(source)
+    if ranks.leads() and len(steps) > 1 and not (out / "manifest.json").is_file():
+        opened = BlockModel.from_folder(source, allow_generic=allow_generic)
+        forecast(opened, recipe, steps, gigaflops=1.0)  # what a later step refuses is said before an earlier one computes
     reading = any(get_method(step.method).kind not in ("evaluate", "export") for step in steps)
     tokens = _tokens(recipe, source) if reading else torch.zeros(0, 0, dtype=torch.long)
     directory = RunDirectory(out)

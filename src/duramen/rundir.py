@@ -159,11 +159,12 @@ class RunDirectory:
             write_json(self.fingerprint, new)
             return []
         old = read_json(self.fingerprint)
+        before = old.pop("steps", [])
         with reading(self.fingerprint):
-            folders = [self._own(each["folder"]) for each in old.get("steps", [])]
-        pairs: list[tuple[Any, Any]] = list(zip_longest(old.get("steps", []), new["steps"], fillvalue={}))
+            folders = [self._own(each["folder"]) for each in before]
+        pairs: list[tuple[Any, Any]] = list(zip_longest(before, new["steps"], fillvalue={}))
         same = next((number for number, pair in enumerate(pairs) if pair[0] != pair[1]), len(pairs))
-        differences = list(_differences(old | {"steps": []}, new | {"steps": []}))
+        differences = list(_differences(old, fingerprint))
         in_steps = [line for number, pair in enumerate(pairs) for line in _differences(*pair, f"steps[{number}]")]
         ended = (until or self.out / "manifest.json").is_file()
         follows = bool(same) or any((self.out / name).is_dir() for name in beside)

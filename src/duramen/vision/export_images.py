@@ -151,12 +151,14 @@ def _onnx(network: ElasticViTForImageClassification, pixels: Tensor, folder: Pat
     Raises:
         Problem: If a matrix gives another bit.
     """
+    from onnx.helper import make_empty_tensor_value_info
+
     model, taps = graph_of(network, "onnx")
     file = folder / "network.onnx"
     file.write_bytes(model.SerializeToString())
     (given,) = session(model).run([OUTPUT], {INPUT: pixels.numpy()})
     names = sorted({name for pair in taps.values() for name in pair})
-    model.graph.output.extend(type(model.graph.output[0])(name=name) for name in names)
+    model.graph.output.extend(make_empty_tensor_value_info(name) for name in names)
     inside = dict(zip(names, session(model).run(names, {INPUT: pixels.numpy()}), strict=True))
     equal = _equal_matrices(network, taps, inside, "ONNX Runtime")
     said = {"format": "onnx", "file": f"{EXPORTS}/{file.name}", "bytes": file.stat().st_size, "equal_matrices": equal}

@@ -86,7 +86,8 @@ def run_images(
     dense = _dense(network) if network is not None and getattr(network.config, "reduction", None) else None
     studio = Studio(network, dense, *sets, memo=lambda name, compute: compute(), folder=out, out=out)
     studio.workers, studio.address = team
-    _rehearse(studio, steps)
+    if not (out / "manifest.json").is_file():
+        _rehearse(studio, steps)
     whole = recipe.model_dump(mode="json", exclude={"calibration"})
     lock = whole | {"steps": [step.lock() for step in steps]}
     fingerprint = {
