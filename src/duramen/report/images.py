@@ -80,7 +80,7 @@ def image_verdict(results: dict[str, Any]) -> str:
                 else f"{after['batch']} at once are no faster that could be measured."
             )
     if results.get("skipped"):
-        parts.append(f"{len(results['skipped'])} image files could not be read and were left out; `results.json` names them.")
+        parts.append(f"{len(results['skipped'])} image files could not be read and were left out; results.json names them.")
     return " ".join(parts) or "Nothing was measured."
 
 
